@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment from pinned constraints.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.ready
+
+STUDY ?= demo
+TRIALS ?=
+WORKERS ?=
+DATA ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep report test test-all check format lint types ui
+
+help: ## show these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(SETUP): setup.cfg constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages (several GB the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(SETUP) ## create the virtual environment
+
+sweep: $(SETUP) ## run a study: make sweep STUDY=transfer TRIALS=20 WORKERS=2 DATA=path ARGS='...'
+	@$(BIN)/caltech-sweep run $(STUDY) $(if $(TRIALS),--trials $(TRIALS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+report: $(SETUP) ## print the comparison tables
+	@$(BIN)/caltech-sweep report $(ARGS)
+
+ui: $(SETUP) ## serve the MLflow UI on loopback
+	@$(BIN)/caltech-sweep ui $(ARGS)
+
+test: $(SETUP) ## run the default test suite
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-all: $(SETUP) ## run every test, the slow ones too
+	@$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+
+format: $(SETUP) ## rewrite the code in the project's format
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: $(SETUP) ## check format and lint
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types: $(SETUP) ## check types
+	@$(BIN)/mypy
+
+check: lint types test ## what CI runs

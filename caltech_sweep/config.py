@@ -1,0 +1,109 @@
+"""The frozen description of one training, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+FREEZE_CHOICES = ("none", "conv", "fc", "fc_but_last")
+AUGMENT_CHOICES = ("hflip", "color_jitter", "rotation")
+OPTIMIZER_CHOICES = ("sgd", "adam", "adamw")
+
+Freeze = Literal["none", "conv", "fc", "fc_but_last"]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which images a trial sees and how they are cut; shapes are in pixels."""
+
+    name: str = "caltech101"  # caltech101 | shapes (drawn by code) | folder
+    root: str | None = None  # folder of class folders, for name "folder" alone
+    classes: int | str | tuple[str, ...] | None = None  # first N | first_half | second_half | names | all
+    images_per_class: int | None = None  # at most so many of each class in each split
+    resize: int = 256  # short side, pixels
+    crop: int = 224  # centre crop, pixels, square
+    val_fraction: float = 1 / 3  # of train, class by class
+    test_fraction: float = 1 / 3  # for "folder" alone; Caltech-101 has its official rule
+    split_seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """All that decides one training, and nothing else.
+
+    Same config, same images, same device kind and library versions: same weights, bit for bit on the CPU.
+    """
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    arch: str = "alexnet"  # any torchvision classification model
+    weights: str = "none"  # none | imagenet | file:PATH | run:RUN_ID | study:NAME
+    outputs: int | None = None  # size of the last layer; None: one for each class
+    freeze: Freeze = "none"
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9  # SGD alone
+    weight_decay: float = 5e-5
+    step_size: int = 20  # epochs between learning-rate drops
+    gamma: float = 0.1  # factor of each drop
+    epochs: int = 30
+    batch_size: int = 256  # images a training step
+    drop_last: bool = True
+    augment: tuple[str, ...] = ()  # of AUGMENT_CHOICES, in that order
+    augment_probability: float = 0.5  # of each op, for each image
+    rotation_degrees: float = 20.0  # angles are uniform in +- this
+    normalize: str = "auto"  # auto | half | imagenet
+    test_views: str = "center"  # center | tencrop
+    test_batch_size: int = 256  # images a step in evaluation
+    seed: int = 0
+    precision: str = "auto"  # auto | float32 | bfloat16
+    channels_last: bool | None = None  # None: on CUDA alone
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain nested dict that :meth:`from_dict` reads back."""
+        return asdict(self)
+
+    def to_params(self) -> dict[str, str]:
+        """Return every field as text for MLflow params, dataset fields prefixed ``dataset.``."""
+        flat: dict[str, str] = {}
+        for name, value in self.to_dict().items():
+            if name == "dataset":
+                flat.update({f"dataset.{key}": _as_text(item) for key, item in value.items()})
+            else:
+                flat[name] = _as_text(value)
+        return flat
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
+        """Build a config from :meth:`to_dict` output or its JSON round trip."""
+        values = dict(values)
+        dataset = dict(values.pop("dataset", {}))
+        if isinstance(dataset.get("classes"), list):
+            dataset["classes"] = tuple(dataset["classes"])
+        if "augment" in values:
+            chosen = set(values["augment"])
+            values["augment"] = tuple(name for name in AUGMENT_CHOICES if name in chosen)
+        return cls(dataset=DatasetConfig(**dataset), **values)
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that are equal exactly when every field is equal."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def resolved_normalize(self) -> str:
+        """Return "imagenet" or "half"; ``auto`` follows the initial weights (reference report)."""
+        if self.normalize != "auto":
+            return self.normalize
+        return "imagenet" if self.weights == "imagenet" else "half"
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(str, value)) if value else "none"
+    return "none" if value is None else str(value)
+
+
+TRIAL_FIELDS = {f.name: f for f in fields(TrialConfig)}
+DATASET_FIELDS = {f.name: f for f in fields(DatasetConfig)}

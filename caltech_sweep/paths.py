@@ -1,0 +1,34 @@
+"""Every file and folder name the system uses, in one place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+STUDIES = Path("sweeps")
+STORES = Path("mlruns")
+MLFLOW_DB = STORES / "mlflow.db"
+OPTUNA_DB = STORES / "optuna.db"
+ARTIFACTS = STORES / "artifacts"
+CALTECH_FOLDER = "101_ObjectCategories"
+
+
+def data_home() -> Path:
+    """Return where datasets and decoded caches live: ``CALTECH_SWEEP_DATA`` or ``./data``."""
+    return Path(os.environ.get("CALTECH_SWEEP_DATA", "data"))
+
+
+def caltech_root() -> Path:
+    """Return the Caltech-101 class-folder root: ``CALTECH101_ROOT`` or the downloaded copy."""
+    named = os.environ.get("CALTECH101_ROOT")
+    return Path(named) if named else data_home() / CALTECH_FOLDER
+
+
+def image_cache() -> Path:
+    """Return the folder of decoded image caches."""
+    return data_home() / "cache"
+
+
+def weights_home() -> Path:
+    """Return the folder of downloaded pretrained weights."""
+    return data_home() / "weights"
