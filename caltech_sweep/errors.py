@@ -55,9 +55,7 @@ class DivergedError(TrialError):
 
     def __init__(self, epoch: int, step: int, loss: float) -> None:
         self.epoch, self.step, self.loss = epoch, step, loss
-        super().__init__(
-            f"the training loss became {loss} in epoch {epoch}, step {step}; try a lower learning rate"
-        )
+        super().__init__(f"the training loss became {loss} in epoch {epoch}, step {step}; try a lower learning rate")
 
 
 class OutOfMemoryError(TrialError):

@@ -1,0 +1,195 @@
+"""Images decoded once: a memory-mapped uint8 cache that every worker of the machine shares.
+
+The whole resized image is kept, not its centre crop, because TenCrop's corners need it; images are not square,
+so the store is one flat buffer with offsets and shapes. The cache's name is a digest of the file list, the
+files' contents, the geometry and the decoder's version: another of any of these is another cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import functional as tvf
+
+from caltech_sweep.data.splits import PARTS, Item, Split
+from caltech_sweep.errors import DatasetError
+
+Progress = Callable[[int, int], None]
+FORMAT = 1
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
+
+
+def decode(path: Path, resize: int) -> np.ndarray:
+    """Return one image as (H, W, 3) uint8 RGB, its short side ``resize`` pixels, as torchvision's Resize gives.
+
+    Sixteen-bit greyscale is scaled to eight bits, since Pillow's own conversion would clip it to white.
+    """
+    with Image.open(path) as image:
+        if image.mode in _SIXTEEN_BIT:
+            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        return np.asarray(tvf.resize(image.convert("RGB"), [resize]))
+
+
+def _content_digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _decode_all(paths: Sequence[Path], resize: int, progress: Progress | None) -> list[np.ndarray]:
+    """Decode every file, and name all that cannot be decoded in one error."""
+    bad: list[str] = []
+    images: list[np.ndarray] = []
+
+    def attempt(path: Path) -> np.ndarray | str:
+        try:
+            return decode(path, resize)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{path} ({'the file is empty' if path.stat().st_size == 0 else error})"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, result in enumerate(pool.map(attempt, paths), start=1):
+            if isinstance(result, str):
+                bad.append(result)
+            else:
+                images.append(result)
+            if progress:
+                progress(done, len(paths))
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DatasetError(
+            f"{len(bad)} of {len(paths)} image files cannot be read: {'; '.join(bad[:10])}{more}; "
+            "replace or remove them and run again"
+        )
+    return images
+
+
+def _write_atomically(target: Path, chunks: Sequence[bytes | memoryview]) -> None:
+    """Write a file that is either absent or whole, also when two processes write it at once."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    except OSError as error:
+        raise DatasetError(
+            f"the image cache folder {target.parent} cannot be written ({error.strerror}); "
+            "name another with the environment variable CALTECH_SWEEP_DATA"
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise DatasetError(f"the image cache {target} cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+class ImageStore:
+    """Decoded images by number: (H, W, 3) uint8 arrays over one flat buffer."""
+
+    def __init__(self, flat: np.ndarray, shapes: Sequence[tuple[int, int]]) -> None:
+        self._flat, self._shapes = flat, list(shapes)
+        sizes = np.array([height * width * 3 for height, width in shapes], dtype=np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def tensor(self, index: int) -> torch.Tensor:
+        """Return image ``index`` as a (3, H, W) uint8 tensor of its own."""
+        height, width = self._shapes[index]
+        flat = self._flat[self._offsets[index] : self._offsets[index + 1]]
+        return torch.from_numpy(np.array(flat).reshape(height, width, 3)).permute(2, 0, 1).contiguous()
+
+
+def _open(base: Path) -> ImageStore | None:
+    """Open a cache, or return None when there is none or it is damaged."""
+    try:
+        header = json.loads(base.with_suffix(".json").read_text())
+        flat = np.memmap(base.with_suffix(".bin"), np.uint8, "r")
+    except (OSError, ValueError):
+        return None
+    if flat.nbytes != header["bytes"] or zlib.crc32(flat.data) != header["crc32"]:
+        return None
+    return ImageStore(flat, [tuple(shape) for shape in header["shapes"]])
+
+
+def open_store(paths: Sequence[Path], resize: int, cache: Path, progress: Progress | None) -> tuple[ImageStore, str]:
+    """Open the cache of these files, building it first when it is missing or damaged.
+
+    Returns the store and the digest that names it.
+    """
+    decoder = f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}"
+    try:
+        key = hashlib.sha256(f"{decoder}|{_content_digest(paths)}".encode()).hexdigest()[:16]
+    except OSError as error:
+        raise DatasetError(f"{error.filename} cannot be read: {error.strerror}") from error
+    base = cache / f"images-{key}"
+    store = _open(base)
+    if store is not None:
+        return store, key
+    images = _decode_all(paths, resize, progress)
+    flat = b"".join(image.tobytes() for image in images)
+    shapes = [list(image.shape[:2]) for image in images]
+    header = {"bytes": len(flat), "crc32": zlib.crc32(flat), "shapes": shapes}
+    _write_atomically(base.with_suffix(".bin"), [flat])
+    _write_atomically(base.with_suffix(".json"), [json.dumps(header).encode()])
+    opened = _open(base)
+    if opened is None:
+        raise DatasetError(f"the image cache {base}.bin was damaged as soon as it was written; is the disk failing?")
+    return opened, key
+
+
+class LoadedData:
+    """The images and labels of one dataset, cut into train, val and test."""
+
+    def __init__(self, split: Split, store: ImageStore, key: str, root: Path | None) -> None:
+        self.split, self._store, self._root = split, store, root
+        starts = np.cumsum([0, *(len(split.part(part)) for part in PARTS)])
+        self._starts = {part: int(start) for part, start in zip(PARTS, starts, strict=False)}
+        self._crops: dict[tuple[str, int], torch.Tensor] = {}
+        listing = [(part, item.class_name, item.label, self._name(item)) for part in PARTS for item in split.part(part)]
+        self.fingerprint = hashlib.sha256(json.dumps([key, listing]).encode()).hexdigest()[:16]
+
+    def _name(self, item: Item) -> str:
+        return item.path.relative_to(self._root).as_posix() if self._root else item.path.as_posix()
+
+    def paths(self, part: str) -> list[str]:
+        """Return each image's path below the dataset's root."""
+        return [self._name(item) for item in self.split.part(part)]
+
+    def labels(self, part: str) -> torch.Tensor:
+        """Return (N,) int64 class indices."""
+        return torch.tensor([item.label for item in self.split.part(part)], dtype=torch.int64)
+
+    def center_crops(self, part: str, crop: int) -> torch.Tensor:
+        """Return (N, 3, crop, crop) uint8, equal to torchvision's CenterCrop of each resized image."""
+        if (part, crop) not in self._crops:
+            count, start = len(self.split.part(part)), self._starts[part]
+            out = torch.empty((count, 3, crop, crop), dtype=torch.uint8)
+            for index in range(count):
+                out[index] = tvf.center_crop(self._store.tensor(start + index), [crop])
+            self._crops[part, crop] = out
+        return self._crops[part, crop]
+
+    def ten_crops(self, part: str, index: int, crop: int) -> torch.Tensor:
+        """Return (10, 3, crop, crop) uint8, equal to torchvision's TenCrop of the resized image."""
+        return torch.stack(tvf.ten_crop(self._store.tensor(self._starts[part] + index), [crop]))

@@ -1,0 +1,198 @@
+"""Which image belongs to train, val and test: the course's Caltech-101 rule, or a seeded stratified split.
+
+The official rule (reference: the course's own train.txt and test.txt): sort the folders case-insensitively,
+``BACKGROUND_Google`` and its stray ``tmp`` file included, sort the files in each, number all 9,145 across the
+folders; every third is test; only then is ``BACKGROUND_Google`` dropped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from caltech_sweep.config import DatasetConfig
+from caltech_sweep.errors import DatasetError
+
+BACKGROUND = "BACKGROUND_Google"
+CALTECH_FOLDERS, CALTECH_FILES = 102, 9145
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: its file (or drawn name), its class index and its class name."""
+
+    path: Path
+    label: int
+    class_name: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The class names in label order, and the images of each part."""
+
+    classes: tuple[str, ...]
+    train: tuple[Item, ...]
+    val: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+    def part(self, name: str) -> tuple[Item, ...]:
+        """Return the images of "train", "val" or "test"."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.name.lower())
+    except OSError as error:
+        raise DatasetError(f"the dataset folder {root} cannot be read: {error.strerror}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+def _check_caltech(root: Path, files: dict[str, list[Path]]) -> None:
+    count = sum(map(len, files.values()))
+    mend = "the official split needs the complete folder; fetch it again with `caltech-sweep data`"
+    if BACKGROUND not in files:
+        raise DatasetError(f"{root} has no folder {BACKGROUND}, whose files count in the split; {mend}")
+    if not any(path.name == "tmp" for path in files[BACKGROUND]):
+        raise DatasetError(
+            f"{root / BACKGROUND} lacks the stray file 'tmp', which the official split counts: without it every "
+            f"later class shifts; {mend}, or create it as an empty file"
+        )
+    if len(files) != CALTECH_FOLDERS or count != CALTECH_FILES:
+        raise DatasetError(
+            f"{root} holds {count:,} files in {len(files)} folders, not {CALTECH_FILES:,} in {CALTECH_FOLDERS}; {mend}"
+        )
+
+
+def carve(count: int, fraction: float, seed: Sequence[int]) -> np.ndarray:
+    """Return the sorted positions, of ``range(count)``, that a seeded draw of ``fraction`` chooses."""
+    order = np.random.default_rng(list(seed)).permutation(count)
+    return np.sort(order[: math.floor(count * fraction + 0.5)])
+
+
+def _quotas(counts: Sequence[int], fraction: float) -> list[int]:
+    """Share ``floor(total * fraction)`` out over classes by largest remainder, so that the sum is exact."""
+    exact = [count * fraction for count in counts]
+    quotas = [math.floor(value + 1e-9) for value in exact]
+    missing = math.floor(sum(counts) * fraction + 1e-9) - sum(quotas)
+    by_remainder = sorted(range(len(counts)), key=lambda i: (quotas[i] - exact[i], i))
+    for index in by_remainder[:missing]:
+        quotas[index] += 1
+    return quotas
+
+
+def _carve_val(
+    classes: Sequence[str], train: Sequence[Item], fraction: float, seed: int
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    by_class: list[list[Item]] = [[] for _ in classes]
+    for item in train:
+        by_class[item.label].append(item)
+    kept: list[Item] = []
+    val: list[Item] = []
+    for label, quota in enumerate(_quotas([len(items) for items in by_class], fraction)):
+        items = by_class[label]
+        if not 0 < quota < len(items):
+            raise DatasetError(
+                f"class {classes[label]!r} has {len(items)} training images, too few to give a validation part "
+                f"of {fraction:.2f}; add images or change dataset.val_fraction"
+            )
+        chosen = set(np.random.default_rng([seed, 1, label]).permutation(len(items))[:quota].tolist())
+        for position, item in enumerate(items):
+            (val if position in chosen else kept).append(item)
+    return tuple(kept), tuple(val)
+
+
+def caltech_split(root: Path, val_fraction: float = 1 / 3, seed: int = 0) -> Split:
+    """Return the official split of a complete ``101_ObjectCategories`` folder: 3,856 / 1,928 / 2,893 images.
+
+    Raises DatasetError naming what is missing when the folder is incomplete.
+    """
+    files = {folder.name: _files(folder) for folder in _folders(root)}
+    _check_caltech(root, files)
+    classes = tuple(name for name in files if name != BACKGROUND)
+    labels = {name: label for label, name in enumerate(classes)}
+    train: list[Item] = []
+    test: list[Item] = []
+    number = 0
+    for name, paths in files.items():
+        for path in paths:
+            if name != BACKGROUND:
+                (test if number % 3 == 0 else train).append(Item(path, labels[name], name))
+            number += 1
+    kept, val = _carve_val(classes, train, val_fraction, seed)
+    return Split(classes, kept, val, tuple(test))
+
+
+def folder_split(root: Path, val_fraction: float, test_fraction: float, seed: int) -> Split:
+    """Return a seeded, stratified split of any folder of class folders.
+
+    ``test_fraction`` of each class is test; ``val_fraction`` of what is left is val. Raises DatasetError when
+    there are fewer than two classes, or a class too small to give every part an image.
+    """
+    files = {f.name: [p for p in _files(f) if p.suffix.lower() in IMAGE_SUFFIXES] for f in _folders(root)}
+    files = {name: paths for name, paths in files.items() if paths}
+    if len(files) < 2:
+        raise DatasetError(f"{root} must hold at least two folders with images, one a class; it has {len(files)}")
+    classes = tuple(files)
+    train: list[Item] = []
+    test: list[Item] = []
+    for label, (name, paths) in enumerate(files.items()):
+        chosen = set(carve(len(paths), test_fraction, [seed, 0, label]).tolist())
+        if not 0 < len(chosen) < len(paths) - 1:
+            raise DatasetError(
+                f"class {name!r} has {len(paths)} images, too few for a train, val and test part; "
+                "add images or change dataset.test_fraction"
+            )
+        for position, path in enumerate(paths):
+            (test if position in chosen else train).append(Item(path, label, name))
+    kept, val = _carve_val(classes, train, val_fraction, seed)
+    return Split(classes, kept, val, tuple(test))
+
+
+def _chosen_classes(classes: tuple[str, ...], wanted: int | str | tuple[str, ...]) -> tuple[str, ...]:
+    half = (len(classes) + 1) // 2
+    if isinstance(wanted, int):
+        if not 2 <= wanted <= len(classes):
+            raise DatasetError(f"dataset.classes: must be between 2 and {len(classes)}, got {wanted}")
+        return classes[:wanted]
+    if isinstance(wanted, str):
+        halves = {"first_half": classes[:half], "second_half": classes[half:]}
+        if wanted not in halves:
+            raise DatasetError(f"dataset.classes: must be a number, first_half, second_half or names, got {wanted!r}")
+        return halves[wanted]
+    for name in wanted:
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DatasetError(f"dataset.classes: there is no class {name!r}{hint}")
+    return tuple(name for name in classes if name in wanted)
+
+
+def subset(split: Split, config: DatasetConfig) -> Split:
+    """Keep the configured classes, renumbered, and at most ``images_per_class`` of each in every part."""
+    if config.classes is None and config.images_per_class is None:
+        return split
+    classes = split.classes if config.classes is None else _chosen_classes(split.classes, config.classes)
+    labels = {name: label for label, name in enumerate(classes)}
+
+    def keep(items: tuple[Item, ...]) -> tuple[Item, ...]:
+        seen = dict.fromkeys(classes, 0)
+        kept = []
+        for item in items:
+            if item.class_name in labels:
+                seen[item.class_name] += 1
+                if config.images_per_class is None or seen[item.class_name] <= config.images_per_class:
+                    kept.append(Item(item.path, labels[item.class_name], item.class_name))
+        return tuple(kept)
+
+    return Split(classes, keep(split.train), keep(split.val), keep(split.test))

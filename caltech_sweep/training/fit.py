@@ -1,0 +1,191 @@
+"""The training loop: a generator of epoch results that whoever consumes it may report, prune and log."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.errors import DatasetError, DivergedError
+from caltech_sweep.training import augment
+from caltech_sweep.training.evaluate import Evaluation, evaluate
+from caltech_sweep.training.keys import derive
+from caltech_sweep.training.models import train_mode
+
+_NORMALIZE = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One finished epoch (1 is the first); accuracies are fractions, losses means over images."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val: Evaluation
+    seconds: float
+    images: int  # trained in this epoch
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of this epoch by their names in MLflow."""
+        return {
+            "train/loss": self.train_loss,
+            "train/accuracy": self.train_accuracy,
+            "val/loss": self.val.loss,
+            "val/accuracy": self.val.accuracy,
+            "lr": self.lr,
+            "epoch_seconds": self.seconds,
+            "images_per_second": self.images / self.seconds,
+        }
+
+
+def learning_rate(config: TrialConfig, epoch: int) -> float:
+    """Return StepLR's learning rate of a 1-based epoch."""
+    return config.lr * config.gamma ** ((epoch - 1) // config.step_size)
+
+
+def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the configured optimiser over the parameters that are trained."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+@dataclass
+class Training:
+    """A model in training: everything that the next epoch needs, and the best-on-val weights so far."""
+
+    config: TrialConfig
+    data: LoadedData
+    model: nn.Module
+    device: torch.device
+    epoch: int = 0
+    best: EpochResult | None = None
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config, on_gpu = self.config, self.device.type == "cuda"
+        self._bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
+        last = config.channels_last if config.channels_last is not None else on_gpu
+        self._format = torch.channels_last if last else torch.contiguous_format
+        self.model = self.model.to(self.device)
+        for parameter in self.model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=self._format)
+        self.optimizer = make_optimizer(config, self.model)
+        mean, std = _NORMALIZE[config.resolved_normalize()]
+        self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
+        self._images = self.data.center_crops("train", config.dataset.crop)
+        self._labels = self.data.labels("train")
+        if config.drop_last and len(self._labels) < config.batch_size:
+            raise DatasetError(
+                f"batch_size: {config.batch_size} is more than the {len(self._labels)} training images and drop_last "
+                "is set, so no step would be trained; lower batch_size or set drop_last to false"
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    def _floats(self, images: torch.Tensor, params: augment.AugmentParams | None = None) -> torch.Tensor:
+        """Map (N, 3, H, W) uint8 to normalised float images on the device."""
+        floats = images.to(self.device).float().div_(255)
+        if params is not None:
+            floats = augment.apply(floats, params)
+        return floats.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map (N, 3, H, W) uint8 images to logits."""
+        with self._autocast():
+            return self.model(self._floats(images))
+
+    def evaluate(self, part: str, views: str = "center") -> Evaluation:
+        """Evaluate the current weights on "val" or "test", by centre crops or TenCrop views."""
+        crop = self.config.dataset.crop
+        if views == "tencrop":
+
+            def cut(index: torch.Tensor) -> torch.Tensor:
+                return torch.stack([self.data.ten_crops(part, i, crop) for i in index.tolist()])
+
+            size = max(1, self.config.test_batch_size // 10)
+        else:
+            images, size = self.data.center_crops(part, crop), self.config.test_batch_size
+
+            def cut(index: torch.Tensor) -> torch.Tensor:
+                return images[index].unsqueeze(1)
+
+        return evaluate(self.model, self.data.labels(part), size, cut, self.forward)
+
+    def _batches(self, epoch: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(derive(self.config.seed, "shuffle", epoch))
+        batches = torch.randperm(len(self._labels), generator=generator).split(self.config.batch_size)
+        if self.config.drop_last and len(batches[-1]) < self.config.batch_size:
+            return batches[:-1]
+        return batches
+
+    def _step(self, epoch: int, number: int, index: torch.Tensor, params: augment.AugmentParams | None) -> torch.Tensor:
+        """Train one batch; return (loss summed over images, correct) as a tensor of two on the device."""
+        torch.manual_seed(derive(self.config.seed, "dropout", epoch, number))
+        images = self._floats(self._images[index], params[index] if params else None)
+        labels = self._labels[index].to(self.device)
+        with self._autocast():
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        if not math.isfinite(loss.item()):
+            raise DivergedError(epoch, number, loss.item())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        correct = (logits.detach().argmax(1) == labels).sum()
+        return torch.stack([loss.detach().double() * len(index), correct.double()])
+
+    def run_epoch(self) -> EpochResult:
+        """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
+        config, epoch, start = self.config, self.epoch + 1, time.perf_counter()
+        lr = learning_rate(config, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        params = None
+        if config.augment:
+            params = augment.draw_params(
+                config.seed,
+                epoch,
+                len(self._labels),
+                config.augment,
+                config.augment_probability,
+                config.rotation_degrees,
+            )
+        train_mode(self.model)
+        totals, seen = torch.zeros(2, dtype=torch.float64, device=self.device), 0
+        for number, index in enumerate(self._batches(epoch), start=1):
+            totals += self._step(epoch, number, index, params)
+            seen += len(index)
+        loss, correct = (totals / seen).tolist()
+        val = self.evaluate("val")
+        seconds = time.perf_counter() - start
+        result = EpochResult(epoch, lr, loss, correct, val, seconds, seen)
+        self.epoch = epoch
+        if self.best is None or val.accuracy > self.best.val.accuracy:
+            self.best = result
+            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        return result
+
+
+def fit(training: Training) -> Iterator[EpochResult]:
+    """Train the epochs that are left, yielding each."""
+    while training.epoch < training.config.epochs:
+        yield training.run_epoch()

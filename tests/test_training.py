@@ -1,0 +1,147 @@
+"""Training against torch and torchvision: augmentation, schedule, freezing, determinism, evaluation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from torchvision.transforms.v2 import functional as oracle
+
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.data import load_dataset
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.errors import DatasetError, DivergedError, ModelError
+from caltech_sweep.training import augment
+from caltech_sweep.training.fit import learning_rate
+from caltech_sweep.training.models import build_model, train_mode
+from caltech_sweep.training.trial import TrialOutcome, pick_device, run_trial
+
+SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=4, images_per_class=8)
+CONFIG = TrialConfig(dataset=SHAPES, arch="resnet18", epochs=2, batch_size=16, step_size=1, augment=("hflip",))
+
+
+@pytest.fixture(scope="module")
+def data() -> LoadedData:
+    return load_dataset(SHAPES)
+
+
+def run(config: TrialConfig, data: LoadedData) -> tuple[list, TrialOutcome]:
+    trial, epochs = run_trial(config, data, pick_device("cpu")), []
+    while True:
+        try:
+            epochs.append(next(trial))
+        except StopIteration as end:
+            return epochs, end.value
+
+
+def test_every_augmentation_equals_torchvision_sample_by_sample(data: LoadedData) -> None:
+    images = data.center_crops("train", 32)[:32].float() / 255
+    params = augment.draw_params(3, 1, 32, ("hflip", "color_jitter", "rotation"), 0.5, 20.0)
+    got = augment.apply(images.clone(), params)
+    assert 0 < params.flip.sum() < 32 and (params.angle == 0).any() and (params.angle != 0).any()
+    for index in range(32):
+        want = images[index]
+        if params.flip[index]:
+            want = oracle.horizontal_flip(want)
+        brightness, contrast, saturation = params.jitter[index].tolist()
+        want = oracle.adjust_brightness(want, brightness)
+        want = oracle.adjust_contrast(want, contrast)
+        want = oracle.adjust_saturation(want, saturation)
+        want = oracle.rotate(want, params.angle[index].item())
+        # Nearest-pixel rotation may fall on the other side of a tie for a few pixels in a thousand.
+        assert ((got[index] - want).abs() > 1e-5).float().mean() < 0.005
+
+
+def test_parameters_belong_to_the_sample_and_the_epoch() -> None:
+    draw = [augment.draw_params(0, epoch, 9, augment_all, 0.5, 20.0) for epoch in (1, 1, 2)]
+    assert torch.equal(draw[0].angle, draw[1].angle) and not torch.equal(draw[0].angle, draw[2].angle)
+
+
+augment_all = ("hflip", "color_jitter", "rotation")
+
+
+def test_the_schedule_is_torch_step_lr() -> None:
+    config = TrialConfig(lr=0.03, step_size=3, gamma=0.1, epochs=10)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
+    for epoch in range(1, 11):
+        assert learning_rate(config, epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("arch", "how", "trained"),
+    [
+        ("alexnet", "none", {"features", "classifier"}),
+        ("alexnet", "conv", {"classifier"}),
+        ("alexnet", "fc", {"features"}),
+        ("alexnet", "fc_but_last", {"features", "classifier.6"}),
+        ("resnet50", "conv", {"fc"}),
+    ],
+)
+def test_freezing_trains_what_it_says(arch: str, how: str, trained: set[str]) -> None:
+    model = build_model(replace(CONFIG, arch=arch, freeze=how), 7)
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = {n for n, _ in model.named_parameters() if any(n.startswith(f"{t}.") for t in trained)}
+    assert free == wanted and free
+
+
+def test_frozen_batch_norm_keeps_its_statistics() -> None:
+    model = build_model(replace(CONFIG, freeze="conv"), 4)
+    before = model.bn1.running_mean.clone()
+    train_mode(model)
+    model(torch.randn(4, 3, 32, 32))
+    assert torch.equal(model.bn1.running_mean, before)
+
+
+def test_models_that_cannot_be_are_sentences() -> None:
+    with pytest.raises(ModelError, match="no classification model 'alexnt'; did you mean 'alexnet'"):
+        build_model(replace(CONFIG, arch="alexnt"), 4)
+    with pytest.raises(ModelError, match="fc_but_last freezes nothing"):
+        build_model(replace(CONFIG, freeze="fc_but_last"), 4)
+    with pytest.raises(ModelError, match="there is no file nowhere.safetensors"):
+        build_model(replace(CONFIG, weights="file:nowhere.safetensors"), 4)
+
+
+def test_initial_weights_are_torchvision_s_of_the_saved_file(tmp_path) -> None:
+    other = torchvision.models.resnet18(num_classes=9)
+    torch.save(other.state_dict(), tmp_path / "w.pt")
+    model = build_model(replace(CONFIG, weights=f"file:{tmp_path / 'w.pt'}"), 4)
+    assert torch.equal(model.layer4[1].conv2.weight, other.layer4[1].conv2.weight)
+    assert model.fc.out_features == 4
+    with pytest.raises(ModelError, match="do not fit"):
+        build_model(replace(CONFIG, arch="alexnet", weights=f"file:{tmp_path / 'w.pt'}"), 4)
+
+
+def test_the_same_config_trains_the_same_weights(data: LoadedData) -> None:
+    first, other = run(CONFIG, data)[1], run(CONFIG, data)[1]
+    torch.randn(3)
+    assert all(torch.equal(first.weights[k], other.weights[k]) for k in first.weights)
+    different = run(replace(CONFIG, seed=1), data)[1]
+    assert any(not torch.equal(first.weights[k], different.weights[k]) for k in first.weights)
+
+
+def test_the_best_epoch_is_the_earliest_of_the_highest(data: LoadedData) -> None:
+    epochs, outcome = run(replace(CONFIG, epochs=4, lr=1e-9), data)
+    accuracies = [epoch.val.accuracy for epoch in epochs]
+    assert outcome.best.epoch == accuracies.index(max(accuracies)) + 1
+
+
+def test_divergence_names_epoch_and_step(data: LoadedData) -> None:
+    with pytest.raises(DivergedError, match=r"epoch \d+, step \d+"):
+        run(replace(CONFIG, lr=1e30, epochs=3), data)
+
+
+def test_a_batch_larger_than_the_data_is_refused(data: LoadedData) -> None:
+    with pytest.raises(DatasetError, match="batch_size: 999 is more than the 32 training images"):
+        run(replace(CONFIG, batch_size=999), data)
+
+
+def test_a_tiny_set_is_learnt_by_heart_and_tencrop_is_evaluated(data: LoadedData) -> None:
+    epochs, outcome = run(
+        replace(CONFIG, epochs=25, lr=0.02, step_size=20, augment=(), test_views="tencrop", drop_last=False), data
+    )
+    assert epochs[-1].train_accuracy > 0.95
+    assert outcome.test_tencrop is not None
+    assert set(outcome.metrics()) >= {"best/val_accuracy", "test/accuracy", "test_tencrop/accuracy"}
