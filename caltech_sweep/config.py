@@ -88,8 +88,13 @@ class TrialConfig:
         return cls(dataset=DatasetConfig(**dataset), **values)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that are equal exactly when every field is equal."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """Return 16 hex digits that are equal exactly when every field is equal, where the images lie aside.
+
+        The dataset's root is left out: a copy of the images elsewhere is the same training.
+        """
+        values = self.to_dict()
+        del values["dataset"]["root"]
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def resolved_normalize(self) -> str:
