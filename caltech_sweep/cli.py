@@ -2,12 +2,204 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import click
 
 from caltech_sweep import __version__
+from caltech_sweep.errors import CaltechSweepError
 
 
-@click.group()
+class _Group(click.Group):
+    """Turns every error that is written for the user into a sentence and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except CaltechSweepError as error:
+            click.echo(f"Error: {error}", err=True)
+            context.exit(error.exit_code)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+tracking_option = click.option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI or mlruns/mlflow.db.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Fix a setting for this run, such as lr=0.01."
+)
+trials_option = click.option("--trials", type=click.IntRange(1), help="Trials in total, rows included.")
+data_option = click.option(
+    "--data", metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/."
+)
+name_option = click.option("--name", help="Store the study under another name.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="caltech-sweep")
 def main() -> None:
     """Sweep, track and report image-classifier trainings."""
+
+
+@main.command()
+@click.argument("study")
+@set_option
+@trials_option
+@data_option
+@name_option
+@tracking_option
+@click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
+@click.option("--workers", type=click.IntRange(1), help="Worker processes; default one a GPU, or one.")
+@click.option("--per-device", type=click.IntRange(1), default=1, help="Workers that share a GPU.")
+@click.option("--device", help="Device of every trial, such as cpu or cuda:1; default the GPUs, or the CPU.")
+@click.option("--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores.")
+@click.option("--row", "rows", multiple=True, metavar="NAME", help="Run this row alone; may be repeated.")
+@click.option("--in-process", is_flag=True, help="Train in this very process, for debugging.")
+def run(
+    study: str,
+    overrides: tuple[str, ...],
+    trials: int | None,
+    data: str | None,
+    name: str | None,
+    **options: Any,
+) -> None:
+    """Run STUDY, a name in sweeps/ or a path, to its total of trials.
+
+    Example: caltech-sweep run transfer --trials 20 --workers 2
+    """
+    from caltech_sweep.sweep.study_file import load_study
+
+    definition = load_study(study, overrides, trials=trials, data=data, name=name)
+    from caltech_sweep.sweep.session import RunOptions, run_study
+
+    summary = run_study(definition, RunOptions(**options), _say)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(summary.outcomes.items())) or "nothing to do"
+    _say(f"study {definition.name}: {counts}")
+    if not summary.complete:
+        _say(f"stopped; go on with: caltech-sweep run {study}")
+        sys.exit(130)
+    _say(f"see the tables with: caltech-sweep report {definition.name}")
+
+
+@main.command()
+@click.argument("study")
+@set_option
+@trials_option
+@data_option
+@name_option
+@tracking_option
+def plan(
+    study: str,
+    overrides: tuple[str, ...],
+    trials: int | None,
+    data: str | None,
+    name: str | None,
+    tracking_uri: str | None,
+) -> None:
+    """Say what running STUDY would train, without training.
+
+    Example: caltech-sweep plan transfer
+    """
+    from caltech_sweep.sweep.study_file import load_study
+
+    definition = load_study(study, overrides, trials=trials, data=data, name=name)
+    from caltech_sweep.sweep.plan import plan_study
+
+    click.echo(plan_study(definition, tracking_uri))
+
+
+@main.command()
+def studies() -> None:
+    """List the study files in sweeps/.
+
+    Example: caltech-sweep studies
+    """
+    from caltech_sweep.sweep.study_file import list_studies, load_study
+
+    for study in list_studies():
+        try:
+            definition = load_study(study)
+        except CaltechSweepError as error:
+            click.echo(f"{study:20} cannot be read: {str(error).splitlines()[0]}")
+            continue
+        count = f"{len(definition.rows)} rows, {definition.trials} trials"
+        click.echo(f"{study:20} {count:22} {definition.title}")
+
+
+@main.command()
+@click.argument("studies", nargs=-1)
+@click.option("--format", "kind", type=click.Choice(["markdown", "json", "csv"]), default="markdown", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
+@click.option("--best", type=click.IntRange(0), default=3, show_default=True, help="Sampled trials below the rows.")
+@tracking_option
+def report(studies: tuple[str, ...], kind: str, out: Path | None, best: int, tracking_uri: str | None) -> None:
+    """Print the comparison tables of STUDIES, or of all, from the tracking store alone.
+
+    Example: caltech-sweep report transfer --format csv --out transfer.csv
+    """
+    from caltech_sweep.report.build import build_report
+
+    text = build_report(studies, kind, best, tracking_uri)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CaltechSweepError(f"--out: {out} cannot be written: {error.strerror}") from error
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Loopback unless you say otherwise.")
+@tracking_option
+def ui(port: int, host: str, tracking_uri: str | None) -> None:
+    """Serve the MLflow UI on the tracking store.
+
+    Example: caltech-sweep ui --port 5001
+    """
+    from caltech_sweep.ui import serve
+
+    serve(host, port, tracking_uri)
+
+
+@main.group(invoke_without_command=True)
+@click.option("--from", "source", type=click.Path(path_type=Path), help="A folder, .tar.gz or .zip that you have.")
+@click.option("--url", help="Where to download from instead of the public archive.")
+@click.pass_context
+def data(context: click.Context, source: Path | None, url: str | None) -> None:
+    """Get Caltech-101: download, verify and unpack it, or take a copy that you have.
+
+    Example: caltech-sweep data --from 101_ObjectCategories.tar.gz
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from caltech_sweep.data.archive import fetch
+    from caltech_sweep.sweep.watch import byte_progress
+
+    root = fetch(source, url, byte_progress(_say))
+    click.echo(f"Caltech-101 is in {root}")
+
+
+@data.command("list")
+@click.option("--split", "part", type=click.Choice(["train", "val", "test"]), required=True)
+@click.option("--format", "kind", type=click.Choice(["csv"]), default="csv", show_default=True)
+@click.option("--data", "folder", metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/.")
+def data_list(part: str, kind: str, folder: str | None) -> None:
+    """Print the images of one part as path,class lines.
+
+    Example: caltech-sweep data list --split test > test.csv
+    """
+    import csv
+
+    from caltech_sweep.config import DatasetConfig
+    from caltech_sweep.data import dataset_root, load_split
+
+    config = DatasetConfig(root=folder)
+    root = dataset_root(config)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    for item in load_split(config).part(part):
+        writer.writerow([item.path.relative_to(root).as_posix(), item.class_name])

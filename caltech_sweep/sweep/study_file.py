@@ -396,10 +396,10 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         for row in definition.rows
     )
     recorded = {key: value for key, value in overrides.items() if key != "dataset.root"}
-    if dataset.get("crop", 224) > dataset.get("resize", 256):
+    crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
+    if crop > resize:
         raise UsageError(
-            f"dataset.crop: {dataset.get('crop', 224)} pixels cannot be cut from images of {dataset.get('resize', 256)} "
-            "(dataset.resize); set both"
+            f"dataset.crop: {crop} pixels cannot be cut from images of {resize} (dataset.resize); set both"
         )
     return replace(definition, dataset=dataset, fixed=fixed, space=space, rows=rows, overrides=recorded)
 

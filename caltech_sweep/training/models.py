@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from pathlib import Path
 
 import torch
@@ -162,3 +163,15 @@ def build_model(config: TrialConfig, num_classes: int, weights_file: Path | None
         _load(model, read_weights(weights_file), last, config.weights)
     freeze(model, config.freeze)
     return model
+
+
+def count_parameters(config: TrialConfig, num_classes: int, weights_file: Path | None = None) -> tuple[int, int]:
+    """Return how many parameters a trial trains, and how many its model has, without allocating the model.
+
+    Raises what :func:`build_model` would, so a study is checked before it starts.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("ignore", message=".*is a no-op")  # weights are checked, not copied, here
+        model = build_model(config, num_classes, weights_file)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

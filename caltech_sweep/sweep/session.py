@@ -1,0 +1,196 @@
+"""Runs and plans of a study: everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from caltech_sweep import stores
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.data import load_dataset
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.errors import DatasetError, UsageError
+from caltech_sweep.sweep.coordinator import Coordinator, Images, Summary, open_study
+from caltech_sweep.sweep.executors import Executor, InProcessExecutor, ProcessExecutor
+from caltech_sweep.sweep.rules import suggestion
+from caltech_sweep.sweep.runner import train
+from caltech_sweep.sweep.study_file import Choices, StudyDefinition
+from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher
+from caltech_sweep.tracking import MlflowTracker, git_state
+
+Weights = dict[str, tuple[str, Path]]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says about where and how trials run; None leaves it to the machine."""
+
+    tracking_uri: str | None = None
+    storage: str | None = None
+    workers: int | None = None  # processes; one a GPU, one on the CPU
+    per_device: int = 1  # workers sharing a GPU
+    device: str | None = None
+    threads: int | None = None  # of torch in each worker; all cores
+    in_process: bool = False
+    rows: tuple[str, ...] = ()  # these alone
+
+
+def variants(definition: StudyDefinition, keys: tuple[str, ...]) -> Iterator[TrialConfig]:
+    """Yield one config for each row, and for each combination of the space's choices of ``keys``."""
+    yield from (definition.row_config(row) for row in definition.rows)
+    spaces = {key: definition.space[key] for key in keys if key in definition.space}
+    choices = [dimension.values for dimension in spaces.values() if isinstance(dimension, Choices)]
+    if definition.space:
+        for values in itertools.product(*choices):
+            yield definition.config(dict(zip(spaces, values, strict=True)))
+
+
+def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
+    """Resolve every ``run:`` and ``study:`` weights of a study to a run and its checkpoint file."""
+    from caltech_sweep.training.artifacts import CHECKPOINT
+
+    found: Weights = {}
+    for config in variants(definition, ("weights",)):
+        kind, _, name = config.weights.partition(":")
+        if kind not in ("run", "study") or config.weights in found:
+            continue
+        tracker = MlflowTracker(tracking_uri)
+        run_id = tracker.best_trial(name).run_id if kind == "study" else name
+        found[config.weights] = (run_id, tracker.artifact(run_id, CHECKPOINT))
+    return found
+
+
+def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> None:
+    """Raise the error that the first trial would meet: a model that cannot be built, a batch that cannot be filled."""
+    from caltech_sweep.training.models import count_parameters
+
+    classes, images = len(data.split.classes), len(data.split.train)
+    for part in ("train", "val", "test"):
+        if not data.split.part(part):
+            raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
+    seen = set()
+    for config in variants(definition, ("arch", "weights", "outputs", "freeze", "batch_size", "drop_last")):
+        if config.outputs is not None and config.outputs < classes:
+            raise UsageError(f"outputs: {config.outputs} outputs cannot tell {classes} classes apart; leave it out")
+        if config.drop_last and config.batch_size > images:
+            raise UsageError(
+                f"batch_size: {config.batch_size} is more than the {images} training images, and drop_last leaves out "
+                "a batch that is not full; lower it (--set batch_size=...) or set drop_last to false"
+            )
+        model = (config.arch, config.weights, config.outputs, config.freeze)
+        if model not in seen:
+            seen.add(model)
+            count_parameters(config, classes, weights.get(config.weights, ("", None))[1])
+
+
+def make_executor(options: RunOptions) -> Executor:
+    """Return the executor that the options and the machine ask for."""
+    import torch
+
+    from caltech_sweep.training.trial import pick_device
+
+    if options.device is not None:
+        devices = [str(pick_device(options.device))]
+    else:
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    threads = options.threads or os.cpu_count()
+    if options.in_process:
+        torch.set_num_threads(threads or 1)
+        return InProcessExecutor(train, devices[0])
+    return ProcessExecutor(train, options.workers or len(devices) * options.per_device, devices, threads)
+
+
+@contextmanager
+def _stoppable(coordinator: Coordinator, watcher: Watcher) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM stop cleanly, and a second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        watcher.note("Stopping: the running trials go back to waiting. Press Ctrl-C again to stop at once.")
+        coordinator.request_stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_rows(definition: StudyDefinition, rows: tuple[str, ...]) -> None:
+    names = [row.name for row in definition.rows]
+    for name in rows:
+        if name not in names:
+            raise UsageError(f"--row: study {definition.name!r} has no row {name!r}{suggestion(name, names)}")
+
+
+def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
+    """Check a study, then run it to its total; ``write`` prints a line."""
+    from rich.console import Console
+
+    _check_rows(definition, options.rows)
+    tracking, storage = stores.tracking_uri(options.tracking_uri), stores.storage_uri(options.storage)
+    if tracking == storage:
+        raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
+    weights = find_weights(definition, options.tracking_uri)
+    dataset = definition.config({}).dataset
+    data = load_dataset(dataset, progress_line("decoding images", write))
+    check(definition, data, weights)
+    tracker = MlflowTracker(tracking, create=True)
+    stores.check_file(storage, "study store", create=True)
+    images = Images(
+        data.fingerprint,
+        {part: len(data.split.part(part)) for part in ("train", "val", "test")},
+        dataset.root or dataset.name,
+        len(data.split.classes),
+    )
+    identity = {
+        **definition.identity(),
+        "images": data.fingerprint,
+        "initial_weights": {name: run_id for name, (run_id, _) in weights.items()},
+    }
+    with ExitStack() as stack:
+        stack.enter_context(stores.only_one(storage, definition.name))
+        study = open_study(definition, storage, identity)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="caltech-sweep-")))
+        console = Console(stderr=True)
+        watcher: Watcher = PlainWatcher(write)
+        if console.is_terminal:
+            watcher = stack.enter_context(LiveWatcher(console))
+        executor = make_executor(options)
+        stack.callback(executor.close)
+        coordinator = Coordinator(
+            definition,
+            study,
+            tracker,
+            executor,
+            watcher,
+            scratch,
+            images,
+            weights=weights,
+            tags=git_state(),
+            only=options.rows,
+        )
+        stack.enter_context(_stoppable(coordinator, watcher))
+        return coordinator.run()
+
+
+def progress_line(what: str, write: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a progress callback: one rewritten line on a terminal, a line every tenth elsewhere."""
+    terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if terminal:
+            sys.stderr.write(f"\r{what}: {done:,} of {total:,}" + ("\n" if done == total else ""))
+        elif done == total or done % max(1, total // 10) == 0:
+            write(f"{what}: {done:,} of {total:,}")
+
+    return show

@@ -1,0 +1,292 @@
+"""The tracking store: everything that is written to, or read from, MLflow. The only importer of MLflow.
+
+Names that writing and reading agree on: the experiment is the study's name; its parent run (tag ``kind: study``)
+holds ``study.json``; every trial is a child run (tag ``kind: trial``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caltech_sweep import paths, stores
+from caltech_sweep.errors import StoreError
+
+for _variable, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}.items():
+    os.environ.setdefault(_variable, _value)
+for _name in ("alembic", "mlflow"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+from mlflow import MlflowClient  # noqa: E402  (the settings above must come first)
+from mlflow.entities import Dataset as DatasetEntity  # noqa: E402
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+STUDY_FILE = "study.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended, in the terms of both stores."""
+
+    optuna: str
+    mlflow: str
+
+
+# Every way a trial can end, and nothing else maps one store's word to the other's.
+OUTCOMES = {
+    "complete": Outcome("COMPLETE", "FINISHED"),
+    "pruned": Outcome("PRUNED", "KILLED"),
+    "diverged": Outcome("FAIL", "FAILED"),
+    "out_of_memory": Outcome("FAIL", "FAILED"),
+    "crashed": Outcome("FAIL", "FAILED"),
+    "interrupted": Outcome("WAITING", "KILLED"),
+}
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial's run as the store has it; ``outcome`` is "running" until it ends."""
+
+    run_id: str
+    study: str
+    name: str
+    row: str | None
+    number: int
+    outcome: str
+    status: str
+    fingerprint: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    start_time: int  # milliseconds since 1970
+    artifact_uri: str
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One study's parent run: its document is ``StudyDefinition.to_dict()`` as last run."""
+
+    name: str
+    run_id: str
+    experiment_id: str
+    document: Mapping[str, Any]
+
+
+def git_state() -> dict[str, str]:
+    """Return the tags of the git commit in the working directory, or none outside a repository."""
+    try:
+        run = [
+            subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for command in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": run[0], "git.dirty": "true" if run[1] else "false"}
+
+
+def _check_server(uri: str) -> None:
+    """Ask a server for its health, since MLflow's own client would retry for minutes."""
+    try:
+        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
+    except urllib.error.HTTPError:
+        return  # it answers; other servers than MLflow's own may lack this page
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise StoreError(
+            f"the tracking server {stores.hide_secrets(uri)} does not answer ({reason}); "
+            "start it, or choose another store with --tracking-uri"
+        ) from error
+
+
+class MlflowTracker:
+    """One tracking store. ``create`` makes a missing local one; raises StoreError when it cannot be used."""
+
+    def __init__(self, uri: str | None = None, artifacts: Path | None = None, create: bool = False) -> None:
+        self.uri = stores.tracking_uri(uri)
+        self._artifacts = artifacts
+        if self.uri.startswith(("http://", "https://")):
+            _check_server(self.uri)
+        stores.check_file(self.uri, "tracking store", create)
+        file = stores.sqlite_file(self.uri)
+        if file is not None and artifacts is None:
+            self._artifacts = file.parent / paths.ARTIFACTS.name
+        try:
+            self.client = MlflowClient(self.uri, self.uri)
+            self.client.search_experiments(max_results=1)  # the first use creates the tables, once, here
+        except Exception as error:  # SQLAlchemy, MLflow and HTTP errors have no common base
+            raise StoreError(
+                f"the tracking store {stores.hide_secrets(self.uri)} cannot be opened: {str(error).splitlines()[0]}"
+            ) from error
+        self._experiment: dict[str, str] = {}
+        self._parent: dict[str, str] = {}
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
+        """Create the study's experiment and parent run, or go on with those that are there; return the run id."""
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            location = (self._artifacts.resolve() / name).as_uri() if self._artifacts else None
+            experiment_id = self.client.create_experiment(name, artifact_location=location)
+        elif experiment.lifecycle_stage == "deleted":
+            raise StoreError(f"the experiment {name!r} was deleted in MLflow; restore it there, or choose --name")
+        else:
+            experiment_id = experiment.experiment_id
+        record = self._study(experiment_id, name)
+        if record is None:
+            tags = {"kind": "study", "study": name, "mlflow.runName": title}
+            run_id = self.client.create_run(experiment_id, tags=tags).info.run_id
+        else:
+            run_id = record.run_id
+            self.client.update_run(run_id, "RUNNING")
+        self._experiment[name], self._parent[name] = experiment_id, run_id
+        self.client.log_dict(run_id, dict(document), STUDY_FILE)
+        return run_id
+
+    def finish_study(self, name: str, complete: bool, description: str | None = None) -> None:
+        """Close the parent run: FINISHED when all its trials have run, KILLED when it was stopped before."""
+        if description is not None:
+            self.client.set_tag(self._parent[name], "mlflow.note.content", description)
+        self.client.set_terminated(self._parent[name], "FINISHED" if complete else "KILLED")
+
+    def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
+        """Create a trial's run below the study's; return its id."""
+        own = {"kind": "trial", "study": study, "mlflow.parentRunId": self._parent[study], "mlflow.runName": name}
+        run = self.client.create_run(self._experiment[study], tags={**tags, **own})
+        run_id: str = run.info.run_id
+        self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+        return run_id
+
+    def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
+        """Record which images a run used: their digest and how many each part has."""
+        entity = DatasetEntity(name, digest, "local", source, schema=None, profile=json.dumps(dict(profile)))
+        self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "train, val, test")])])
+
+    def log_epochs(self, run_id: str, epochs: Sequence[tuple[int, Mapping[str, float], int]]) -> None:
+        """Log the metrics of (epoch, metrics, time in milliseconds), in as few calls as MLflow's limits allow."""
+        metrics = [Metric(key, value, at, epoch) for epoch, values, at in epochs for key, value in values.items()]
+        for start in range(0, len(metrics), 900):
+            self.client.log_batch(run_id, metrics=metrics[start : start + 900])
+
+    def finish_trial(
+        self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
+    ) -> None:
+        """Upload a trial's artifacts, log what is known only at its end, and set its final status."""
+        if folder is not None and folder.is_dir() and any(folder.iterdir()):
+            self.client.log_artifacts(run_id, str(folder))
+        now = int(time.time() * 1000)
+        self.client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            tags=[RunTag(key, value) for key, value in {**tags, "outcome": outcome}.items()],
+        )
+        self.client.set_terminated(run_id, OUTCOMES[outcome].mlflow)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _search(self, experiment_id: str, query: str) -> Iterator[Run]:
+        token = None
+        while True:
+            page = self.client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _study(self, experiment_id: str, name: str) -> StudyRecord | None:
+        for run in self._search(experiment_id, "tags.kind = 'study'"):
+            return StudyRecord(name, run.info.run_id, experiment_id, self._document(run))
+        return None
+
+    def _document(self, run: Run) -> Mapping[str, Any]:
+        try:
+            loaded: Mapping[str, Any] = json.loads(self.artifact(run.info.run_id, STUDY_FILE).read_text())
+        except (StoreError, OSError, ValueError):
+            return {}
+        return loaded
+
+    def studies(self) -> list[StudyRecord]:
+        """Return every study of the store, the oldest first."""
+        found, token = [], None
+        while True:
+            page = self.client.search_experiments(max_results=1000, page_token=token, order_by=["creation_time ASC"])
+            for experiment in page:
+                record = self._study(experiment.experiment_id, experiment.name)
+                if record is not None:
+                    found.append(record)
+            token = page.token
+            if not token:
+                return found
+
+    def study(self, name: str) -> StudyRecord | None:
+        """Return one study, or None."""
+        experiment = self.client.get_experiment_by_name(name)
+        return None if experiment is None else self._study(experiment.experiment_id, name)
+
+    def trials(self, study: StudyRecord) -> list[TrialRecord]:
+        """Return every trial run of a study, the oldest first."""
+        runs = self._search(study.experiment_id, "tags.kind = 'trial'")
+        return sorted((_record(study.name, run) for run in runs), key=lambda t: (t.start_time, t.number))
+
+    def artifact(self, run_id: str, path: str) -> Path:
+        """Return a local file with an artifact of a run; raise StoreError when it is not there."""
+        try:
+            return Path(self.client.download_artifacts(run_id, path))
+        except (MlflowException, OSError) as error:
+            raise StoreError(f"run {run_id} has no artifact {path}; was the store moved?") from error
+
+    def best_trial(self, study: str) -> TrialRecord:
+        """Return the complete trial with the highest validation accuracy, the earliest of equals."""
+        record = self.study(study)
+        complete = [t for t in self.trials(record) if t.outcome == "complete"] if record else []
+        if not complete:
+            raise StoreError(
+                f"weights: study {study!r} has no complete trial in {stores.hide_secrets(self.uri)}; "
+                f"run it first: make sweep STUDY={study}"
+            )
+        return max(complete, key=lambda t: t.metrics["best/val_accuracy"])
+
+    def run_exists(self, run_id: str) -> bool:
+        """Tell whether the store has a run."""
+        try:
+            self.client.get_run(run_id)
+        except MlflowException:
+            return False
+        return True
+
+
+def _record(study: str, run: Run) -> TrialRecord:
+    tags, info = dict(run.data.tags), run.info
+    outcome = tags.get("outcome") or "running"
+    return TrialRecord(
+        info.run_id,
+        study,
+        info.run_name or "",
+        tags.get("row"),
+        int(tags.get("trial_number", -1)),
+        outcome,
+        info.status,
+        tags.get("fingerprint", ""),
+        dict(run.data.params),
+        dict(run.data.metrics),
+        tags,
+        info.start_time or 0,
+        info.artifact_uri or "",
+    )

@@ -1,0 +1,34 @@
+"""The MLflow UI on the local stores."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from caltech_sweep import paths, stores
+from caltech_sweep.errors import UsageError
+
+
+def serve(host: str, port: int, tracking_uri: str | None = None) -> None:
+    """Become the MLflow server of a tracking store; raise UsageError when the port is taken."""
+    uri = stores.tracking_uri(tracking_uri)
+    if uri.startswith(("http://", "https://")):
+        raise UsageError(f"{stores.hide_secrets(uri)} is a server already; open it in a browser")
+    stores.check_file(uri, "tracking store", create=False)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"--port: {host}:{port} cannot be used ({error.strerror}); try --port {port + 1}"
+            ) from error
+    file = stores.sqlite_file(uri)
+    artifacts = (file.parent if file else paths.STORES) / paths.ARTIFACTS.name
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    print(f"MLflow UI: http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    arguments = ["server", "--host", host, "--port", str(port), "--backend-store-uri", uri]
+    arguments += ["--default-artifact-root", artifacts.resolve().as_uri()]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
