@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from caltech_sweep.errors import DatasetError
 Progress = Callable[[int, int], None]
 FORMAT = 1
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
+_WAVE = 256  # images decoded ahead of the writer; bounds the memory that a cache takes while it is built
 
 
 def decode(path: Path, resize: int) -> np.ndarray:
@@ -50,10 +51,9 @@ def _content_digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _decode_all(paths: Sequence[Path], resize: int, progress: Progress | None) -> list[np.ndarray]:
-    """Decode every file, and name all that cannot be decoded in one error."""
+def _decode_each(paths: Sequence[Path], resize: int, progress: Progress | None) -> Iterator[np.ndarray]:
+    """Decode every file in order, and at the end name all that cannot be decoded in one error."""
     bad: list[str] = []
-    images: list[np.ndarray] = []
 
     def attempt(path: Path) -> np.ndarray | str:
         try:
@@ -62,24 +62,27 @@ def _decode_all(paths: Sequence[Path], resize: int, progress: Progress | None) -
             return f"{path} ({'the file is empty' if path.stat().st_size == 0 else error})"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, result in enumerate(pool.map(attempt, paths), start=1):
-            if isinstance(result, str):
-                bad.append(result)
-            else:
-                images.append(result)
-            if progress:
-                progress(done, len(paths))
+        for start in range(0, len(paths), _WAVE):
+            for done, result in enumerate(pool.map(attempt, paths[start : start + _WAVE]), start=start + 1):
+                if isinstance(result, str):
+                    bad.append(result)
+                elif not bad:
+                    yield result
+                if progress:
+                    progress(done, len(paths))
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise DatasetError(
             f"{len(bad)} of {len(paths)} image files cannot be read: {'; '.join(bad[:10])}{more}; "
             "replace or remove them and run again"
         )
-    return images
 
 
-def _write_atomically(target: Path, chunks: Sequence[bytes | memoryview]) -> None:
-    """Write a file that is either absent or whole, also when two processes write it at once."""
+def _write_atomically(target: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file that is either absent or whole, also when two processes write it at once.
+
+    The chunks are consumed as they are written, so that a dataset need not fit in memory.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
@@ -113,11 +116,26 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self._shapes)
 
+    def array(self, index: int) -> np.ndarray:
+        """Return image ``index`` as a (H, W, 3) uint8 view of the buffer."""
+        height, width = self._shapes[index]
+        return self._flat[self._offsets[index] : self._offsets[index + 1]].reshape(height, width, 3)
+
     def tensor(self, index: int) -> torch.Tensor:
         """Return image ``index`` as a (3, H, W) uint8 tensor of its own."""
-        height, width = self._shapes[index]
-        flat = self._flat[self._offsets[index] : self._offsets[index + 1]]
-        return torch.from_numpy(np.array(flat).reshape(height, width, 3)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(self.array(index))).permute(2, 0, 1).contiguous()
+
+    def center_crops(self, indices: Sequence[int], crop: int) -> torch.Tensor:
+        """Return (N, 3, crop, crop) uint8, equal to torchvision's CenterCrop of each image.
+
+        The pixels are copied straight out of the shared buffer; in memory the channels come last.
+        """
+        out = np.empty((len(indices), crop, crop, 3), dtype=np.uint8)
+        for position, index in enumerate(indices):
+            image = self.array(index)
+            top, left = (round((side - crop) / 2) for side in image.shape[:2])
+            out[position] = image[top : top + crop, left : left + crop]
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
 def _open(base: Path) -> ImageStore | None:
@@ -146,11 +164,19 @@ def open_store(paths: Sequence[Path], resize: int, cache: Path, progress: Progre
     store = _open(base)
     if store is not None:
         return store, key
-    images = _decode_all(paths, resize, progress)
-    flat = b"".join(image.tobytes() for image in images)
-    shapes = [list(image.shape[:2]) for image in images]
-    header = {"bytes": len(flat), "crc32": zlib.crc32(flat), "shapes": shapes}
-    _write_atomically(base.with_suffix(".bin"), [flat])
+    shapes: list[list[int]] = []
+    written = checksum = 0
+
+    def pixels() -> Iterator[bytes]:
+        nonlocal written, checksum
+        for image in _decode_each(paths, resize, progress):
+            data = image.tobytes()
+            shapes.append(list(image.shape[:2]))
+            written, checksum = written + len(data), zlib.crc32(data, checksum)
+            yield data
+
+    _write_atomically(base.with_suffix(".bin"), pixels())
+    header = {"bytes": written, "crc32": checksum, "shapes": shapes}
     _write_atomically(base.with_suffix(".json"), [json.dumps(header).encode()])
     opened = _open(base)
     if opened is None:
@@ -165,7 +191,6 @@ class LoadedData:
         self.split, self._store, self._root = split, store, root
         starts = np.cumsum([0, *(len(split.part(part)) for part in PARTS)])
         self._starts = {part: int(start) for part, start in zip(PARTS, starts, strict=False)}
-        self._crops: dict[tuple[str, int], torch.Tensor] = {}
         listing = [(part, item.class_name, item.label, self._name(item)) for part in PARTS for item in split.part(part)]
         self.fingerprint = hashlib.sha256(json.dumps([key, listing]).encode()).hexdigest()[:16]
 
@@ -180,15 +205,11 @@ class LoadedData:
         """Return (N,) int64 class indices."""
         return torch.tensor([item.label for item in self.split.part(part)], dtype=torch.int64)
 
-    def center_crops(self, part: str, crop: int) -> torch.Tensor:
-        """Return (N, 3, crop, crop) uint8, equal to torchvision's CenterCrop of each resized image."""
-        if (part, crop) not in self._crops:
-            count, start = len(self.split.part(part)), self._starts[part]
-            out = torch.empty((count, 3, crop, crop), dtype=torch.uint8)
-            for index in range(count):
-                out[index] = tvf.center_crop(self._store.tensor(start + index), [crop])
-            self._crops[part, crop] = out
-        return self._crops[part, crop]
+    def center_crops(self, part: str, crop: int, indices: Sequence[int] | None = None) -> torch.Tensor:
+        """Return (N, 3, crop, crop) uint8 centre crops of a part's images at ``indices``, or of all of them."""
+        start = self._starts[part]
+        wanted = range(len(self.split.part(part))) if indices is None else indices
+        return self._store.center_crops([start + index for index in wanted], crop)
 
     def ten_crops(self, part: str, index: int, crop: int) -> torch.Tensor:
         """Return (10, 3, crop, crop) uint8, equal to torchvision's TenCrop of the resized image."""

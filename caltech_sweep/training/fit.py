@@ -26,6 +26,9 @@ _NORMALIZE = {
 }
 
 
+_CHECK_EVERY = 16  # steps between looks at the losses
+
+
 @dataclass(frozen=True)
 class EpochResult:
     """One finished epoch (1 is the first); accuracies are fractions, losses means over images."""
@@ -57,12 +60,13 @@ def learning_rate(config: TrialConfig, epoch: int) -> float:
 
 
 def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the configured optimiser over the parameters that are trained."""
+    """Return the configured optimiser over the parameters that are trained, as one fused pass over memory."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    decay = config.weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return kind(parameters, config.lr, weight_decay=decay, fused=True)
 
 
 @dataclass
@@ -90,7 +94,7 @@ class Training:
         mean, std = _NORMALIZE[config.resolved_normalize()]
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
-        self._images = self.data.center_crops("train", config.dataset.crop)
+        self._resident: dict[str, torch.Tensor] = {}
         self._labels = self.data.labels("train")
         if config.drop_last and len(self._labels) < config.batch_size:
             raise DatasetError(
@@ -100,6 +104,19 @@ class Training:
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    def _crops(self, part: str, index: torch.Tensor) -> torch.Tensor:
+        """Return (n, 3, H, W) uint8 crops, out of the shared cache or, where they fit, of the GPU's memory."""
+        crop = self.config.dataset.crop
+        if self.device.type != "cuda":
+            return self.data.center_crops(part, crop, index.tolist())
+        if part not in self._resident:
+            count = len(self.data.split.part(part))
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if count * 3 * crop * crop > free // 4:
+                return self.data.center_crops(part, crop, index.tolist())
+            self._resident[part] = self.data.center_crops(part, crop).to(self.device)
+        return self._resident[part][index.to(self.device)]
 
     def _floats(self, images: torch.Tensor, params: augment.AugmentParams | None = None) -> torch.Tensor:
         """Map (N, 3, H, W) uint8 to normalised float images on the device."""
@@ -123,10 +140,10 @@ class Training:
 
             size = max(1, self.config.test_batch_size // 10)
         else:
-            images, size = self.data.center_crops(part, crop), self.config.test_batch_size
+            size = self.config.test_batch_size
 
             def cut(index: torch.Tensor) -> torch.Tensor:
-                return images[index].unsqueeze(1)
+                return self._crops(part, index).unsqueeze(1)
 
         return evaluate(self.model, self.data.labels(part), size, cut, self.forward)
 
@@ -138,20 +155,49 @@ class Training:
         return batches
 
     def _step(self, epoch: int, number: int, index: torch.Tensor, params: augment.AugmentParams | None) -> torch.Tensor:
-        """Train one batch; return (loss summed over images, correct) as a tensor of two on the device."""
+        """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
         torch.manual_seed(derive(self.config.seed, "dropout", epoch, number))
-        images = self._floats(self._images[index], params[index] if params else None)
+        images = self._floats(self._crops("train", index), params[index] if params else None)
         labels = self._labels[index].to(self.device)
         with self._autocast():
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels)
-        if not math.isfinite(loss.item()):
-            raise DivergedError(epoch, number, loss.item())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         correct = (logits.detach().argmax(1) == labels).sum()
-        return torch.stack([loss.detach().double() * len(index), correct.double()])
+        return torch.stack([loss.detach().double(), correct.double()])
+
+    def _train_epoch(self, epoch: int) -> tuple[float, float, int]:
+        """Train one epoch; return its mean loss, accuracy and number of images.
+
+        The losses stay on the device and are looked at every few steps, since reading one waits for the GPU.
+        Raises DivergedError naming the first step whose loss is not finite.
+        """
+        params = self._augment_params(epoch)
+        train_mode(self.model)
+        batches = self._batches(epoch)
+        sums: list[list[float]] = []
+        fresh: list[torch.Tensor] = []
+        for number, index in enumerate(batches, start=1):
+            fresh.append(self._step(epoch, number, index, params))
+            if number % _CHECK_EVERY and number < len(batches):
+                continue
+            for loss, correct in torch.stack(fresh).tolist():
+                sums.append([loss * len(batches[len(sums)]), correct])
+                if not math.isfinite(loss):
+                    raise DivergedError(epoch, len(sums), loss)
+            fresh.clear()
+        seen = sum(map(len, batches))
+        loss, correct = (math.fsum(column) / seen for column in zip(*sums, strict=True))
+        return loss, correct, seen
+
+    def _augment_params(self, epoch: int) -> augment.AugmentParams | None:
+        config = self.config
+        if not config.augment:
+            return None
+        probability, degrees = config.augment_probability, config.rotation_degrees
+        return augment.draw_params(config.seed, epoch, len(self._labels), config.augment, probability, degrees)
 
     def run_epoch(self) -> EpochResult:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
@@ -159,25 +205,10 @@ class Training:
         lr = learning_rate(config, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        params = None
-        if config.augment:
-            params = augment.draw_params(
-                config.seed,
-                epoch,
-                len(self._labels),
-                config.augment,
-                config.augment_probability,
-                config.rotation_degrees,
-            )
-        train_mode(self.model)
-        totals, seen = torch.zeros(2, dtype=torch.float64, device=self.device), 0
-        for number, index in enumerate(self._batches(epoch), start=1):
-            totals += self._step(epoch, number, index, params)
-            seen += len(index)
-        loss, correct = (totals / seen).tolist()
+        loss, accuracy, seen = self._train_epoch(epoch)
         val = self.evaluate("val")
         seconds = time.perf_counter() - start
-        result = EpochResult(epoch, lr, loss, correct, val, seconds, seen)
+        result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
         self.epoch = epoch
         if self.best is None or val.accuracy > self.best.val.accuracy:
             self.best = result
