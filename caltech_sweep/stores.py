@@ -6,10 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from caltech_sweep import paths
 from caltech_sweep.errors import StoreError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
 
 _SQLITE = "sqlite:///"
 
@@ -60,6 +64,22 @@ def check_file(uri: str, what: str, create: bool) -> None:
         raise StoreError(f"the folder {file.parent} cannot be written; choose another place for the {what}")
     if file.exists() and not os.access(file, os.R_OK | (os.W_OK if create else 0)):
         raise StoreError(f"the {what} {file} cannot be {'written' if create else 'read'}; check its permissions")
+
+
+def tune_sqlite(engine: Engine) -> None:
+    """Let an SQLite store be read while it is written, and commit without waiting for the disk each time.
+
+    A write-ahead log survives the death of any process; a power cut may lose the last moments, never the file
+    (SQLite, "Write-Ahead Logging").
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, record: Any) -> None:
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    engine.dispose()  # connections that are open already lack the settings
 
 
 @contextlib.contextmanager

@@ -14,12 +14,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from caltech_sweep import paths, stores
 from caltech_sweep.errors import StoreError
+from caltech_sweep.records import OUTCOMES, EpochLog, StudyRecord, TrialRecord
 
 for _variable, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -30,8 +30,6 @@ for _variable, _value in {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }.items():
     os.environ.setdefault(_variable, _value)
-for _name in ("alembic", "mlflow"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
 
 from mlflow import MlflowClient  # noqa: E402  (the settings above must come first)
 from mlflow.entities import Dataset as DatasetEntity  # noqa: E402
@@ -39,54 +37,11 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag  
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 STUDY_FILE = "study.json"
+STEP_METRIC = "train/loss"  # logged by every epoch, so its last step is the last epoch that a run has
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a trial ended, in the terms of both stores."""
-
-    optuna: str
-    mlflow: str
-
-
-# Every way a trial can end, and nothing else maps one store's word to the other's.
-OUTCOMES = {
-    "complete": Outcome("COMPLETE", "FINISHED"),
-    "pruned": Outcome("PRUNED", "KILLED"),
-    "diverged": Outcome("FAIL", "FAILED"),
-    "out_of_memory": Outcome("FAIL", "FAILED"),
-    "crashed": Outcome("FAIL", "FAILED"),
-    "interrupted": Outcome("WAITING", "KILLED"),
-}
-
-
-@dataclass(frozen=True)
-class TrialRecord:
-    """One trial's run as the store has it; ``outcome`` is "running" until it ends."""
-
-    run_id: str
-    study: str
-    name: str
-    row: str | None
-    number: int
-    outcome: str
-    status: str
-    fingerprint: str
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-    tags: Mapping[str, str]
-    start_time: int  # milliseconds since 1970
-    artifact_uri: str
-
-
-@dataclass(frozen=True)
-class StudyRecord:
-    """One study's parent run: its document is ``StudyDefinition.to_dict()`` as last run."""
-
-    name: str
-    run_id: str
-    experiment_id: str
-    document: Mapping[str, Any]
+for _name in ("alembic", "mlflow"):  # after the import, which sets its own levels
+    logging.getLogger(_name).setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
 def git_state() -> dict[str, str]:
@@ -129,6 +84,8 @@ class MlflowTracker:
             self._artifacts = file.parent / paths.ARTIFACTS.name
         try:
             self.client = MlflowClient(self.uri, self.uri)
+            if file is not None and create:
+                stores.tune_sqlite(self.client._tracking_client.store.engine)
             self.client.search_experiments(max_results=1)  # the first use creates the tables, once, here
         except Exception as error:  # SQLAlchemy, MLflow and HTTP errors have no common base
             raise StoreError(
@@ -174,12 +131,21 @@ class MlflowTracker:
         self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
         return run_id
 
+    def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
+        """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
+        self.client.update_run(run_id, "RUNNING")
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        for stale in ("outcome", "reason"):
+            if stale in self.client.get_run(run_id).data.tags:
+                self.client.delete_tag(run_id, stale)
+        return max((metric.step for metric in self.client.get_metric_history(run_id, STEP_METRIC)), default=0)
+
     def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
         """Record which images a run used: their digest and how many each part has."""
         entity = DatasetEntity(name, digest, "local", source, schema=None, profile=json.dumps(dict(profile)))
         self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "train, val, test")])])
 
-    def log_epochs(self, run_id: str, epochs: Sequence[tuple[int, Mapping[str, float], int]]) -> None:
+    def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
         """Log the metrics of (epoch, metrics, time in milliseconds), in as few calls as MLflow's limits allow."""
         metrics = [Metric(key, value, at, epoch) for epoch, values, at in epochs for key, value in values.items()]
         for start in range(0, len(metrics), 900):

@@ -1,37 +1,31 @@
 """The owner of both stores: asks Optuna, hands out jobs, reports, prunes, logs to MLflow, tells Optuna.
 
-Rows run first and are never pruned; what they train is stored with the trial, not read back from Optuna's params,
-since Optuna resamples a param that its space cannot give. ``trials`` is a total: going on with a study starts only
-what is missing from it.
+Rows run first and are never pruned. ``trials`` is a total: going on with a study starts only what is missing from
+it. One trial is one MLflow run, however often it was interrupted or its worker died.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.errors import StoreError, UsageError
-from caltech_sweep.stores import hide_secrets
+from caltech_sweep.records import EpochLog, Tracker, TrialRecord
+from caltech_sweep.sweep import study as studies
 from caltech_sweep.sweep.executors import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
-from caltech_sweep.sweep.space import enqueue_params, make_pruner, make_sampler, reachable, sample
-from caltech_sweep.sweep.study_file import Row, StudyDefinition, identity_difference
+from caltech_sweep.sweep.recovery import records_by_trial, survey
+from caltech_sweep.sweep.space import make_sampler, reachable, sample
+from caltech_sweep.sweep.study_file import StudyDefinition
 from caltech_sweep.sweep.watch import Watcher
-from caltech_sweep.tracking import OUTCOMES, MlflowTracker
 
 MAX_RETRIES = 2  # of a trial whose worker died
 FLUSH_SECONDS = 5.0  # how long epochs may wait to be logged together
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -46,15 +40,19 @@ class Images:
 
 @dataclass
 class _Running:
+    """A trial in a slot, and what of it is on its way to the stores."""
+
     trial: optuna.Trial
     name: str
     config: TrialConfig
     row: str | None
-    run_id: str
     folder: Path
     prunable: bool
+    run_id: str = ""
+    logged: int = 0  # the last epoch that the tracking store has
+    reported: int = 0  # the last epoch that Optuna has
     attempt: int = 0
-    pending: list[tuple[int, Mapping[str, float], int]] = field(default_factory=list)
+    pending: list[EpochLog] = field(default_factory=list)
     flushed: float = field(default_factory=time.monotonic)
 
 
@@ -66,53 +64,6 @@ class Summary:
     complete: bool = False
 
 
-def open_study(definition: StudyDefinition, storage: str, identity: Mapping[str, Any]) -> optuna.Study:
-    """Create the Optuna study, or open it; raise UsageError with the difference when its identity has changed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(
-                storage=storage,
-                study_name=definition.name,
-                direction="maximize",
-                load_if_exists=True,
-                sampler=make_sampler(definition.sampler),
-                pruner=make_pruner(definition.pruner),
-            )
-    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
-        raise StoreError(
-            f"the study store {hide_secrets(storage)} cannot be opened: {str(error).splitlines()[0]}"
-        ) from error
-    stored = study.user_attrs.get("identity")
-    if stored is None:
-        study.set_user_attr("identity", dict(identity))
-        study.set_user_attr("optuna", optuna.__version__)
-    elif stored != identity:
-        lines = "\n".join(f"  {line}" for line in identity_difference(stored, identity))
-        raise UsageError(
-            f"study {definition.name!r} has trials with other settings, and tables must not mix them:\n{lines}\n"
-            "give this one a name of its own with --name"
-        )
-    return study
-
-
-def is_finished(trial: FrozenTrial) -> bool:
-    """Tell whether a trial counts towards the study's total and is not to be run again."""
-    if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
-        return True
-    return trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") == "diverged"
-
-
-def pending_rows(definition: StudyDefinition, trials: list[FrozenTrial]) -> list[Row]:
-    """Return the rows that no trial has trained, or waits to train, with the settings they have now."""
-    known = {
-        (trial.user_attrs.get("row"), trial.user_attrs.get("fingerprint"))
-        for trial in trials
-        if is_finished(trial) or trial.state == TrialState.WAITING
-    }
-    return [row for row in definition.rows if (row.name, definition.row_config(row).fingerprint()) not in known]
-
-
 class Coordinator:
     """Runs one study to its total. ``only`` names the rows to run, and then nothing is sampled."""
 
@@ -120,7 +71,7 @@ class Coordinator:
         self,
         definition: StudyDefinition,
         study: optuna.Study,
-        tracker: MlflowTracker,
+        tracker: Tracker,
         executor: Executor,
         watcher: Watcher,
         scratch: Path,
@@ -136,8 +87,9 @@ class Coordinator:
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
-        self._rows: list[Row] = []
-        self._left = 0
+        self._records: dict[tuple[int, str], TrialRecord] = {}
+        self._sampled_left = 0
+        self._beat = time.monotonic()
 
     def request_stop(self) -> None:
         """Stop at the next event: running trials wait again, nothing stays RUNNING. Safe in a signal handler."""
@@ -145,13 +97,15 @@ class Coordinator:
 
     def run(self) -> Summary:
         """Run trials until the total is reached or a stop is requested."""
+        studies.check_alone(self.study)
         document = {**self.definition.to_dict(), "images": {**self.images.parts, "classes": self.images.classes}}
         self.tracker.start_study(self.definition.name, self.definition.title, document)
         try:
-            self._adopt()
+            self._prepare()
             while not self._stop and (self._fill() or self._running):
                 for event in self.executor.poll(0.5):
                     self._handle(event)
+                self._heartbeat()
             self.summary.complete = not self._stop
         finally:
             self.executor.close()
@@ -162,103 +116,102 @@ class Coordinator:
 
     # -- what is to do ---------------------------------------------------------------------------------------------
 
-    def _adopt(self) -> None:
-        """Take over from an earlier run of this study: what it left running waits again; count what is left."""
-        storage = self.study._storage
-        current = {row.name: self.definition.row_config(row).fingerprint() for row in self.definition.rows}
-        for trial in self.study.get_trials(deepcopy=False):
-            row = trial.user_attrs.get("row")
-            if trial.state == TrialState.RUNNING and "config" in trial.user_attrs:
-                storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-            elif trial.state == TrialState.RUNNING:  # its settings were not yet decided
-                storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            if not trial.state.is_finished() and row and current.get(row) != trial.user_attrs["fingerprint"]:
-                storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)  # the row has other settings now
-        self._close_dead_runs()
+    def _prepare(self) -> None:
+        """Take over what an earlier run left, let the rows that are missing wait, and count what is left."""
+        self._records = records_by_trial(self.tracker, self.definition.name)
+        for finding in list(survey(self.study, self.tracker, self._records, self._is_current)):
+            finding.mend()
+            self.watcher.note(finding.text)
+        for row in studies.pending_rows(self.definition, self.study.get_trials(deepcopy=False)):
+            if not self.only or row.name in self.only:
+                studies.enqueue(self.study, self.definition, row)
         trials = self.study.get_trials(deepcopy=False)
-        self._rows = pending_rows(self.definition, trials)
-        waiting = sum(trial.state == TrialState.WAITING for trial in trials)
-        done = sum(is_finished(trial) and not self._superseded(trial, current) for trial in trials)
-        if self.only:
-            self._rows = [row for row in self._rows if row.name in self.only]
-            self._left = len(self._rows) + waiting
-        else:
-            self._left = max(waiting, self.definition.trials - done)
-        self.watcher.study_started(self.definition.name, done, done + self._left)
+        waiting = len(self._waiting(trials))
+        done = sum(studies.is_finished(trial) and self._is_current(trial) for trial in trials)
+        self._sampled_left = 0 if self.only else max(0, self.definition.trials - done - waiting)
+        self.watcher.study_started(self.definition.name, done, done + waiting + self._sampled_left)
 
-    def _superseded(self, trial: FrozenTrial, current: Mapping[str, str]) -> bool:
-        row = trial.user_attrs.get("row")
-        return row is not None and current.get(row) != trial.user_attrs.get("fingerprint")
+    def _is_current(self, trial: FrozenTrial) -> bool:
+        return studies.is_current(trial, self.definition)
 
-    def _close_dead_runs(self) -> None:
-        """Give the runs of a coordinator that died the status that tells the truth."""
-        record = self.tracker.study(self.definition.name)
-        for trial in self.tracker.trials(record) if record else []:
-            if trial.status == "RUNNING":
-                self.tracker.finish_trial(trial.run_id, "interrupted", {}, {}, None)
+    def _waiting(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the trials that wait and may be run now, in the order of their numbers."""
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        return [trial for trial in waiting if not self.only or trial.user_attrs.get("row") in self.only]
 
     def _fill(self) -> bool:
         """Hand a trial to every free slot; return whether any was handed out."""
         before = len(self._running)
-        while self._left > 0 and len(self._running) < self.executor.slots:
-            self._left -= 1
-            self._submit(self._ask())
+        while len(self._running) < self.executor.slots:
+            running = self._next()
+            if running is None:
+                break
+            self._submit(running)
         return len(self._running) > before
+
+    def _next(self) -> _Running | None:
+        """Return the next trial: one that waits (an interrupted one, a row), or else a sampled one."""
+        trials = self.study.get_trials(deepcopy=False)
+        waiting = self._waiting(trials)
+        if waiting:
+            return self._resume(waiting[0])
+        if self._sampled_left < 1:
+            return None
+        self._sampled_left -= 1
+        self.study.sampler = make_sampler(self.definition.sampler, len(trials))
+        trial = studies.ask(self.study)
+        config = self.definition.config(sample(trial, self.definition.space))
+        studies.set_config(trial, config)
+        return self._prepared(trial, None, config)
+
+    def _resume(self, waiting: FrozenTrial) -> _Running:
+        config, row = TrialConfig.from_dict(waiting.user_attrs["config"]), waiting.user_attrs.get("row")
+        trial = studies.take(self.study, waiting)
+        if row:
+            sample(trial, reachable(self.definition.space, config.to_dict()))  # so that the sampler learns from it
+        running = self._prepared(trial, row, config)
+        running.reported = max(waiting.intermediate_values, default=0)
+        return running
+
+    def _prepared(self, trial: optuna.Trial, row: str | None, config: TrialConfig) -> _Running:
+        name = row or f"trial-{trial.number:03d}"
+        prunable = row is None and self.definition.pruner is not None
+        return _Running(trial, name, config, row, self.scratch / str(trial.number), prunable)
 
     # -- one trial -------------------------------------------------------------------------------------------------
 
-    def _ask(self) -> _Running:
-        """Return the next trial: one that was interrupted, a row, or a sampled one."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and self._rows:
-            row = self._rows.pop(0)
-            config = self.definition.row_config(row)
-            attributes: dict[str, Any] = {
-                "row": row.name,
-                "config": config.to_dict(),
-                "fingerprint": config.fingerprint(),
-            }
-            params = enqueue_params(self.definition.space, config.to_dict())
-            self.study.enqueue_trial(params, json.loads(json.dumps(attributes)))
-        trial = self.study.ask()
-        row_name: str | None = trial.user_attrs.get("row")
-        if row_name:
-            config = TrialConfig.from_dict(trial.user_attrs["config"])
-            sample(trial, reachable(self.definition.space, config.to_dict()))  # so that the sampler learns from it
-        else:
-            config = self.definition.config(sample(trial, self.definition.space))
-            if "config" not in trial.user_attrs:
-                trial.set_user_attr("fingerprint", config.fingerprint())
-                trial.set_user_attr("config", json.loads(json.dumps(config.to_dict())))
-        prunable = row_name is None and self.definition.pruner is not None
-        name = row_name or f"trial-{trial.number:03d}"
-        return _Running(trial, name, config, row_name, "", self.scratch / str(trial.number), prunable)
-
     def _submit(self, running: _Running) -> None:
         config, number = running.config, running.trial.number
-        source = self.weights.get(config.weights)
+        self._running[number] = running
+        self._open_run(running)
+        shutil.rmtree(running.folder, ignore_errors=True)
+        running.folder.mkdir(parents=True)
+        file = self.weights[config.weights][1] if config.weights in self.weights else None
+        self.executor.submit(Job(number, config, running.folder, file, lockstep=running.prunable))
+        self.watcher.trial_started(number, running.name, config.epochs)
+
+    def _open_run(self, running: _Running) -> None:
+        """Create the trial's MLflow run, or open the one it has."""
+        config, number, images = running.config, running.trial.number, self.images
+        record = self._records.get((number, config.fingerprint()))
+        if record is not None or running.run_id:
+            running.run_id = running.run_id or (record.run_id if record else "")
+            attempt = {"attempt": str(running.attempt + 1)} if running.attempt else {}
+            running.logged = self.tracker.resume_trial(running.run_id, attempt)
+            return
         tags = {
             "trial_number": str(number),
             "fingerprint": config.fingerprint(),
-            "dataset.digest": self.images.digest,
+            "dataset.digest": images.digest,
             "sampler": self.definition.sampler.name,
             **self.tags,
         }
         if running.row:
             tags["row"] = running.row
-        if running.attempt:
-            tags["attempt"] = str(running.attempt + 1)
-        if source:
-            tags["weights.run_id"] = source[0]
+        if config.weights in self.weights:
+            tags["weights.run_id"] = self.weights[config.weights][0]
         running.run_id = self.tracker.start_trial(self.definition.name, running.name, config.to_params(), tags)
-        self._running[number] = running
-        images = self.images
         self.tracker.log_dataset(running.run_id, config.dataset.name, images.digest, images.parts, images.source)
-        shutil.rmtree(running.folder, ignore_errors=True)
-        running.folder.mkdir(parents=True)
-        file = source[1] if source else None
-        self.executor.submit(Job(number, config, running.folder, file, lockstep=running.prunable))
-        self.watcher.trial_started(number, running.name, config.epochs)
 
     def _handle(self, event: Event) -> None:
         running = self._running[event.job]
@@ -281,15 +234,19 @@ class Coordinator:
             self._worker_died(running, event)
 
     def _epoch(self, running: _Running, event: Epoch) -> None:
-        running.pending.append((event.epoch, event.metrics, int(time.time() * 1000)))
+        """Log and report an epoch; one that the stores have already, from before an interruption, only prunes."""
+        if event.epoch > running.logged:
+            running.pending.append((event.epoch, event.metrics, int(time.time() * 1000)))
+            running.logged = event.epoch
         self.watcher.epoch(event.job, event.epoch, event.metrics)
+        if self.definition.pruner is not None and event.epoch > running.reported:
+            running.trial.report(event.metrics["val/accuracy"], event.epoch)  # rows too: others are held against them
+            running.reported = event.epoch
         if running.prunable:
-            known = self.study._storage.get_trial(running.trial._trial_id).intermediate_values
-            if event.epoch not in known:  # an interrupted trial comes by the same epochs again
-                running.trial.report(event.metrics["val/accuracy"], event.epoch)
             # The last epoch costs nothing more: a trial that got there is complete.
-            go_on = event.epoch == running.config.epochs or not running.trial.should_prune()
-            self.executor.answer(event.job, go_on)
+            last = event.epoch == running.config.epochs
+            behind = event.epoch < running.reported  # it was let through here before it was interrupted
+            self.executor.answer(event.job, last or behind or not running.trial.should_prune())
         if time.monotonic() - running.flushed > FLUSH_SECONDS:
             self._flush(running)
 
@@ -299,6 +256,11 @@ class Coordinator:
             running.pending.clear()
         running.flushed = time.monotonic()
 
+    def _heartbeat(self) -> None:
+        if time.monotonic() - self._beat > studies.HEARTBEAT_SECONDS / 2:
+            self._beat = time.monotonic()
+            studies.record_heartbeats(self.study, [running.trial for running in self._running.values()])
+
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
         code = event.exit_code or 0
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -307,9 +269,7 @@ class Coordinator:
             self._end(event.job, "crashed", f"{message} {running.attempt + 1} times")
             return
         self._flush(running)
-        self.tracker.finish_trial(running.run_id, "interrupted", {}, {"reason": message}, None)
         self.watcher.trial_ended(event.job, running.name, "interrupted", f"{message}; it is tried again")
-        del self._running[event.job]
         running.attempt += 1
         self._submit(running)
 
@@ -328,14 +288,11 @@ class Coordinator:
             tags = {**(tags or {}), "reason": text}
         folder = None if outcome == "interrupted" else running.folder
         self.tracker.finish_trial(running.run_id, outcome, metrics or {}, tags or {}, folder)
-        state = TrialState[OUTCOMES[outcome].optuna]
-        if state == TrialState.WAITING:
-            self.study._storage.set_trial_state_values(running.trial._trial_id, state)
+        if outcome == "interrupted":
+            studies.put_back(self.study, running.trial._trial_id)
         else:
-            if state == TrialState.FAIL:
-                running.trial.set_user_attr("outcome", outcome)
-            value = (metrics or {}).get("best/val_accuracy") if state == TrialState.COMPLETE else None
-            self.study.tell(running.trial, value, state)
+            value = (metrics or {}).get("best/val_accuracy") if outcome == "complete" else None
+            studies.end_trial(self.study, running.trial._trial_id, outcome, value)
         del self._running[number]
         shutil.rmtree(running.folder, ignore_errors=True)
         self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1

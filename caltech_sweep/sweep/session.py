@@ -18,10 +18,11 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, UsageError
-from caltech_sweep.sweep.coordinator import Coordinator, Images, Summary, open_study
+from caltech_sweep.sweep.coordinator import Coordinator, Images, Summary
 from caltech_sweep.sweep.executors import Executor, InProcessExecutor, ProcessExecutor
 from caltech_sweep.sweep.rules import suggestion
 from caltech_sweep.sweep.runner import train
+from caltech_sweep.sweep.study import open_study
 from caltech_sweep.sweep.study_file import Choices, StudyDefinition
 from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher
 from caltech_sweep.tracking import MlflowTracker, git_state
@@ -101,11 +102,15 @@ def make_executor(options: RunOptions) -> Executor:
         devices = [str(pick_device(options.device))]
     else:
         devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    threads = options.threads or os.cpu_count()
+    cores = os.cpu_count() or 1
+    threads = options.threads or cores
     if options.in_process:
-        torch.set_num_threads(threads or 1)
+        torch.set_num_threads(threads)
         return InProcessExecutor(train, devices[0])
-    return ProcessExecutor(train, options.workers or len(devices) * options.per_device, devices, threads)
+    workers = options.workers or len(devices) * options.per_device
+    if workers * threads > cores:  # threads that spin while they wait would hold the others up
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return ProcessExecutor(train, workers, devices, threads)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 
 from caltech_sweep.config import AUGMENT_CHOICES
+from caltech_sweep.keys import derive
 from caltech_sweep.sweep.rules import suggestion
 from caltech_sweep.sweep.study_file import Choices, Component, Dimension, Range, SubsetOf
 
@@ -28,6 +29,7 @@ PRUNERS = {
     "hyperband": "HyperbandPruner",
     "threshold": "ThresholdPruner",
 }
+_FIXED_SEQUENCE = ("qmc", "brute_force")
 ALIASES = {"startup_trials": "n_startup_trials", "warmup_epochs": "n_warmup_steps", "interval_epochs": "interval_steps"}
 
 
@@ -62,9 +64,22 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
             yield kind, f"optuna refuses these arguments: {str(error).splitlines()[0]}"
 
 
-def make_sampler(component: Component) -> optuna.samplers.BaseSampler:
-    """Return the sampler of a study."""
-    sampler: optuna.samplers.BaseSampler = _build("sampler", component)
+def make_sampler(component: Component, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler that suggests trial ``number``.
+
+    Its seed is keyed by the trial, not by how far a stream has run: a study that was stopped and goes on samples
+    what it would have sampled, and never its first settings again. Samplers that walk a fixed sequence, or that
+    remember the trials they have seen in the study itself, keep the study's seed.
+    """
+    known = inspect.signature(_class_of("sampler", component.name)).parameters
+    if "seed" not in known:
+        sampler: optuna.samplers.BaseSampler = _build("sampler", component)
+        return sampler
+    seed = component.arguments.get("seed")
+    seed = 0 if seed is None else int(seed)
+    if component.name not in _FIXED_SEQUENCE:
+        seed = derive(seed, "sampler", number) % 2**32
+    sampler = _build("sampler", Component(component.name, {**component.arguments, "seed": seed}))
     return sampler
 
 

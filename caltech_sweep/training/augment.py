@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from caltech_sweep.training.keys import derive
+from caltech_sweep.keys import derive
 
 JITTER = 0.4  # brightness, contrast and saturation factors are uniform in 1 +- this
 

@@ -15,9 +15,9 @@ from torch import nn
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, DivergedError
+from caltech_sweep.keys import derive
 from caltech_sweep.training import augment
 from caltech_sweep.training.evaluate import Evaluation, evaluate
-from caltech_sweep.training.keys import derive
 from caltech_sweep.training.models import train_mode
 
 _NORMALIZE = {

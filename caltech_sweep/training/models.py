@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from torch import nn
 
 from caltech_sweep import paths
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.errors import ModelError
-from caltech_sweep.training.keys import derive
+from caltech_sweep.data.archive import download
+from caltech_sweep.errors import DatasetError, ModelError
+from caltech_sweep.keys import derive
 
 _HEADS = ("classifier", "fc", "heads", "head")  # what torchvision calls everything after the backbone
 
@@ -58,18 +60,24 @@ def _replace_last(model: nn.Module, outputs: int) -> str:
 
 
 def _imagenet(arch: str) -> dict[str, torch.Tensor]:
+    """Return the first published ImageNet weights, which the reference report used, from a checked download.
+
+    The digits in the file's name begin its SHA-256; a file that was there is compared with them too. Raises
+    ModelError offline and for a damaged file; pickled code is refused.
+    """
     weights = list(torchvision.models.get_model_weights(arch))
     if not weights:
         raise ModelError(f"weights: torchvision has no ImageNet weights for {arch!r}")
-    url = weights[0].url  # the first published, which the reference report used
-    folder = paths.weights_home()
+    url = weights[0].url
+    name = url.rsplit("/", 1)[-1]
+    target = paths.weights_home() / name
+    digits = re.search(r"-([0-9a-f]{8,64})\.", name)
+    checksums = [f"sha256:{digits[1]}"] if digits else []
     try:
-        return torch.hub.load_state_dict_from_url(url, str(folder), check_hash=True, progress=False, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise ModelError(
-            f"weights: the ImageNet weights of {arch} could not be fetched from {url} ({error}); "
-            f"connect to the network, or put {url.rsplit('/', 1)[-1]} into {folder}"
-        ) from error
+        download(url, target, checksums, lambda done, total: None, mend=f"or put {name} into {target.parent}")
+    except DatasetError as error:
+        raise ModelError(f"weights: the ImageNet weights of {arch} are not available: {error}") from error
+    return read_weights(target)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,92 @@
+"""What is recorded of studies and trials, and the interface of whoever keeps it; knows no tracking library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended, in the terms of both stores."""
+
+    optuna: str
+    mlflow: str
+
+
+# Every way a trial can end, and nothing else maps one store's word to the other's.
+OUTCOMES = {
+    "complete": Outcome("COMPLETE", "FINISHED"),
+    "pruned": Outcome("PRUNED", "KILLED"),
+    "diverged": Outcome("FAIL", "FAILED"),
+    "out_of_memory": Outcome("FAIL", "FAILED"),
+    "crashed": Outcome("FAIL", "FAILED"),
+    "interrupted": Outcome("WAITING", "KILLED"),
+}
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial's run as the store has it; ``outcome`` is "running" until it ends."""
+
+    run_id: str
+    study: str
+    name: str
+    row: str | None
+    number: int
+    outcome: str
+    status: str
+    fingerprint: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    start_time: int  # milliseconds since 1970
+    artifact_uri: str
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One study's parent run: its document is ``StudyDefinition.to_dict()`` as last run."""
+
+    name: str
+    run_id: str
+    experiment_id: str
+    document: Mapping[str, Any]
+
+
+EpochLog = tuple[int, Mapping[str, float], int]  # 1-based epoch, metrics by name, time in milliseconds since 1970
+
+
+class Tracker(Protocol):
+    """Keeps studies and their trials; the coordinator writes through nothing else."""
+
+    def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
+        """Create a study, or go on with it; return its run id."""
+
+    def finish_study(self, name: str, complete: bool, description: str | None = None) -> None:
+        """Close a study: complete when it has all its trials."""
+
+    def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
+        """Create a trial's run; return its id."""
+
+    def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
+        """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
+
+    def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
+        """Record which images a trial used."""
+
+    def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
+        """Log the metrics of some epochs."""
+
+    def finish_trial(
+        self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
+    ) -> None:
+        """Keep a trial's artifacts, log what is known only at its end, and set its final status."""
+
+    def study(self, name: str) -> StudyRecord | None:
+        """Return a study, or None."""
+
+    def trials(self, study: StudyRecord) -> list[TrialRecord]:
+        """Return the trials of a study, the oldest first."""

@@ -1,0 +1,160 @@
+"""The Optuna study behind a study file: opened once, counted, and its trials moved between states."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.records import OUTCOMES
+from caltech_sweep.stores import hide_secrets, sqlite_file, tune_sqlite
+from caltech_sweep.sweep.space import enqueue_params, make_pruner, make_sampler
+from caltech_sweep.sweep.study_file import Row, StudyDefinition, identity_difference
+
+HEARTBEAT_SECONDS = 60
+MEMORY = "memory"  # the address of a store that ends with the process, for tests
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _open_storage(uri: str) -> BaseStorage:
+    if uri == MEMORY:
+        return InMemoryStorage()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = RDBStorage(uri, heartbeat_interval=HEARTBEAT_SECONDS)
+    if sqlite_file(uri) is not None:
+        tune_sqlite(storage.engine)
+    return storage
+
+
+def open_study(definition: StudyDefinition, uri: str, identity: Mapping[str, Any]) -> optuna.Study:
+    """Create the Optuna study, or open it.
+
+    Raises UsageError with the difference when its identity has changed, StoreError when the store cannot be used.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(
+                storage=_open_storage(uri),
+                study_name=definition.name,
+                direction="maximize",
+                load_if_exists=True,
+                sampler=make_sampler(definition.sampler, 0),
+                pruner=make_pruner(definition.pruner),
+            )
+    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
+        raise StoreError(
+            f"the study store {hide_secrets(uri)} cannot be opened: {hide_secrets(str(error).splitlines()[0])}"
+        ) from error
+    stored = study.user_attrs.get("identity")
+    if stored is None:
+        study.set_user_attr("identity", dict(identity))
+        study.set_user_attr("optuna", optuna.__version__)
+    elif stored != identity:
+        lines = "\n".join(f"  {line}" for line in identity_difference(stored, identity))
+        raise UsageError(
+            f"study {definition.name!r} has trials with other settings, and tables must not mix them:\n{lines}\n"
+            "give this one a name of its own with --name"
+        )
+    return study
+
+
+def check_alone(study: optuna.Study) -> None:
+    """Raise StoreError while another coordinator shows signs of life in a store that has no lock of ours."""
+    storage = study._storage
+    if not isinstance(storage, RDBStorage):
+        storage = getattr(storage, "_backend", storage)
+    if not isinstance(storage, RDBStorage) or sqlite_file(str(storage.url)) is not None:
+        return
+    stale = set(storage._get_stale_trial_ids(study._study_id))
+    alive = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if t._trial_id not in stale]
+    if alive:
+        raise StoreError(
+            f"study {study.study_name!r} is being run by another process, or was {2 * HEARTBEAT_SECONDS} seconds ago; "
+            "wait for it, stop it, or choose --name"
+        )
+
+
+def record_heartbeats(study: optuna.Study, trials: Sequence[optuna.Trial]) -> None:
+    """Sign that this process still runs some trials."""
+    for trial in trials:
+        record = getattr(study._storage, "record_heartbeat", None)
+        if record is not None:
+            record(trial._trial_id)
+
+
+def is_finished(trial: FrozenTrial) -> bool:
+    """Tell whether a trial counts towards the study's total and is not to be run again."""
+    if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+        return True
+    return trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") == "diverged"
+
+
+def is_current(trial: FrozenTrial, definition: StudyDefinition) -> bool:
+    """Tell whether a trial is a sampled one, or trains its row with the settings that the row has now."""
+    name = trial.user_attrs.get("row")
+    fingerprint = trial.user_attrs.get("fingerprint")
+    return name is None or any(
+        row.name == name and definition.row_config(row).fingerprint() == fingerprint for row in definition.rows
+    )
+
+
+def pending_rows(definition: StudyDefinition, trials: Sequence[FrozenTrial]) -> list[Row]:
+    """Return the rows that no trial has trained, or waits to train, with the settings they have now."""
+    known = {
+        (trial.user_attrs.get("row"), trial.user_attrs.get("fingerprint"))
+        for trial in trials
+        if is_finished(trial) or trial.state == TrialState.WAITING
+    }
+    return [row for row in definition.rows if (row.name, definition.row_config(row).fingerprint()) not in known]
+
+
+def enqueue(study: optuna.Study, definition: StudyDefinition, row: Row) -> None:
+    """Let a row wait to be trained. What it trains is stored with it, since Optuna resamples what its space lacks."""
+    config = definition.row_config(row)
+    attributes = {"row": row.name, "config": config.to_dict(), "fingerprint": config.fingerprint()}
+    study.enqueue_trial(enqueue_params(definition.space, config.to_dict()), json.loads(json.dumps(attributes)))
+
+
+def ask(study: optuna.Study) -> optuna.Trial:
+    """Start a new trial. The heartbeats that Optuna would keep in ``optimize`` are the coordinator's to record."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Heartbeat of storage")
+        return study.ask()
+
+
+def take(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:
+    """Start one certain waiting trial, which ``study.ask`` cannot choose."""
+    study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+    return optuna.Trial(study, waiting._trial_id)
+
+
+def set_config(trial: optuna.Trial, config: TrialConfig) -> None:
+    """Store what a sampled trial trains."""
+    trial.set_user_attr("fingerprint", config.fingerprint())
+    trial.set_user_attr("config", json.loads(json.dumps(config.to_dict())))
+
+
+def put_back(study: optuna.Study, trial_id: int) -> None:
+    """Let a running trial wait again."""
+    study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+
+def end_trial(study: optuna.Study, trial_id: int, outcome: str, value: float | None) -> None:
+    """Give a running trial the final state of its outcome; ``value`` is for complete trials alone."""
+    state = TrialState[OUTCOMES[outcome].optuna]
+    if state == TrialState.FAIL:
+        study._storage.set_trial_user_attr(trial_id, "outcome", outcome)
+    if state == TrialState.PRUNED:  # Optuna keeps the last value that a pruned trial reported
+        values = study._storage.get_trial(trial_id).intermediate_values
+        value = values[max(values)] if values else None
+    study._storage.set_trial_state_values(trial_id, state, None if value is None else [value])

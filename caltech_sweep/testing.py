@@ -1,0 +1,236 @@
+"""For your own tests: a trial that trains nothing, and a tracker that keeps everything in memory.
+
+Example:
+    executor = ScriptedExecutor(Script([0.2, 0.5, 0.4]))
+    tracker = MemoryTracker()
+    summary = run_scripted(definition, executor, tracker)
+
+The coordinator behind it is the real one, in milliseconds a study.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.records import OUTCOMES, EpochLog, StudyRecord, TrialRecord
+from caltech_sweep.sweep.executors import Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
+
+if TYPE_CHECKING:
+    import optuna
+
+    from caltech_sweep.sweep.coordinator import Coordinator, Summary
+    from caltech_sweep.sweep.study_file import StudyDefinition
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a mocked trial does: a validation accuracy an epoch, then its end.
+
+    Without ``accuracies`` every epoch of the config gives 0.5. ``failure`` is "diverged", "out_of_memory" or
+    "crashed"; ``deaths`` is how often the worker dies after the last scripted epoch before the trial gets through.
+    """
+
+    accuracies: Sequence[float] | None = None
+    failure: str | None = None
+    deaths: int = 0
+    test_accuracy: float = 0.5
+
+
+class ScriptedExecutor:
+    """An executor whose trials follow scripts, by a function of the config or by one for all."""
+
+    def __init__(self, script: Script | Callable[[TrialConfig], Script] | None = None, slots: int = 1) -> None:
+        self.slots = slots
+        self.jobs: list[Job] = []  # every job handed out, in order
+        self._script = script or Script()
+        self._events: dict[int, list[Event]] = {}
+        self._lockstep: dict[int, bool] = {}
+        self._waits: set[int] = set()
+        self._deaths: dict[int, int] = {}
+
+    def submit(self, job: Job) -> None:
+        """Lay out the events of a job."""
+        script = self._script if isinstance(self._script, Script) else self._script(job.config)
+        accuracies = script.accuracies if script.accuracies is not None else [0.5] * job.config.epochs
+        events: list[Event] = [Epoch(job.number, n, _metrics(value)) for n, value in enumerate(accuracies, 1)]
+        if self._deaths.get(job.number, 0) < script.deaths:
+            self._deaths[job.number] = self._deaths.get(job.number, 0) + 1
+            events.append(WorkerDied(job.number, -9))
+        elif script.failure:
+            events.append(Failed(job.number, script.failure, f"scripted to be {script.failure}", "scripted"))
+        else:
+            (job.folder / "config.yaml").write_text("scripted: true\n")
+            best = max(accuracies)
+            final = {
+                "best/val_accuracy": best,
+                "best/epoch": float(list(accuracies).index(best) + 1),
+                "test/accuracy": script.test_accuracy,
+                "test/loss": 1.0,
+            }
+            events.append(Done(job.number, final))
+        self.jobs.append(job)
+        self._events[job.number], self._lockstep[job.number] = events, job.lockstep
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Return the next event of every running job that does not wait for an answer."""
+        happened = []
+        for number in [number for number in self._events if number not in self._waits]:
+            event = self._events[number].pop(0)
+            happened.append(event)
+            if not isinstance(event, Epoch):
+                del self._events[number]
+            elif self._lockstep[number]:
+                self._waits.add(number)
+        return happened
+
+    def answer(self, job: int, go_on: bool) -> None:
+        """Go on with a lockstep job, or let it stop."""
+        self._waits.discard(job)
+        if not go_on:
+            self._events[job] = [Stopped(job)]
+
+    def close(self) -> None:
+        """Drop every job."""
+        self._events.clear()
+
+
+def _metrics(accuracy: float) -> dict[str, float]:
+    return {
+        "train/loss": 1.0 - accuracy,
+        "train/accuracy": accuracy,
+        "val/loss": 1.0 - accuracy,
+        "val/accuracy": accuracy,
+        "lr": 0.01,
+        "epoch_seconds": 1.0,
+        "images_per_second": 100.0,
+    }
+
+
+@dataclass
+class _Run:
+    study: str
+    name: str
+    params: Mapping[str, str]
+    tags: dict[str, str]
+    number: int
+    status: str = "RUNNING"
+    history: list[EpochLog] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    artifacts: dict[str, bytes] = field(default_factory=dict)
+
+
+class MemoryTracker:
+    """A tracker in memory; passes the same contract tests as the MLflow one."""
+
+    def __init__(self) -> None:
+        self.documents: dict[str, Mapping[str, Any]] = {}
+        self.statuses: dict[str, str] = {}  # of studies
+        self.runs: dict[str, _Run] = {}
+        self.datasets: dict[str, str] = {}  # run id -> digest
+
+    def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
+        """Create a study, or go on with it."""
+        self.documents[name], self.statuses[name] = dict(document), "RUNNING"
+        return f"study-{name}"
+
+    def finish_study(self, name: str, complete: bool, description: str | None = None) -> None:
+        """Close a study."""
+        self.statuses[name] = "FINISHED" if complete else "KILLED"
+
+    def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
+        """Create a trial's run."""
+        run_id = f"run-{len(self.runs)}"
+        self.runs[run_id] = _Run(study, name, dict(params), dict(tags), len(self.runs))
+        return run_id
+
+    def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
+        """Open a trial's run again."""
+        run = self.runs[run_id]
+        run.status = "RUNNING"
+        run.tags = {**{k: v for k, v in run.tags.items() if k not in ("outcome", "reason")}, **tags}
+        return max((epoch for epoch, _, _ in run.history), default=0)
+
+    def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
+        """Keep the digest."""
+        self.datasets[run_id] = digest
+
+    def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
+        """Keep the epochs."""
+        self.runs[run_id].history += epochs
+        for _, metrics, _ in epochs:
+            self.runs[run_id].metrics.update(metrics)
+
+    def finish_trial(
+        self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
+    ) -> None:
+        """Keep the artifacts and the end."""
+        run = self.runs[run_id]
+        for path in sorted(folder.rglob("*")) if folder else []:
+            if path.is_file():
+                run.artifacts[path.relative_to(folder or path).as_posix()] = path.read_bytes()
+        run.metrics.update(metrics)
+        run.tags.update({**tags, "outcome": outcome})
+        run.status = OUTCOMES[outcome].mlflow
+
+    def study(self, name: str) -> StudyRecord | None:
+        """Return a study, or None."""
+        return StudyRecord(name, f"study-{name}", name, self.documents[name]) if name in self.documents else None
+
+    def trials(self, study: StudyRecord) -> list[TrialRecord]:
+        """Return the trials of a study, the oldest first."""
+        return [
+            TrialRecord(
+                run_id,
+                run.study,
+                run.name,
+                run.tags.get("row"),
+                int(run.tags.get("trial_number", -1)),
+                run.tags.get("outcome", "running"),
+                run.status,
+                run.tags.get("fingerprint", ""),
+                run.params,
+                dict(run.metrics),
+                dict(run.tags),
+                run.number,
+                "",
+            )
+            for run_id, run in self.runs.items()
+            if run.study == study.name
+        ]
+
+
+def scripted_coordinator(
+    definition: StudyDefinition,
+    executor: ScriptedExecutor,
+    tracker: MemoryTracker,
+    scratch: Path,
+    study: optuna.Study | None = None,
+    only: tuple[str, ...] = (),
+) -> Coordinator:
+    """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker."""
+    from caltech_sweep.sweep.coordinator import Coordinator, Images
+    from caltech_sweep.sweep.study import MEMORY, open_study
+    from caltech_sweep.sweep.watch import PlainWatcher
+
+    study = study or open_study(definition, MEMORY, definition.identity())
+    images = Images("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
+    return Coordinator(
+        definition, study, tracker, executor, PlainWatcher(lambda line: None), scratch, images, only=only
+    )
+
+
+def run_scripted(
+    definition: StudyDefinition, executor: ScriptedExecutor, tracker: MemoryTracker, study: optuna.Study | None = None
+) -> Summary:
+    """Run a study with scripted trials to its end."""
+    with TemporaryDirectory(prefix="caltech-sweep-") as folder:
+        try:
+            return scripted_coordinator(definition, executor, tracker, Path(folder), study).run()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
