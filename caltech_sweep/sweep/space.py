@@ -43,6 +43,8 @@ def _names(kind: str) -> dict[str, str]:
 
 def _build(kind: str, component: Component) -> Any:
     arguments = {ALIASES.get(key, key): value for key, value in component.arguments.items()}
+    if isinstance(component.arguments.get("warmup_epochs"), int):
+        arguments["n_warmup_steps"] += 1  # Optuna's steps are our epochs, whose first is 1
     return _class_of(kind, component.name)(**arguments)
 
 

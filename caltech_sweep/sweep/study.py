@@ -55,6 +55,12 @@ def open_study(definition: StudyDefinition, uri: str, identity: Mapping[str, Any
         raise StoreError(
             f"the study store {hide_secrets(uri)} cannot be opened: {hide_secrets(str(error).splitlines()[0])}"
         ) from error
+    check_identity(study, definition.name, identity)
+    return study
+
+
+def check_identity(study: optuna.Study, name: str, identity: Mapping[str, Any]) -> None:
+    """Record what a study is, or raise UsageError with the difference to what was recorded."""
     stored = study.user_attrs.get("identity")
     if stored is None:
         study.set_user_attr("identity", dict(identity))
@@ -62,10 +68,9 @@ def open_study(definition: StudyDefinition, uri: str, identity: Mapping[str, Any
     elif stored != identity:
         lines = "\n".join(f"  {line}" for line in identity_difference(stored, identity))
         raise UsageError(
-            f"study {definition.name!r} has trials with other settings, and tables must not mix them:\n{lines}\n"
+            f"study {name!r} has trials with other settings, and tables must not mix them:\n{lines}\n"
             "give this one a name of its own with --name"
         )
-    return study
 
 
 def check_alone(study: optuna.Study) -> None:

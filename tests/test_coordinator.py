@@ -1,0 +1,231 @@
+"""The coordinator over scripted trials: order, totals, outcomes, pruning, deaths, stops and continuation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import UsageError
+from caltech_sweep.records import OUTCOMES
+from caltech_sweep.sweep.study import MEMORY, check_identity, open_study
+from caltech_sweep.sweep.study_file import Choices, Component, Range, Row, StudyDefinition
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+
+ROWS = (Row("One", {"lr": 0.1, "step_size": 5}), Row("Two", {"lr": 9.0, "step_size": 3}))
+DEFINITION = StudyDefinition(
+    name="s",
+    title="A study",
+    trials=6,
+    dataset={"name": "shapes"},
+    fixed={"epochs": 4},
+    space={"lr": Range(1e-3, 1.0, log=True), "step_size": Choices((3, 5))},
+    rows=ROWS,
+    sampler=Component("random", {"seed": 3}),
+)
+
+
+def new_study(definition: StudyDefinition = DEFINITION) -> optuna.Study:
+    return open_study(definition, MEMORY, definition.identity())
+
+
+def records(tracker: MemoryTracker, name: str = "s") -> list:
+    study = tracker.study(name)
+    assert study is not None
+    return tracker.trials(study)
+
+
+def test_rows_run_first_then_sampled_trials_up_to_the_total() -> None:
+    executor, tracker, study = ScriptedExecutor(), MemoryTracker(), new_study()
+    summary = run_scripted(DEFINITION, executor, tracker, study)
+    assert summary.complete and summary.outcomes == {"complete": 6}
+    assert [r.name for r in records(tracker)] == ["One", "Two", "trial-002", "trial-003", "trial-004", "trial-005"]
+    assert [job.config.lr for job in executor.jobs[:2]] == [0.1, 9.0]  # 9.0 lies outside the space, and is trained
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+    assert all(r.status == "FINISHED" and r.tags["outcome"] == "complete" for r in records(tracker))
+
+
+def test_a_row_inside_the_space_teaches_the_sampler() -> None:
+    study = new_study()
+    run_scripted(DEFINITION, ScriptedExecutor(), MemoryTracker(), study)
+    assert study.trials[0].params == {"lr": 0.1, "step_size": 5}
+    assert study.trials[1].params == {"step_size": 3}
+
+
+def test_every_epoch_is_logged_once_with_its_names_and_tags() -> None:
+    tracker = MemoryTracker()
+    run_scripted(replace(DEFINITION, trials=2), ScriptedExecutor(Script([0.1, 0.4, 0.4, 0.2])), tracker)
+    run = tracker.runs["run-0"]
+    assert [(epoch, metrics["val/accuracy"]) for epoch, metrics, _ in run.history] == [
+        (1, 0.1),
+        (2, 0.4),
+        (3, 0.4),
+        (4, 0.2),
+    ]
+    assert run.metrics["best/val_accuracy"] == 0.4 and run.metrics["best/epoch"] == 2
+    assert run.tags["row"] == "One" and run.tags["trial_number"] == "0"
+    assert run.params["lr"] == "0.1" and run.params["dataset.name"] == "shapes"
+    assert tracker.datasets["run-0"] == "scripted" and "config.yaml" in run.artifacts
+
+
+@pytest.mark.parametrize("outcome", ["diverged", "out_of_memory", "crashed"])
+def test_failures_map_once_and_are_never_a_score(outcome: str) -> None:
+    tracker, study = MemoryTracker(), new_study()
+
+    def script(config: TrialConfig) -> Script:
+        return Script([0.3], failure=outcome) if config.lr == 0.1 else Script()
+
+    summary = run_scripted(replace(DEFINITION, trials=2), ScriptedExecutor(script), tracker, study)
+    assert summary.outcomes == {outcome: 1, "complete": 1}
+    assert study.trials[0].state.name == OUTCOMES[outcome].optuna and study.trials[0].value is None
+    first = records(tracker)[0]
+    assert (first.status, first.outcome) == (OUTCOMES[outcome].mlflow, outcome)
+    assert first.tags["reason"] == f"scripted to be {outcome}"
+    assert tracker.runs[first.run_id].artifacts["traceback.txt"] == b"scripted"
+
+
+def test_what_crashed_is_tried_by_the_next_run_and_what_diverged_is_not() -> None:
+    for outcome, again in (("crashed", 1), ("diverged", 0)):
+        tracker, study = MemoryTracker(), new_study()
+        small = replace(DEFINITION, trials=1, rows=ROWS[:1])
+        run_scripted(small, ScriptedExecutor(Script([0.3], failure=outcome)), tracker, study)
+        executor = ScriptedExecutor()
+        run_scripted(small, executor, tracker, study)
+        assert len(executor.jobs) == again
+
+
+def test_a_worker_that_dies_is_tried_again_twice_in_the_same_run() -> None:
+    for deaths, outcome in ((2, "complete"), (3, "crashed")):
+        tracker = MemoryTracker()
+        small = replace(DEFINITION, trials=1, rows=ROWS[:1])
+        summary = run_scripted(small, ScriptedExecutor(Script([0.1, 0.2, 0.3, 0.4], deaths=deaths)), tracker)
+        assert summary.outcomes == {outcome: 1} and len(tracker.runs) == 1
+        run = tracker.runs["run-0"]
+        assert [epoch for epoch, _, _ in run.history] == [1, 2, 3, 4]
+        assert run.tags["attempt"] == "3"
+
+
+def test_only_sampled_trials_are_pruned_and_rows_set_the_bar() -> None:
+    definition = replace(
+        DEFINITION, pruner=Component("median", {"startup_trials": 1, "warmup_epochs": 1}), rows=ROWS[:1]
+    )
+
+    def script(config: TrialConfig) -> Script:
+        return Script([0.9] * 4) if config.lr == 0.1 else Script([0.2, 0.2, 0.2, 0.2])
+
+    tracker, study = MemoryTracker(), new_study(definition)
+    executor = ScriptedExecutor(script)
+    summary = run_scripted(definition, executor, tracker, study)
+    assert summary.outcomes == {"complete": 1, "pruned": 5}
+    pruned = records(tracker)[1]
+    assert (pruned.status, pruned.outcome) == ("KILLED", "pruned")
+    assert [epoch for epoch, _, _ in tracker.runs[pruned.run_id].history] == [1, 2]
+    assert study.trials[1].value == 0.2
+    assert [job.lockstep for job in executor.jobs] == [False, True, True, True, True, True]
+
+
+def test_a_stop_lets_trials_wait_and_the_next_run_finishes_them_in_their_runs(tmp_path: Path) -> None:
+    tracker, study = MemoryTracker(), new_study()
+    executor = ScriptedExecutor(Script([0.1, 0.2, 0.3, 0.4]), slots=2)
+    coordinator = scripted_coordinator(DEFINITION, executor, tracker, tmp_path, study)
+    polls = 0
+
+    class Stopping(ScriptedExecutor):
+        def poll(self, timeout: float) -> list:
+            nonlocal polls
+            polls += 1
+            if polls == 3:
+                coordinator.request_stop()
+            return executor.poll(timeout)
+
+        submit, answer, close = executor.submit, executor.answer, executor.close
+
+    coordinator.executor = Stopping(slots=2)
+    summary = coordinator.run()
+    assert not summary.complete and summary.outcomes == {"interrupted": 2}
+    assert [t.state for t in study.trials] == [TrialState.WAITING] * 2
+    assert [r.status for r in records(tracker)] == ["KILLED"] * 2 and tracker.statuses["s"] == "KILLED"
+    run_scripted(DEFINITION, ScriptedExecutor(Script([0.1, 0.2, 0.3, 0.4])), tracker, study)
+    assert len(tracker.runs) == 6 and tracker.statuses["s"] == "FINISHED"
+    assert all([e for e, _, _ in run.history] == [1, 2, 3, 4] for run in tracker.runs.values())
+    assert all("reason" not in run.tags for run in tracker.runs.values())
+
+
+def test_going_on_reaches_a_raised_total_without_repeating() -> None:
+    tracker, study = MemoryTracker(), new_study()
+    run_scripted(DEFINITION, ScriptedExecutor(), tracker, study)
+    executor = ScriptedExecutor()
+    run_scripted(replace(DEFINITION, trials=8), executor, tracker, study)
+    assert [job.number for job in executor.jobs] == [6, 7]
+    executor = ScriptedExecutor()
+    assert run_scripted(DEFINITION, executor, tracker, study).complete and executor.jobs == []
+
+
+def test_stopping_and_going_on_samples_what_one_run_would_have_sampled() -> None:
+    for sampler in (Component("random", {"seed": 3}), Component("tpe", {"startup_trials": 2})):
+        definition = replace(DEFINITION, sampler=sampler)
+        whole, parts, study = ScriptedExecutor(), ScriptedExecutor(), new_study(definition)
+        run_scripted(definition, whole, MemoryTracker())
+        tracker = MemoryTracker()
+        for total in (3, 5, 6):
+            run_scripted(replace(definition, trials=total), parts, tracker, study)
+        assert [job.config for job in parts.jobs] == [job.config for job in whole.jobs]
+        assert len({job.config.lr for job in whole.jobs}) == 6
+
+
+def test_a_changed_row_is_trained_again_and_a_changed_space_is_refused() -> None:
+    tracker, study = MemoryTracker(), new_study()
+    run_scripted(replace(DEFINITION, trials=2), ScriptedExecutor(), tracker, study)
+    changed = replace(DEFINITION, trials=2, rows=(Row("One", {"lr": 0.2, "step_size": 5}), ROWS[1]))
+    executor = ScriptedExecutor()
+    run_scripted(changed, executor, tracker, study)
+    assert [job.config.lr for job in executor.jobs] == [0.2]
+    other = replace(DEFINITION, fixed={"epochs": 5})
+    with pytest.raises(UsageError, match=r"fixed.epochs: was 4, is 5\ngive this one a name of its own with --name"):
+        check_identity(study, other.name, other.identity())
+
+
+def test_one_row_alone(tmp_path: Path) -> None:
+    tracker, study, executor = MemoryTracker(), new_study(), ScriptedExecutor()
+    scripted_coordinator(DEFINITION, executor, tracker, tmp_path, study, only=("Two",)).run()
+    assert [r.name for r in records(tracker)] == ["Two"]
+
+
+def test_forty_rows_on_eight_slots_are_forty_trials_each_once() -> None:
+    rows = tuple(Row(f"row {i}", {"lr": 0.001 * (i + 1), "step_size": 3}) for i in range(40))
+    definition = replace(DEFINITION, rows=rows, trials=40)
+    executor, tracker = ScriptedExecutor(slots=8), MemoryTracker()
+    assert run_scripted(definition, executor, tracker).outcomes == {"complete": 40}
+    assert sorted(job.config.lr for job in executor.jobs) == [row.settings["lr"] for row in rows]
+    assert sorted(r.row for r in records(tracker)) == sorted(row.name for row in rows)
+
+
+def test_a_dead_coordinator_s_trials_are_taken_over(tmp_path: Path) -> None:
+    """What a kill leaves: both stores say running; or MLflow has the end and Optuna has not."""
+    tracker, study = MemoryTracker(), new_study()
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(ScriptedExecutor):
+        def poll(self, timeout: float) -> list:
+            if len(self.jobs) == 3:
+                raise Killed
+            return super().poll(timeout)
+
+        def close(self) -> None:
+            raise Killed  # so that the coordinator cannot tidy up
+
+    with pytest.raises(Killed):
+        scripted_coordinator(DEFINITION, Dying(), tracker, tmp_path, study).run()
+    assert study.trials[2].state == TrialState.RUNNING and records(tracker)[2].status == "RUNNING"
+    tracker.finish_trial("run-2", "complete", {"best/val_accuracy": 0.75}, {}, None)
+    executor = ScriptedExecutor()
+    run_scripted(DEFINITION, executor, tracker, study)
+    assert study.trials[2].state == TrialState.COMPLETE and study.trials[2].value == 0.75
+    assert [job.number for job in executor.jobs] == [3, 4, 5]
+    assert {r.status for r in records(tracker)} == {"FINISHED"} and len(tracker.runs) == 6

@@ -1,0 +1,143 @@
+"""One contract for every executor: in this process, and in worker processes that may die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import DivergedError
+from caltech_sweep.sweep.executors import (
+    Done,
+    Epoch,
+    Epochs,
+    Event,
+    Executor,
+    Failed,
+    InProcessExecutor,
+    Job,
+    ProcessExecutor,
+    Stopped,
+    WorkerDied,
+)
+
+
+def runner(job: Job) -> Epochs:
+    """Count epochs; the seed tells what goes wrong."""
+    if job.config.seed == 1:
+        raise DivergedError(1, 2, float("nan"))
+    if job.config.seed == 2:
+        raise KeyError("a bug")
+    for epoch in range(1, job.config.epochs + 1):
+        yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10})
+        if job.config.seed == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job.config.seed == 4:
+            time.sleep(60)
+    (job.folder / "device.txt").write_text(str(job.device))
+    return Done(job.number, {"best/val_accuracy": job.config.epochs / 10}, {"pid": str(os.getpid())})
+
+
+Factory = Callable[[], Executor]
+
+
+@pytest.fixture(params=["in-process", "processes"])
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    made: Executor = InProcessExecutor(runner, "cpu") if request.param == "in-process" else processes(1)
+    yield made
+    made.close()
+
+
+def processes(workers: int) -> ProcessExecutor:
+    return ProcessExecutor(runner, workers, ["cpu"], threads=None)
+
+
+def job(tmp_path: Path, number: int = 0, seed: int = 0, epochs: int = 3, lockstep: bool = False) -> Job:
+    return Job(number, TrialConfig(seed=seed, epochs=epochs), tmp_path, lockstep=lockstep)
+
+
+def drain(executor: Executor, until: int = 1, seconds: float = 30) -> list[Event]:
+    """Poll until so many jobs ended."""
+    events: list[Event] = []
+    end = time.monotonic() + seconds
+    while sum(not isinstance(event, Epoch) for event in events) < until:
+        assert time.monotonic() < end, events
+        events += executor.poll(0.2)
+    return events
+
+
+def test_epochs_come_in_order_and_then_the_end(executor: Executor, tmp_path: Path) -> None:
+    executor.submit(job(tmp_path))
+    *epochs, done = drain(executor)
+    assert [event.epoch for event in epochs] == [1, 2, 3]
+    assert isinstance(done, Done) and done.metrics == {"best/val_accuracy": 0.3}
+    assert (tmp_path / "device.txt").read_text() == "cpu"
+    assert list(executor.poll(0)) == []
+
+
+@pytest.mark.parametrize(("seed", "outcome", "traced"), [(1, "diverged", False), (2, "crashed", True)])
+def test_errors_become_outcomes(executor: Executor, tmp_path: Path, seed: int, outcome: str, traced: bool) -> None:
+    executor.submit(job(tmp_path, seed=seed))
+    (failed,) = drain(executor)
+    assert isinstance(failed, Failed) and failed.outcome == outcome
+    assert ("KeyError" in failed.trace) == traced
+    executor.submit(job(tmp_path, 1))
+    assert isinstance(drain(executor)[-1], Done)
+
+
+def test_a_lockstep_job_waits_for_its_answer(executor: Executor, tmp_path: Path) -> None:
+    executor.submit(job(tmp_path, lockstep=True))
+    events: list[Event] = []
+    while not events:
+        events += executor.poll(0.2)
+    executor.answer(0, True)
+    while len(events) < 2:
+        events += executor.poll(0.2)
+    executor.answer(0, False)
+    assert isinstance(drain(executor)[-1], Stopped)
+    assert [event.epoch for event in events] == [1, 2]
+
+
+def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:
+    executor = processes(1)
+    try:
+        executor.submit(job(tmp_path, seed=3))
+        assert drain(executor)[-1] == WorkerDied(0, -signal.SIGKILL)
+        executor.submit(job(tmp_path, 1))
+        assert isinstance(drain(executor)[-1], Done)
+        os.kill(executor.pids[0], signal.SIGKILL)  # while idle
+        time.sleep(0.3)
+        executor.submit(job(tmp_path, 2))
+        assert isinstance(drain(executor)[-1], Done)
+    finally:
+        executor.close()
+
+
+def test_workers_persist_and_work_at_once(tmp_path: Path) -> None:
+    executor = processes(2)
+    try:
+        for number in (0, 1):
+            executor.submit(job(tmp_path, number))
+        first = {event.tags["pid"] for event in drain(executor, 2) if isinstance(event, Done)}
+        for number in (2, 3):
+            executor.submit(job(tmp_path, number))
+        second = {event.tags["pid"] for event in drain(executor, 2) if isinstance(event, Done)}
+        assert first == second == {str(pid) for pid in executor.pids}
+    finally:
+        executor.close()
+
+
+def test_closing_ends_the_workers_at_once(tmp_path: Path) -> None:
+    executor = processes(2)
+    executor.submit(job(tmp_path, seed=4))
+    pids, start = executor.pids, time.monotonic()
+    executor.close()
+    assert time.monotonic() - start < 10
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,117 @@
+"""One contract for every tracker: the one in memory, and MLflow over real SQLite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from caltech_sweep.errors import StoreError
+from caltech_sweep.records import OUTCOMES, Tracker
+from caltech_sweep.testing import MemoryTracker
+from caltech_sweep.tracking import MlflowTracker
+
+TAGS = {"trial_number": "0", "fingerprint": "abc", "row": "First"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("odd place & more") / "mlflow.db"
+
+
+@pytest.fixture(params=["memory", "mlflow"])
+def tracker(request: pytest.FixtureRequest) -> Tracker:
+    if request.param == "memory":
+        return MemoryTracker()
+    return MlflowTracker(str(request.getfixturevalue("store")), create=True)
+
+
+@pytest.fixture
+def study(request: pytest.FixtureRequest) -> str:
+    return request.node.name.replace("[", "-").replace("]", "")
+
+
+def start(tracker: Tracker, study: str) -> str:
+    tracker.start_study(study, "A title", {"rows": [], "title": "A title"})
+    return tracker.start_trial(study, "First", {"lr": "0.1"}, TAGS)
+
+
+def only_trial(tracker: Tracker, study: str):
+    record = tracker.study(study)
+    assert record is not None
+    (trial,) = tracker.trials(record)
+    return trial
+
+
+def test_a_trial_s_life(tracker: Tracker, study: str, tmp_path: Path) -> None:
+    run = start(tracker, study)
+    assert only_trial(tracker, study).outcome == "running"
+    tracker.log_dataset(run, "shapes", "digest", {"train": 3}, "drawn")
+    tracker.log_epochs(run, [(1, {"val/accuracy": 0.5, "train/loss": 1.0}, 1000)])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file.txt").write_text("kept")
+    tracker.finish_trial(run, "complete", {"best/val_accuracy": 0.5}, {"extra": "tag"}, tmp_path)
+    tracker.finish_study(study, True)
+    trial = only_trial(tracker, study)
+    assert (trial.run_id, trial.name, trial.row, trial.number) == (run, "First", "First", 0)
+    assert (trial.outcome, trial.status, trial.fingerprint) == ("complete", "FINISHED", "abc")
+    assert trial.metrics["best/val_accuracy"] == 0.5 and trial.metrics["val/accuracy"] == 0.5
+    assert trial.params["lr"] == "0.1" and trial.tags["extra"] == "tag"
+
+
+@pytest.mark.parametrize("outcome", sorted(OUTCOMES))
+def test_every_outcome_has_its_status(tracker: Tracker, study: str, outcome: str) -> None:
+    run = start(tracker, study)
+    tracker.finish_trial(run, outcome, {}, {}, None)
+    trial = only_trial(tracker, study)
+    assert (trial.outcome, trial.status) == (outcome, OUTCOMES[outcome].mlflow)
+
+
+def test_a_trial_goes_on_after_its_last_epoch(tracker: Tracker, study: str) -> None:
+    run = start(tracker, study)
+    assert tracker.resume_trial(run, {}) == 0
+    tracker.log_epochs(run, [(n, {"train/loss": 1.0 / n}, n) for n in (1, 2, 3)])
+    tracker.finish_trial(run, "interrupted", {}, {"reason": "stopped"}, None)
+    assert tracker.resume_trial(run, {"attempt": "2"}) == 3
+    trial = only_trial(tracker, study)
+    assert (trial.status, trial.outcome, trial.tags["attempt"]) == ("RUNNING", "running", "2")
+    assert "reason" not in trial.tags
+
+
+def test_a_study_goes_on_with_its_new_document(tracker: Tracker, study: str) -> None:
+    first = tracker.start_study(study, "A title", {"trials": 1})
+    assert tracker.start_study(study, "A title", {"trials": 2}) == first
+    record = tracker.study(study)
+    assert record is not None and record.document == {"trials": 2}
+    assert tracker.study("no such study") is None
+
+
+def test_a_long_history_is_within_mlflow_s_limits(store: Path, study: str) -> None:
+    tracker = MlflowTracker(str(store), create=True)
+    run = start(tracker, study)
+    tracker.log_epochs(run, [(n, {f"metric{k}": 0.0 for k in range(9)} | {"train/loss": 0.0}, n) for n in range(1, 151)])
+    assert tracker.resume_trial(run, {}) == 150
+
+
+def test_the_parent_run_holds_the_children(store: Path, study: str) -> None:
+    tracker = MlflowTracker(str(store), create=True)
+    run = start(tracker, study)
+    parent = tracker.client.get_run(run).data.tags["mlflow.parentRunId"]
+    assert tracker.client.get_run(parent).data.tags["kind"] == "study"
+    assert tracker.client.get_run(parent).info.run_name == "A title"
+    experiment = tracker.client.get_experiment_by_name(study)
+    assert experiment.artifact_location.startswith((store.parent / "artifacts").as_uri())
+
+
+def test_stores_that_cannot_be_used_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="run a study first"):
+        MlflowTracker(str(tmp_path / "none.db"))
+    (tmp_path / "text.db").write_text("this is no database, but it is long enough to be looked at" * 9)
+    with pytest.raises(StoreError, match="cannot be opened"):
+        MlflowTracker(str(tmp_path / "text.db"))
+    with pytest.raises(StoreError, match=r"http://127.0.0.1:9 does not answer"):
+        MlflowTracker("http://user:secret@127.0.0.1:9".replace("user:secret@", ""))
+    with pytest.raises(StoreError) as caught:
+        MlflowTracker("http://user:secret@127.0.0.1:9")
+    assert "secret" not in str(caught.value)
+    assert not list(tmp_path.glob("none*"))
