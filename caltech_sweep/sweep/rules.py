@@ -64,7 +64,9 @@ def _is_weights(value: Any) -> bool:
 
 
 def _is_augment(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(set(map(str, value))) == len(value) and set(value) <= AUGMENTS
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        return False
+    return len(set(value)) == len(value) and set(value) <= AUGMENTS
 
 
 def _is_classes(value: Any) -> bool:

@@ -51,7 +51,7 @@ def _build(kind: str, component: Component) -> Any:
 def component_problems(kind: str, component: Component) -> Iterator[tuple[str, str]]:
     """Yield (argument, sentence) for what is wrong with a "sampler" or a "pruner"."""
     names = _names(kind)
-    if component.name not in names:
+    if not isinstance(component.name, str) or component.name not in names:
         yield "name", f"there is no {kind} {component.name!r}{suggestion(str(component.name), names)}"
         return
     known = [name for name in inspect.signature(_class_of(kind, component.name)).parameters if name != "self"]

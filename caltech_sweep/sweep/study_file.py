@@ -196,14 +196,19 @@ class _Reader:
     """Walks one file, collecting a sentence for each problem."""
 
     def __init__(self, where: str) -> None:
-        self.where, self.problems = where, list[str]()
+        self.where, self._found = where, list[tuple[int, str]]()
+
+    @property
+    def problems(self) -> list[str]:
+        """The sentences so far, in the order of their lines."""
+        return [text for _, text in sorted(self._found, key=lambda found: found[0])]
 
     def problem(self, node: Any, key: Any, path: str, text: str) -> None:
         line = 1
         if isinstance(node, (CommentedMap, CommentedSeq)):
             position = node.lc.data.get(key) if node.lc.data and key is not None else None
             line = (position[0] if position else node.lc.line or 0) + 1
-        self.problems.append(f"{self.where}:{line}: {path}: {text}")
+        self._found.append((line, f"{self.where}:{line}: {path}: {text}"))
 
     def mapping(self, parent: Any, key: Any, path: str) -> CommentedMap:
         """Return a mapping below a node; a missing one is empty, another kind is a problem."""
