@@ -14,7 +14,6 @@ import hashlib
 import http.client
 import io
 import json
-import lzma
 import os
 import re
 import shutil
@@ -45,7 +44,7 @@ CHECKSUMS = ("md5:3138e1922a9193bfa496528edbbc45d0", "md5:b224c7392d521a49829488
 WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts that bring nothing new; each new byte starts them afresh
 MAX_DOWNLOAD = 4 << 30  # bytes; the largest published weights have 2.5e9
 MAX_UNPACKED = 512 << 20  # bytes; Caltech-101 has 1.4e8 with the tar's own headers
-MAX_MEMBERS = 50_000  # Caltech-101 has 9,247
+MAX_MEMBERS = 30_000  # Caltech-101 has 9,248, and a file beside each of them when macOS packed it
 _BLOCK = 1 << 18
 _ZIP = "caltech-101.zip"
 _ARCHIVES = tuple(paths.CALTECH_FOLDER + suffix for suffix in (".tar.gz", ".tgz", ".tar"))
@@ -73,19 +72,18 @@ def fetch(source: Path | None, url: str | None, progress: Progress) -> Path:
     root = home / paths.CALTECH_FOLDER
     if source is not None:
         return _install(home, _existing(source))
+    address, checksums = _address(url or URL)
+    mend = f"or download {_shown(address)} elsewhere and give the file: caltech-sweep data --from FILE"
     if not _is_complete(root):
-        target = home / _ZIP
-        address, checksums = _address(url or URL)
-        mend = f"or download {_shown(address)} elsewhere and give the file: caltech-sweep data --from FILE"
-        download(address, target, checksums, progress, mend=mend)
-        _install(home, target)
+        download(address, home / _ZIP, checksums, progress, mend=mend)
+        _install(home, home / _ZIP)
     return root
 
 
 def _named_root() -> Path:
     """Return the folder that CALTECH101_ROOT names, since every command reads it and no download."""
-    root = dataset_root(DatasetConfig())
     try:
+        root = dataset_root(DatasetConfig())
         _verify(root, root)
     except DatasetError as error:
         raise DatasetError(
@@ -210,7 +208,9 @@ def _copy_classes(source: Path, folder: Path) -> None:
                 try:
                     shutil.copyfile(file, new / file.name)
                 except OSError as error:
-                    raise DatasetError(f"{file} cannot be copied to {folder} ({error.strerror})") from error
+                    raise DatasetError(
+                        f"{file} cannot be copied to {folder} ({error.strerror}); {_ELSEWHERE}"
+                    ) from error
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -260,6 +260,10 @@ class _Note:
             return None
         usable = source == _source(url) and isinstance(validator, str | None) and isinstance(total, int)
         return cls(source, validator, total) if usable else None
+
+
+def _note_path(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
 
 
 def _source(url: str) -> str:
@@ -317,12 +321,11 @@ def download(
     shown = _shown(url)
     _make_folder(target.parent)
     part = target.with_name(f"{target.name}.part")
-    note = part.with_name(f"{part.name}.json")
     with _alone(target.parent):
         try:
             if _matches(target, checksums):
                 return
-            _receive(url, shown, part, note, progress, mend, waits_s, timeout_s)
+            _receive(url, part, progress, mend, waits_s, timeout_s)
             if not _matches(part, checksums):
                 part.unlink()
                 raise DatasetError(
@@ -334,28 +337,20 @@ def download(
             raise DatasetError(f"{target} cannot be stored ({error.strerror}); {_ELSEWHERE}") from error
         finally:
             if not part.exists():
-                note.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    _note_path(part).unlink()
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _receive(
-    url: str,
-    shown: str,
-    part: Path,
-    note: Path,
-    progress: Progress,
-    mend: str,
-    waits_s: Sequence[float],
-    timeout_s: float,
-) -> None:
+def _receive(url: str, part: Path, progress: Progress, mend: str, waits_s: Sequence[float], timeout_s: float) -> None:
     """Fill ``part``, trying again while it grows or a wait is left."""
     left, furthest, heard = list(waits_s), _size(part), False
     while True:
         try:
-            _attempt(url, part, note, progress, timeout_s)
+            _attempt(url, part, progress, timeout_s)
             return
         except _BrokenError as error:
             heard = heard or error.heard
@@ -364,13 +359,15 @@ def _receive(
             if not (left and error.again and heard):  # no server at all is most likely no network: say so at once
                 kept = f"; the {_size(part) / 1e6:.1f} MB that arrived are kept" if _size(part) else ""
                 what = "go on" if kept else "try"
-                raise DatasetError(f"{shown} {error}{kept}; run again to {what} when it answers, {mend}") from error
+                raise DatasetError(
+                    f"{_shown(url)} {error}{kept}; run again to {what} when it answers, {mend}"
+                ) from error
             time.sleep(left.pop(0))
 
 
-def _attempt(url: str, part: Path, note_path: Path, progress: Progress, timeout_s: float) -> None:
+def _attempt(url: str, part: Path, progress: Progress, timeout_s: float) -> None:
     """Ask once for what is missing and append it; raise _BrokenError when that did not complete the file."""
-    note = _Note.read(note_path, url)
+    note = _Note.read(_note_path(part), url)
     have = _size(part) if note else 0
     if note and note.total and have == note.total:
         return  # killed just before the checksum
@@ -389,7 +386,7 @@ def _attempt(url: str, part: Path, note_path: Path, progress: Progress, timeout_
         heard = not isinstance(error, urllib.error.URLError)
         raise _BrokenError(f"could not be reached ({_reason(error)})", heard=heard) from error
     with response:
-        have, total = _start(response, part, note_path, note, have, url)
+        have, total = _start(response, part, note, have, url)
         _append(response, part, have, total, progress)
 
 
@@ -410,9 +407,7 @@ def _refused(error: urllib.error.HTTPError, part: Path, have: int) -> None:
     )
 
 
-def _start(
-    response: http.client.HTTPResponse, part: Path, note_path: Path, note: _Note | None, have: int, url: str
-) -> tuple[int, int]:
+def _start(response: http.client.HTTPResponse, part: Path, note: _Note | None, have: int, url: str) -> tuple[int, int]:
     """Return where the body begins and how long the file is; forget ``part`` when the body is another file's."""
     length = response.headers.get("Content-Length", "")
     total = int(length) if length.isdecimal() else 0
@@ -428,7 +423,7 @@ def _start(
     tag = response.headers.get("ETag", "")
     strong = tag if tag.startswith('"') else response.headers.get("Last-Modified")  # a weak tag may not be used
     part.write_bytes(b"")
-    _Note(_source(url), strong, total).write(note_path)
+    _Note(_source(url), strong, total).write(_note_path(part))
     return 0, total
 
 
@@ -487,7 +482,6 @@ def _reading(archive: Path) -> Iterator[None]:
         tarfile.TarError,
         zipfile.BadZipFile,
         zlib.error,
-        lzma.LZMAError,
         struct.error,
         EOFError,
         OSError,
@@ -505,11 +499,12 @@ def _reading(archive: Path) -> Iterator[None]:
 
 def _inner_tar(zipped: zipfile.ZipFile, archive: Path) -> zipfile.ZipInfo:
     for info in zipped.infolist():
-        if PurePosixPath(info.filename).name in _ARCHIVES:
+        usual = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if PurePosixPath(info.filename).name in _ARCHIVES and usual:
             return info
     raise DatasetError(
-        f"{archive} holds no {_ARCHIVES[0]}, so it is not the official zip; if it holds the class folders, unzip it "
-        "and give the folder with --from"
+        f"{archive} holds no {_ARCHIVES[0]} that can be read, so it is not the official zip; if it holds the dataset, "
+        "unzip it and give the folder with --from"
     )
 
 

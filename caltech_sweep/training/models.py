@@ -178,8 +178,11 @@ def count_parameters(config: TrialConfig, num_classes: int, weights_file: Path |
 
     Raises what :func:`build_model` would, so a study is checked before it starts.
     """
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings("ignore", message=".*is a no-op")  # weights are checked, not copied, here
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.filterwarnings("ignore", message=".*is a no-op")  # weights are checked, not copied, here
+            model = build_model(config, num_classes, weights_file)
+    except NotImplementedError:  # some models, the RegNets, compute while they are built
         model = build_model(config, num_classes, weights_file)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
