@@ -1,0 +1,83 @@
+"""One table as frozen, typed values: every format is rendered from these, and none computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["row", "sampled"]
+Standing = Literal["best", "tied", "worse", "better"]
+
+# The published tables' own headings, by setting.
+HEADINGS = {
+    "lr": "LR",
+    "test_batch_size": "BATCH SIZE TEST",
+    "batch_size": "BATCH SIZE",
+    "step_size": "STEP SIZE",
+    "epochs": "EPOCHS",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy as a fraction, or its mean over seeds, with its 95% interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    deviation: float | None = None  # standard deviation over seeds; None for one training
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published accuracy beside ours."""
+
+    value: float
+    difference: float | None = None  # ours minus the published one
+    inside: bool | None = None  # whether the published one lies in our interval
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row: settings, scores, and how they compare."""
+
+    kind: Kind
+    name: str
+    settings: Mapping[str, float | int | None]  # by the keys of HEADINGS, shown or not
+    state: str  # complete | missing | running | interrupted | pruned | diverged | out_of_memory | crashed
+    detail: str = ""  # what else sets a sampled trial apart
+    reason: str = ""  # of a state other than complete
+    remarks: tuple[str, ...] = ()
+    seeds: int = 0  # trainings behind the scores
+    val: Score | None = None
+    test: Score | None = None
+    best_epoch: float | None = None  # the epoch that won on validation; a mean over seeds
+    val_reference: Reference | None = None
+    test_reference: Reference | None = None
+    best_epoch_reference: int | None = None
+    standing: Standing | None = None  # on the test set, against the table's best row
+    p_value: float | None = None  # of the difference to the best row, corrected
+    majority: bool = False  # no better than answering with the most frequent class
+    tolerance: float | None = None  # of accuracies, for the check
+    run_id: str | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One study's table."""
+
+    study: str
+    title: str
+    columns: tuple[str, ...]  # keys of HEADINGS, in the published order
+    rows: tuple[TableRow, ...]
+    notes: tuple[str, ...] = ()  # above the table: images, subset, overrides
+    footnotes: tuple[str, ...] = ()  # below: methods
+    images: Mapping[str, int] = field(default_factory=dict)  # of each part, and the number of classes
+    overrides: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def has_reference(self) -> bool:
+        """Tell whether any row has a published figure."""
+        return any(r.val_reference or r.test_reference or r.best_epoch_reference is not None for r in self.rows)

@@ -1,0 +1,268 @@
+"""From entries to a table: scores with intervals, the published figures, ties with the best row, remarks."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from caltech_sweep.errors import StoreError
+from caltech_sweep.records import TrialRecord
+from caltech_sweep.report.entries import Entry, metric, row_entries, sampled_entries
+from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableRow
+from caltech_sweep.report.statistics import ALPHA, holm, mcnemar_exact, mean_interval, wilson_interval
+from caltech_sweep.tracking_read import StoredStudy
+
+# The one setting that a table of the report shows besides LR, step size and epochs.
+REPORT_COLUMNS: dict[str, str | None] = {
+    "scratch": None,
+    "transfer": None,
+    "freeze": None,
+    "augment": None,
+    "tencrop": "test_batch_size",
+    "resnet": "batch_size",
+}
+USUAL_BATCH_SIZE = 256
+
+ReadText = Callable[[TrialRecord, str], str]
+Link = Callable[[str], str | None]  # from a run id to an address that shows the run
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """The test images of a run, whether each was classified right, and the most frequent class."""
+
+    images: tuple[str, ...]
+    correct: tuple[bool, ...]
+    majority_class: str
+    majority_share: float
+
+
+def _is_tencrop(entry: Entry) -> bool:
+    return entry.settings.get("test_views") == "tencrop"
+
+
+def _columns(document: Mapping[str, Any], name: str, rows: Sequence[Entry]) -> tuple[str, ...]:
+    """Return the settings that a table shows: the report's own for its six studies, else what sets the rows apart."""
+    if name in REPORT_COLUMNS:
+        extra = {REPORT_COLUMNS[name]}
+    else:
+        sizes = {entry.settings.get("batch_size") for entry in rows} | {document.get("fixed", {}).get("batch_size")}
+        unusual = bool(sizes - {None, USUAL_BATCH_SIZE}) and "batch_size" not in document.get("overrides", {})
+        tencrop = any(map(_is_tencrop, rows)) or document.get("fixed", {}).get("test_views") == "tencrop"
+        extra = {"test_batch_size" if tencrop else None, "batch_size" if unusual else None}
+    return tuple(key for key in HEADINGS if key in ("lr", "step_size", "epochs") or key in extra)
+
+
+def _score(runs: Sequence[TrialRecord], name: str, images: int | None) -> Score | None:
+    values = [value for run in runs if (value := metric(run, name)) is not None]
+    if not values:
+        return None
+    if len(values) > 1:
+        deviation, low, high = mean_interval(values)
+        return Score(statistics.fmean(values), low, high, deviation)
+    return Score(values[0], *wilson_interval(values[0], images)) if images else Score(values[0])
+
+
+def _reference(value: float | None, ours: Score | None) -> Reference | None:
+    if value is None:
+        return None
+    if ours is None:
+        return Reference(value)
+    # Published figures have three decimals, so an interval's ends are compared at as many.
+    inside = None if ours.low is None or ours.high is None else round(ours.low, 3) <= value <= round(ours.high, 3)
+    return Reference(value, ours.value - value, inside)
+
+
+def _remarks(entry: Entry) -> tuple[str, ...]:
+    remarks = []
+    if entry.selected_at is not None:
+        remarks.append(f"repeated on fresh seeds; selected at {entry.selected_at:.3f}")
+    if entry.unfinished:
+        remarks.append(f"{entry.unfinished} more {'seed' if entry.unfinished == 1 else 'seeds'} not complete")
+    if entry.runs and _is_tencrop(entry):
+        centre = _score(entry.runs, "test/accuracy", None)
+        remarks += [f"{centre.value:.3f} on the centre crop"] if centre else []
+    return tuple(remarks)
+
+
+def _row(entry: Entry, images: Mapping[str, int], link: Link) -> TableRow:
+    part = "test_tencrop" if _is_tencrop(entry) else "test"
+    val = _score(entry.runs, "best/val_accuracy", images.get("val"))
+    test = _score(entry.runs, f"{part}/accuracy", images.get("test"))
+    epochs = [epoch for run in entry.runs if (epoch := metric(run, "best/epoch")) is not None]
+    return TableRow(
+        kind=entry.kind,
+        name=entry.name,
+        settings={key: entry.settings.get(key) for key in HEADINGS},
+        state=entry.state,
+        detail=entry.detail,
+        reason=entry.reason,
+        remarks=_remarks(entry),
+        seeds=len(entry.runs),
+        val=val,
+        test=test,
+        best_epoch=statistics.fmean(epochs) if epochs else None,
+        val_reference=_reference(entry.reference.get("val_accuracy"), val),
+        test_reference=_reference(entry.reference.get("test_accuracy"), test),
+        best_epoch_reference=entry.reference.get("best_epoch"),
+        tolerance=entry.tolerance,
+        run_id=entry.shown.run_id if entry.shown else None,
+        url=link(entry.shown.run_id) if entry.shown else None,
+    )
+
+
+def _read_predictions(entry: Entry, read: ReadText) -> _Predictions | None:
+    """Read a row's predictions of the test images, or return None when its run has none."""
+    if not entry.runs:
+        return None
+    part = "test_tencrop" if _is_tencrop(entry) else "test"
+    try:
+        header, *lines = csv.reader(io.StringIO(read(entry.runs[0], f"predictions/{part}.csv")))
+        image, label, prediction = map(header.index, ("image", "label", "prediction"))
+        ((name, count),) = Counter(line[label] for line in lines).most_common(1)
+        images = tuple(line[image] for line in lines)
+        correct = tuple(line[prediction] == line[label] for line in lines)
+    except (StoreError, ValueError, IndexError):  # no such file, or not a table of predictions
+        return None
+    return _Predictions(images, correct, name, count / len(lines))
+
+
+def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -> int:
+    """Mark the best row and how each other one stands against it, in place; return the number of comparisons.
+
+    The best row has the highest validation accuracy, so that the test set, on which rows are compared, takes no part
+    in choosing it.
+    """
+    scored = [index for index, row in enumerate(rows) if row.val is not None and predictions[index] is not None]
+    if len(scored) < 2:
+        return 0
+    best = max(scored, key=lambda index: (rows[index].val.value, -index))  # type: ignore[union-attr]
+    top = predictions[best]
+    assert top is not None
+    others = {i: other for i in scored if i != best and (other := predictions[i]) and other.images == top.images}
+    corrected = holm([mcnemar_exact(other.correct, top.correct) for other in others.values()])
+    if others:
+        rows[best] = replace(rows[best], standing="best")
+    for (index, other), p_value in zip(others.items(), corrected, strict=True):
+        better = sum(other.correct) > sum(top.correct)
+        standing = "tied" if p_value >= ALPHA else "better" if better else "worse"
+        rows[index] = replace(rows[index], standing=standing, p_value=p_value)  # type: ignore[arg-type]
+    return len(others)
+
+
+def _notes(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a reader must know before the figures: how many images, which subset, what was overridden."""
+    if not document:
+        return ("The study's document is missing from the store, so rows and settings are those of its runs.",)
+    images, notes = document.get("images", {}), []
+    if images:
+        counts = ", ".join(
+            f"{images[part]:,} {name}"
+            for part, name in (("train", "train"), ("val", "validation"), ("test", "test"))
+            if part in images
+        )
+        notes.append(f"Images: {counts}" + (f"; {images['classes']} classes." if "classes" in images else "."))
+    dataset = document.get("dataset", {})
+    subset = []
+    if (classes := dataset.get("classes")) not in (None, "all"):
+        subset.append(_classes(classes))
+    if (most := dataset.get("images_per_class")) is not None:
+        subset.append(f"at most {most} images of each class in each part")
+    if subset:
+        published = any(row.get("reference") for row in document.get("rows", ()))
+        warning = " The published figures are of the whole of it." if published else ""
+        notes.append(f"A subset of the dataset: {'; '.join(subset)}.{warning}")
+    overrides = document.get("overrides", {})
+    if overrides:
+        notes.append(
+            "Overridden settings: " + ", ".join(f"{key} = {_plain(value)}" for key, value in overrides.items())
+        )
+        notes[-1] += "."
+    return tuple(notes)
+
+
+def _classes(classes: Any) -> str:
+    if isinstance(classes, int):
+        return f"its first {classes} classes"
+    if isinstance(classes, list):
+        return f"its classes {', '.join(map(str, classes))}"
+    return f"the {str(classes).replace('_', ' ')} of its classes"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _footnotes(
+    rows: Sequence[TableRow], images: Mapping[str, int], comparisons: int, majority: _Predictions | None, tencrop: bool
+) -> tuple[str, ...]:
+    notes = []
+    if tencrop:
+        notes.append("Test accuracy is over ten views of each image (TenCrop).")
+    if any(row.seeds == 1 and row.val and row.val.low is not None for row in rows):
+        counts = f"n = {images['val']:,} validation" + (f" and {images['test']:,} test" if "test" in images else "")
+        notes.append(f"Brackets: 95% Wilson interval, {counts} images.")
+    if any(row.seeds > 1 for row in rows):
+        notes.append("Rows with n seeds: mean ± standard deviation, brackets the 95% t interval of the mean.")
+    if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
+        notes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
+    if comparisons:
+        n = len(majority.images) if majority else 0
+        times = f" over {comparisons} comparisons" if comparisons > 1 else ""
+        seeds = "; of rows with several seeds, the first one" if any(row.seeds > 1 for row in rows) else ""
+        notes.append(
+            "Best: the highest validation accuracy. Tied: not told apart from it on the test set by the exact McNemar "
+            f"test on the same {n:,} images (p at least {ALPHA}, Holm-corrected{times}{seeds})."
+        )
+    if majority and any(row.majority for row in rows):
+        notes.append(
+            f"Majority class: always answering {majority.majority_class!r} is right for "
+            f"{majority.majority_share:.3f} of the test images."
+        )
+    return tuple(notes)
+
+
+def _references(row: TableRow) -> tuple[Reference | None, Reference | None]:
+    return row.val_reference, row.test_reference
+
+
+def _floor(score: Score | None) -> float:
+    """Return the lowest accuracy that a score still allows."""
+    if score is None:
+        return float("inf")
+    return score.value if score.low is None else score.low
+
+
+def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Table:
+    """Build one study's table: its rows, then the ``best`` sampled trials with the highest validation accuracy."""
+    document, name = study.record.document, study.record.name
+    entries = row_entries(study)
+    columns = _columns(document, name, entries)
+    entries += sampled_entries(study, best, columns)
+    images = document.get("images", {})
+    rows = [_row(entry, images, link) for entry in entries]
+    predictions = [_read_predictions(entry, read) for entry in entries]
+    comparisons = _compare(rows, predictions)
+    majority = next(filter(None, predictions), None)
+    rows = [
+        replace(row, majority=own is not None and _floor(row.test) <= own.majority_share)
+        for row, own in zip(rows, predictions, strict=True)
+    ]
+    tencrop = any(_is_tencrop(entry) for entry in entries)
+    return Table(
+        name,
+        str(document.get("title", name)),
+        columns,
+        tuple(rows),
+        _notes(document),
+        _footnotes(rows, images, comparisons, majority, tencrop),
+        images,
+        document.get("overrides", {}),
+    )

@@ -1,0 +1,359 @@
+"""The report from a store that was written without any training: states, columns, selection, readers, errors."""
+
+import ast
+import csv
+import json
+import math
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from caltech_sweep.cli import main
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.report.build import build_report, check_report, load_tables
+from caltech_sweep.report.model import Table
+from caltech_sweep.sweep.study_file import Row, StudyDefinition, load_study
+from caltech_sweep.tracking import MlflowTracker
+from caltech_sweep.tracking_read import ClientReader, SqlReader
+
+# MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
+
+GOLDEN = Path(__file__).parent / "golden"
+STUDIES = Path(__file__).parent.parent / "sweeps"
+IMAGES = {"train": 400, "val": 200, "test": 300, "classes": 5}
+
+
+def check_golden(name: str, text: str) -> None:
+    """Compare with a golden file; UPDATE_GOLDEN=1 alone writes one."""
+    path = GOLDEN / name
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.write_text(text, encoding="utf-8")
+    assert path.is_file(), f"{path} is missing; make it with UPDATE_GOLDEN=1 and read it before committing"
+    assert text == path.read_text(encoding="utf-8")
+
+
+@dataclass
+class Writer:
+    """Writes trials as the coordinator does, each with predictions that give the accuracy asked for."""
+
+    tracker: MlflowTracker
+    folder: Path
+    count: int = 0
+
+    def study(self, definition: StudyDefinition, images: Mapping[str, int] = IMAGES, **changes: Any) -> None:
+        document = {**definition.to_dict(), "images": dict(images), **changes}
+        self.tracker.start_study(definition.name, document["title"], document)
+
+    def trial(
+        self,
+        study: str,
+        config: TrialConfig,
+        number: int,
+        outcome: str | None,
+        scores: tuple[float, int, int] | None = None,
+        *,
+        row: str | None = None,
+        shift: int = 0,
+        **tags: str,
+    ) -> str:
+        """Write a trial; ``scores``: validation accuracy, test images classified right, the epoch that won."""
+        own = {"trial_number": str(number), "fingerprint": config.fingerprint(), **({"row": row} if row else {})}
+        run_id = self.tracker.start_trial(study, row or f"trial-{number:03d}", config.to_params(), {**own, **tags})
+        self.tracker.log_epochs(run_id, [(1, {"val/accuracy": 0.1, "train/loss": 2.0}, 0)])
+        if outcome is None:
+            return run_id
+        metrics: dict[str, float] = {}
+        folder = None
+        if scores is not None:
+            val, right, epoch = scores
+            part = "test_tencrop" if config.test_views == "tencrop" else "test"
+            accuracy = right / IMAGES["test"]
+            metrics = {"best/val_accuracy": val, "best/epoch": epoch, "test/accuracy": accuracy - 0.01}
+            metrics[f"{part}/accuracy"] = accuracy
+            folder = self.predictions(part, right, shift)
+        self.tracker.finish_trial(run_id, outcome, metrics, {}, folder)
+        return run_id
+
+    def predictions(self, part: str, right: int, shift: int) -> Path:
+        """Write predictions: ``right`` of them hit, beginning at image ``shift``; every third image is a fish."""
+        self.count += 1
+        path = self.folder / str(self.count) / "predictions" / f"{part}.csv"
+        path.parent.mkdir(parents=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["image", "label", "prediction", "confidence"])
+            for index in range(IMAGES["test"]):
+                label = "fish" if index % 3 == 0 else f"class {index % 7}"
+                hit = (index - shift) % IMAGES["test"] < right
+                writer.writerow([f"{index}.jpg", label, label if hit else "nothing", "0.5"])
+        return path.parent.parent
+
+
+def write_transfer(writer: Writer) -> None:
+    """A study in every state: complete rows, one that failed, one interrupted, one never run; sampled trials."""
+    study = load_study(str(STUDIES / "transfer.yaml"))
+    writer.study(study)
+    first, second, third, fourth, fifth = study.rows
+    configs = {row.name: study.row_config(row) for row in study.rows}
+    old = study.config({**first.settings, "lr": 0.5})
+    writer.trial("transfer", old, 0, "complete", (0.99, 299, 3), row=first.name)
+    writer.trial("transfer", configs[first.name], 1, "interrupted", row=first.name)
+    writer.trial("transfer", configs[first.name], 1, "complete", (0.855, 258, 28), row=first.name, shift=10)
+    writer.trial("transfer", configs[first.name], 1, "interrupted", row=first.name)
+    writer.trial("transfer", configs[second.name], 2, "diverged", row=second.name, reason="the loss became NaN")
+    writer.trial("transfer", configs[third.name], 3, "complete", (0.881, 262, 17), row=third.name, shift=3)
+    writer.trial("transfer", configs[fourth.name], 4, None, row=fourth.name)
+    for number, val, freeze in ((5, 0.87, "none"), (6, 0.79, "fc"), (7, 0.86, "conv"), (8, 0.86, "none")):
+        sampled = study.config({"lr": 0.0123456, "step_size": 7, "epochs": 20, "freeze": freeze, "augment": ["hflip"]})
+        writer.trial("transfer", sampled, number, "complete", (val, 230 + number, 9))
+    sampled = study.config({"lr": 0.02, "step_size": 7, "epochs": 20, "freeze": "none", "augment": []})
+    writer.trial("transfer", sampled, 9, "pruned")
+
+
+def write_others(writer: Writer) -> None:
+    """TenCrop with its own columns, and a study of another name on a subset with overrides, and without references."""
+    tencrop = load_study(str(STUDIES / "tencrop.yaml"))
+    writer.study(tencrop)
+    (row,) = tencrop.rows
+    writer.trial("tencrop", tencrop.row_config(row), 0, "complete", (0.86, 261, 29), row=row.name)
+    writer.tracker.finish_study("tencrop", complete=True)
+    overrides = ["dataset.classes=5", "dataset.images_per_class=20", "epochs=2"]
+    quick = load_study(str(STUDIES / "demo.yaml"), overrides, name="quick look")
+    writer.study(quick)
+    plain = quick.rows[0]
+    writer.trial("quick look", quick.row_config(plain), 0, "complete", (0.3, 100, 2), row=plain.name)
+
+
+def write_repeats(writer: Writer) -> None:
+    """Rows trained with several seeds, one of them unfinished, and a sampled trial that was repeated."""
+    reference = {"val_accuracy": 0.8, "test_accuracy": 0.85}
+    rows = (Row("Three seeds", {"lr": 0.01}, reference), Row("Missing"))
+    study = StudyDefinition("repeats", "Several seeds", 5, {}, {"epochs": 4}, {}, rows)
+    writer.study(study, tolerance=0.02)
+    for number, (seed, val, right) in enumerate(((0, 0.8, 240), (1, 0.82, 246), (2, 0.81, 237))):
+        config = study.config({**rows[0].settings, "seed": seed})
+        writer.trial("repeats", config, number, "complete", (val, right, 3), row="Three seeds", replicate=str(seed))
+    config = study.config({**rows[0].settings, "seed": 3})
+    writer.trial("repeats", config, 3, "interrupted", row="Three seeds", replicate="3")
+    for changed in ({"lr": 0.05, "seed": 1}, {"lr": 0.01, "seed": 7}):  # the row's older versions
+        writer.trial("repeats", study.config(changed), 9, "complete", (0.99, 299, 3), row="Three seeds")
+    writer.trial("repeats", study.config({"lr": 0.02}), 4, "complete", (0.9, 250, 4))
+    for number, val in ((5, 0.84), (6, 0.86)):
+        config = study.config({"lr": 0.02, "seed": number})
+        writer.trial("repeats", config, number, "complete", (val, 250, 4), confirms="4")
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store to copy, since MLflow takes seconds to make one."""
+    path = tmp_path_factory.mktemp("blank") / "mlflow.db"
+    MlflowTracker(str(path), create=True).client._tracking_client.store.engine.dispose()
+    return path.parent
+
+
+@pytest.fixture(scope="module")
+def store(blank: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("report")
+    shutil.copytree(blank, folder / "store")
+    writer = Writer(MlflowTracker(str(folder / "store" / "mlflow.db"), create=True), folder / "files")
+    write_others(writer)
+    write_transfer(writer)
+    write_repeats(writer)
+    return writer.tracker.uri
+
+
+def without_run_ids(text: str, tables: Iterable[Table]) -> str:
+    """Return text with run ids, which differ each time, replaced by their row's place."""
+    for table in tables:
+        for index, row in enumerate(table.rows):
+            if row.run_id:
+                text = text.replace(row.run_id, f"{table.study}-{index}").replace(row.run_id[:8], f"run{index:05d}")
+    return text
+
+
+@pytest.mark.parametrize("kind", ["markdown", "json", "csv", "html", "latex"])
+def test_the_report_of_the_store_is_this_text(store: str, kind: str) -> None:
+    text = build_report([], kind, 3, store)
+    suffix = {"markdown": "md", "latex": "tex"}.get(kind, kind)
+    check_golden(f"report.{suffix}", without_run_ids(text, load_tables([], 3, store)))
+
+
+def test_the_studies_come_in_the_order_of_the_report_then_by_age(store: str) -> None:
+    assert [table.study for table in load_tables([], 0, store)] == ["transfer", "tencrop", "quick look", "repeats"]
+    assert [table.study for table in load_tables(["tencrop", "transfer"], 0, store)] == ["tencrop", "transfer"]
+
+
+def test_a_row_is_its_complete_run_with_the_settings_it_has_now(store: str) -> None:
+    (table,) = load_tables(["transfer"], 2, store)
+    states = [(row.name, row.state) for row in table.rows if row.kind == "row"]
+    assert [state for _, state in states] == ["complete", "diverged", "complete", "running", "missing"]
+    first = table.rows[0]
+    assert first.val is not None and first.val.value == 0.855  # not the older version's 0.99
+    assert [row.name for row in table.rows if row.kind == "sampled"] == ["trial-005", "trial-007"]
+
+
+def test_repeats_give_a_mean_and_the_repeated_score_not_the_one_that_was_selected(store: str) -> None:
+    (table,) = load_tables(["repeats"], 3, store)
+    three, missing, confirmed = table.rows
+    assert three.val is not None and three.seeds == 3
+    assert math.isclose(three.val.value, 0.81) and math.isclose(three.val.deviation or 0, 0.01)
+    assert three.remarks == ("1 more seed not complete",)
+    assert (missing.state, missing.seeds) == ("missing", 0)
+    assert confirmed.val is not None and math.isclose(confirmed.val.value, 0.85)
+    assert confirmed.remarks == ("repeated on fresh seeds; selected at 0.900",)
+
+
+def test_the_check_names_each_row_outside_its_tolerance(store: str) -> None:
+    assert check_report([], store) == [
+        "repeats: Three seeds: test accuracy 0.803 is 0.047 below the reference 0.850, more than its tolerance of 0.02",
+        "repeats: Missing: missing, so there is nothing to hold against its reference",
+    ]
+    with pytest.raises(UsageError, match="no row of 'transfer' has a tolerance"):
+        check_report(["transfer", "repeats"], store)
+    result = CliRunner().invoke(main, ["report", "repeats", "--check", "--tracking-uri", store])
+    assert result.exit_code == 1
+    assert "more than its tolerance" in result.stderr
+    assert "Several seeds" in result.stdout
+
+
+def test_both_ways_of_reading_give_the_same_records(store: str) -> None:
+    database, client = SqlReader(store), ClientReader(store, page=2)
+    names = database.names()
+    assert names == client.names() == ["tencrop", "quick look", "transfer", "repeats"]
+    ours, theirs = database.studies(names), client.studies(names)
+    assert ours == theirs
+    trial = ours[0].trials[0]
+    assert database.text(trial, "predictions/test_tencrop.csv") == client.text(trial, "predictions/test_tencrop.csv")
+    for reader in (database, client):
+        with pytest.raises(StoreError, match="has no artifact nothing.csv"):
+            reader.text(trial, "nothing.csv")
+
+
+def test_odd_runs_are_read_alike_and_a_stale_outcome_does_not_hide_that_a_run_goes_on(
+    blank: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(blank, tmp_path / "odd")
+    tracker = MlflowTracker(str(tmp_path / "odd" / "mlflow.db"), create=True)
+    with pytest.raises(StoreError, match="has no study yet"):
+        build_report([], "json", 3, tracker.uri)
+    tracker.start_study("s", "S", {})
+    run = tracker.start_trial("s", "trial-000", {"lr": "1"}, {"trial_number": "0"})
+    tracker.finish_trial(run, "complete", {"test/accuracy": math.nan, "best/val_accuracy": math.inf}, {}, None)
+    run = tracker.start_trial("s", "trial-001", {}, {"trial_number": "1"})
+    tracker.finish_trial(run, "interrupted", {}, {}, None)
+    tracker.client.update_run(run, "RUNNING")
+    for reader in (SqlReader(tracker.uri), ClientReader(tracker.uri)):
+        (study,) = reader.studies(reader.names())
+        first, second = study.trials
+        assert math.isnan(first.metrics["test/accuracy"]) and first.metrics["best/val_accuracy"] > 1e300
+        assert second.outcome == "running"
+
+
+@pytest.mark.slow
+def test_a_server_gives_the_same_tables_with_links(store: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen([*command, "--workers", "1"], stdout=log, stderr=log)
+        try:
+            for _ in range(240):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.5)
+            served = json.loads(build_report([], "json", 3, address))
+        finally:
+            server.terminate()
+            server.wait()
+    read = json.loads(build_report([], "json", 3, store))
+    for table in served:
+        for row in table["rows"]:
+            if row["run_id"]:
+                assert row["url"].startswith(f"{address}/#/experiments/") and row["url"].endswith(row["run_id"])
+            row["url"] = None
+    assert served == read
+
+
+def test_the_report_needs_no_study_files_and_writes_nothing(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    result = CliRunner().invoke(main, ["report", "transfer", "--format", "csv", "--out", "table.csv"])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    with (tmp_path / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["state"] for line in lines[:5]] == ["complete", "diverged", "complete", "running", "missing"]
+
+
+def test_a_moved_store_keeps_its_tables(store: str, tmp_path: Path) -> None:
+    source = Path(store.removeprefix("sqlite:///")).parent
+    moved = shutil.copytree(source, tmp_path / "elsewhere")
+    hidden = source.rename(source.with_name("hidden"))
+    try:
+        assert "tied with the best" in build_report(["transfer"], "markdown", 3, str(moved / "mlflow.db"))
+    finally:
+        hidden.rename(source)
+
+
+def test_a_study_without_its_document_shows_its_runs(store: str, tmp_path: Path) -> None:
+    source = Path(store.removeprefix("sqlite:///")).parent
+    moved = shutil.copytree(source, tmp_path / "copy")
+    with sqlite3.connect(moved / "mlflow.db") as connection:
+        connection.execute("UPDATE runs SET artifact_uri = '/nowhere'")
+    connection.close()
+    shutil.rmtree(moved / "artifacts")
+    (table,) = load_tables(["tencrop"], 0, str(moved / "mlflow.db"))
+    assert table.notes == (
+        "The study's document is missing from the store, so rows and settings are those of its runs.",
+    )
+    assert [(row.name, row.state, row.settings["lr"]) for row in table.rows] == [("TenCrop", "complete", 0.01)]
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(main, ["report", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(store: str, tmp_path: Path) -> None:
+    assert "did you mean 'transfer'?" in refused("transfr", "--tracking-uri", store)
+    assert "it has transfer, tencrop, quick look, repeats" in refused("xyz", "--tracking-uri", store)
+    assert "run a study first" in refused("--tracking-uri", str(tmp_path / "none" / "mlflow.db"))
+    other = tmp_path / "other.db"
+    sqlite3.connect(other).close()
+    assert "cannot be read (no such table: experiments)" in refused("--tracking-uri", str(other))
+    other.write_text("no database at all, but long enough to be taken for one " * 20)
+    assert "cannot be read (file is not a database)" in refused("--tracking-uri", str(other))
+    assert "does not answer" in refused("--tracking-uri", "http://127.0.0.1:9")
+    assert "cannot be written" in refused("--tracking-uri", store, "--out", str(tmp_path / "none" / "x.md"))
+    assert "install the database's driver" in refused("--tracking-uri", "mysql://127.0.0.1/none")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.db"]
+
+
+def test_the_report_knows_neither_sweeps_nor_trainings() -> None:
+    for path in (STUDIES.parent / "caltech_sweep" / "report").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert name.split(".")[0] not in ("mlflow", "optuna", "torch"), (path, name)
+                assert not name.startswith(("caltech_sweep.sweep", "caltech_sweep.training")), (path, name)
