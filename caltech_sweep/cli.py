@@ -131,25 +131,41 @@ def studies() -> None:
 
 @main.command()
 @click.argument("studies", nargs=-1)
-@click.option("--format", "kind", type=click.Choice(["markdown", "json", "csv"]), default="markdown", show_default=True)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["markdown", "html", "latex", "csv", "json"]),
+    default="markdown",
+    show_default=True,
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
 @click.option("--best", type=click.IntRange(0), default=3, show_default=True, help="Sampled trials below the rows.")
+@click.option("--check", is_flag=True, help="Exit with 1 when a row is outside its tolerance of the reference.")
 @tracking_option
-def report(studies: tuple[str, ...], kind: str, out: Path | None, best: int, tracking_uri: str | None) -> None:
+def report(
+    studies: tuple[str, ...], kind: str, out: Path | None, best: int, check: bool, tracking_uri: str | None
+) -> None:
     """Print the comparison tables of STUDIES, or of all, from the tracking store alone.
 
     Example: caltech-sweep report transfer --format csv --out transfer.csv
     """
-    from caltech_sweep.report.build import build_report
+    from caltech_sweep.report.build import load_tables, render
+    from caltech_sweep.report.check import outside
 
-    text = build_report(studies, kind, best, tracking_uri)
+    tables = load_tables(studies, best, tracking_uri)
+    problems = outside(tables, explicit=bool(studies)) if check else []
+    text = render(tables, kind)
     if out is None:
         click.echo(text, nl=False)
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CaltechSweepError(f"--out: {out} cannot be written: {error.strerror}") from error
+    else:
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CaltechSweepError(f"--out: {out} cannot be written: {error.strerror}") from error
+    for problem in problems:
+        _say(problem)
+    if problems:
+        sys.exit(1)
 
 
 @main.command()
@@ -203,3 +219,68 @@ def data_list(part: str, kind: str, folder: str | None) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for item in load_split(config).part(part):
         writer.writerow([item.path.relative_to(root).as_posix(), item.class_name])
+
+
+@main.command()
+@click.argument("study")
+@click.option("--run", "run_id", metavar="RUN_ID", help="Promote this trial instead of the best on validation.")
+@click.option("--name", help="Name of the registered model; default the study's name.")
+@click.option("--alias", default="champion", show_default=True, help="Alias that is moved to the new version.")
+@tracking_option
+def promote(study: str, run_id: str | None, name: str | None, alias: str, tracking_uri: str | None) -> None:
+    """Log the best-on-val trial of STUDY as an MLflow model, register it and move the alias to it.
+
+    Example: caltech-sweep promote transfer
+    """
+    from caltech_sweep.champion import promote as promote_study
+
+    done = promote_study(study, run_id, name, alias, tracking_uri)
+    accuracy = done.trial.metrics.get("best/val_accuracy", float("nan"))
+    click.echo(
+        f"{done.name} version {done.version} is now {done.name}@{done.alias}: trial {done.trial.name!r} "
+        f"(run {done.trial.run_id}), validation accuracy {accuracy:.4f}"
+    )
+    _say(f"ask it with: caltech-sweep predict IMAGE... --model {done.name}@{done.alias}")
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.option(
+    "--model", metavar="MODEL", help="NAME@ALIAS, NAME/VERSION or a RUN_ID; default the store's only champion."
+)
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes of each image.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images computed at once.")
+@click.option("--format", "kind", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@click.option("--device", help="Such as cpu or cuda:1; default the GPU, or the CPU.")
+@click.option("--allow-pickle", is_flag=True, help="Load a run's pickled weights, which can run code.")
+@tracking_option
+def predict(
+    images: tuple[Path, ...],
+    model: str | None,
+    top: int,
+    batch_size: int,
+    kind: str,
+    device: str | None,
+    allow_pickle: bool,
+    tracking_uri: str | None,
+) -> None:
+    """Print the most probable classes of each IMAGE; a folder means the image files in and below it.
+
+    An image that cannot be read is named on standard error, the others are predicted, and the exit code is 2.
+
+    Example: caltech-sweep predict photo.jpg --model transfer@champion
+    """
+    from caltech_sweep.champion import find_images, format_predictions, open_model, predict_files
+
+    files = list(find_images(images))
+    classifier = open_model(model, tracking_uri, device, allow_pickle)
+    broken: list[str] = []
+
+    def complain(problem: str) -> None:
+        broken.append(problem)
+        _say(f"Error: {problem}")
+
+    for line in format_predictions(kind, predict_files(classifier, files, top, batch_size, complain), files):
+        click.echo(line)
+    if broken:
+        sys.exit(CaltechSweepError.exit_code)

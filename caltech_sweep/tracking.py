@@ -15,7 +15,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from caltech_sweep import paths, stores
 from caltech_sweep.errors import StoreError
@@ -91,6 +94,7 @@ class MlflowTracker:
             raise StoreError(
                 f"the tracking store {stores.hide_secrets(self.uri)} cannot be opened: {str(error).splitlines()[0]}"
             ) from error
+        self._copies: TemporaryDirectory[str] | None = None
         self._experiment: dict[str, str] = {}
         self._parent: dict[str, str] = {}
 
@@ -212,11 +216,25 @@ class MlflowTracker:
         return sorted((_record(study.name, run) for run in runs), key=lambda t: (t.start_time, t.number))
 
     def artifact(self, run_id: str, path: str) -> Path:
-        """Return a local file with an artifact of a run; raise StoreError when it is not there."""
+        """Return a file with an artifact of a run: itself where it is local, else a copy that ends with the process.
+
+        Raises StoreError when it is not there.
+        """
         try:
-            return Path(self.client.download_artifacts(run_id, path))
+            root = urlsplit(self.client.get_run(run_id).info.artifact_uri)
+            if root.scheme in ("", "file"):
+                local = Path(url2pathname(root.path)) / path
+                if local.is_file():
+                    return local
+                raise FileNotFoundError(local)
+            return Path(self.client.download_artifacts(run_id, path, self._downloads()))
         except (MlflowException, OSError) as error:
             raise StoreError(f"run {run_id} has no artifact {path}; was the store moved?") from error
+
+    def _downloads(self) -> str:
+        if self._copies is None:
+            self._copies = TemporaryDirectory(prefix="caltech-sweep-", ignore_cleanup_errors=True)
+        return self._copies.name
 
     def best_trial(self, study: str) -> TrialRecord:
         """Return the complete trial with the highest validation accuracy, the earliest of equals."""

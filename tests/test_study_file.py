@@ -189,9 +189,12 @@ def test_the_shipped_studies_ask_for_what_the_report_did() -> None:
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12))
 values = st.recursive(
-    scalars, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3))
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
 )
-keys = st.sampled_from(["title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows", "lr", "name", "low"])
+keys = st.sampled_from(
+    ["title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows", "lr", "name", "low"]
+)
 trees = st.recursive(values, lambda inner: st.dictionaries(keys, inner, max_size=5), max_leaves=25)
 
 

@@ -89,7 +89,9 @@ def test_a_study_goes_on_with_its_new_document(tracker: Tracker, study: str) -> 
 def test_a_long_history_is_within_mlflow_s_limits(store: Path, study: str) -> None:
     tracker = MlflowTracker(str(store), create=True)
     run = start(tracker, study)
-    tracker.log_epochs(run, [(n, {f"metric{k}": 0.0 for k in range(9)} | {"train/loss": 0.0}, n) for n in range(1, 151)])
+    tracker.log_epochs(
+        run, [(n, {f"metric{k}": 0.0 for k in range(9)} | {"train/loss": 0.0}, n) for n in range(1, 151)]
+    )
     assert tracker.resume_trial(run, {}) == 150
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 
 from caltech_sweep import stores
-from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, UsageError
@@ -23,7 +21,7 @@ from caltech_sweep.sweep.executors import Executor, InProcessExecutor, ProcessEx
 from caltech_sweep.sweep.rules import suggestion
 from caltech_sweep.sweep.runner import train
 from caltech_sweep.sweep.study import open_study
-from caltech_sweep.sweep.study_file import Choices, StudyDefinition
+from caltech_sweep.sweep.study_file import StudyDefinition, variants
 from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher
 from caltech_sweep.tracking import MlflowTracker, git_state
 
@@ -42,16 +40,6 @@ class RunOptions:
     threads: int | None = None  # of torch in each worker; all cores
     in_process: bool = False
     rows: tuple[str, ...] = ()  # these alone
-
-
-def variants(definition: StudyDefinition, keys: tuple[str, ...]) -> Iterator[TrialConfig]:
-    """Yield one config for each row, and for each combination of the space's choices of ``keys``."""
-    yield from (definition.row_config(row) for row in definition.rows)
-    spaces = {key: definition.space[key] for key in keys if key in definition.space}
-    choices = [dimension.values for dimension in spaces.values() if isinstance(dimension, Choices)]
-    if definition.space:
-        for values in itertools.product(*choices):
-            yield definition.config(dict(zip(spaces, values, strict=True)))
 
 
 def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
@@ -96,12 +84,7 @@ def make_executor(options: RunOptions) -> Executor:
     """Return the executor that the options and the machine ask for."""
     import torch
 
-    from caltech_sweep.training.trial import pick_device
-
-    if options.device is not None:
-        devices = [str(pick_device(options.device))]
-    else:
-        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    devices = [options.device] if options.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     cores = os.cpu_count() or 1
     threads = options.threads or cores
     if options.in_process:
@@ -141,7 +124,10 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
     """Check a study, then run it to its total; ``write`` prints a line."""
     from rich.console import Console
 
+    from caltech_sweep.training.trial import pick_device
+
     _check_rows(definition, options.rows)
+    pick_device(options.device)
     tracking, storage = stores.tracking_uri(options.tracking_uri), stores.storage_uri(options.storage)
     if tracking == storage:
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")

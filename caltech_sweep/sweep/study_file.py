@@ -5,8 +5,9 @@ A sentence about a problem starts with where it is: ``sweeps/x.yaml:12: space.lr
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class StudyDefinition:
     sampler: Component = Component("tpe", {"seed": 0})
     pruner: Component | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float | None = None  # of every row that has none of its own
 
     def config(self, settings: Mapping[str, Any]) -> TrialConfig:
         """Return the config of a trial with some settings besides the fixed ones."""
@@ -137,8 +139,20 @@ class StudyDefinition:
                 }
             )
         document = {"name": self.name, "title": self.title, "trials": self.trials, **self.identity(), "rows": rows}
+        document["tolerance"] = self.tolerance
         result: dict[str, Any] = json.loads(json.dumps(document))
         return result
+
+
+def variants(definition: StudyDefinition, keys: tuple[str, ...], rows: bool = True) -> Iterator[TrialConfig]:
+    """Yield one config for each row, and for each combination of the space's choices of ``keys``."""
+    if rows:
+        yield from (definition.row_config(row) for row in definition.rows)
+    chosen = ((key, definition.space.get(key)) for key in keys)
+    choices = {key: dimension.values for key, dimension in chosen if isinstance(dimension, Choices)}
+    if definition.space:
+        for values in itertools.product(*choices.values()):
+            yield definition.config(dict(zip(choices, values, strict=True)))
 
 
 def _component_dict(component: Component) -> dict[str, Any]:
@@ -317,11 +331,15 @@ class _Reader:
             reference = self.ruled(
                 self.mapping(node, "reference", f"{path}.reference"), f"{path}.reference.", REFERENCES
             )
-            tolerance = _plain(node.get("tolerance"))
-            if tolerance is not None and (wrong := FRACTION.problem(tolerance)):
-                self.problem(node, "tolerance", f"{path}.tolerance", wrong)
+            tolerance = self.tolerance(node, f"{path}.")
             rows.append(Row(str(name), settings, reference, tolerance))
         return tuple(rows)
+
+    def tolerance(self, node: CommentedMap, path: str) -> float | None:
+        tolerance: float | None = _plain(node.get("tolerance"))
+        if tolerance is not None and (wrong := FRACTION.problem(tolerance)):
+            self.problem(node, "tolerance", f"{path}tolerance", wrong)
+        return tolerance
 
     def component(self, root: CommentedMap, key: str) -> Component | None:
         from caltech_sweep.sweep import space
@@ -336,7 +354,7 @@ class _Reader:
         return component
 
 
-_TOP = ("title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows")
+_TOP = ("title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows", "tolerance")
 
 
 def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
@@ -364,7 +382,8 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     sampler = reader.component(root, "sampler") or Component("tpe", {"seed": 0})
     pruner = reader.component(root, "pruner")
     kept = {key: dimension for key, dimension in space.items() if dimension is not None}
-    return StudyDefinition(name, title, trials, dataset, fixed, kept, rows, sampler, pruner)
+    tolerance = reader.tolerance(root, "")
+    return StudyDefinition(name, title, trials, dataset, fixed, kept, rows, sampler, pruner, tolerance=tolerance)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
