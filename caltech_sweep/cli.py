@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def main() -> None:
 @click.option("--device", help="Device of every trial, such as cpu or cuda:1; default the GPUs, or the CPU.")
 @click.option("--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores.")
 @click.option("--row", "rows", multiple=True, metavar="NAME", help="Run this row alone; may be repeated.")
+@click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
+@click.option("--stage-budget", type=click.FloatRange(0), metavar="GB", help="Disk for what is shared.")
 @click.option("--in-process", is_flag=True, help="Train in this very process, for debugging.")
 def run(
     study: str,
@@ -141,20 +144,39 @@ def studies() -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
 @click.option("--best", type=click.IntRange(0), default=3, show_default=True, help="Sampled trials below the rows.")
 @click.option("--check", is_flag=True, help="Exit with 1 when a row is outside its tolerance of the reference.")
+@click.option("--compare", nargs=2, metavar="ROW ROW", help="Rows that the page compares class by class.")
+@data_option
 @tracking_option
 def report(
-    studies: tuple[str, ...], kind: str, out: Path | None, best: int, check: bool, tracking_uri: str | None
+    studies: tuple[str, ...],
+    kind: str,
+    out: Path | None,
+    best: int,
+    check: bool,
+    compare: tuple[str, str] | None,
+    data: str | None,
+    tracking_uri: str | None,
 ) -> None:
     """Print the comparison tables of STUDIES, or of all, from the tracking store alone.
 
-    Example: caltech-sweep report transfer --format csv --out transfer.csv
+    The format html is a whole page that opens offline: tables, curves, the search, confusion matrices, classes, and
+    the images that were most confidently wrong, from the dataset's folder where it is there.
+
+    Example: caltech-sweep report transfer --format html --out transfer.html
     """
     from caltech_sweep.report.build import load_tables, render
     from caltech_sweep.report.check import outside
 
-    tables = load_tables(studies, best, tracking_uri)
+    if kind == "html":
+        from caltech_sweep.report.page import Options, build_page
+        from caltech_sweep.sweep.importance import importances
+
+        page = build_page(studies, Options(best, compare, data, importances), tracking_uri)
+        tables, text = list(page.tables), page.html
+    else:
+        tables = load_tables(studies, best, tracking_uri)
+        text = render(tables, kind)
     problems = outside(tables, explicit=bool(studies)) if check else []
-    text = render(tables, kind)
     if out is None:
         click.echo(text, nl=False)
     else:
@@ -180,6 +202,26 @@ def ui(port: int, host: str, tracking_uri: str | None) -> None:
     from caltech_sweep.ui import serve
 
     serve(host, port, tracking_uri)
+
+
+@main.command()
+@click.option("--clear", is_flag=True, help="Remove everything that is kept.")
+def cache(clear: bool) -> None:
+    """Show, or clear, the training states and frozen features that trials share.
+
+    Example: caltech-sweep cache --clear
+    """
+    from caltech_sweep import paths
+    from caltech_sweep.training.store import ReuseStore, default_budget
+
+    folder = paths.reuse_store()
+    store = ReuseStore(folder, 0)
+    if clear:
+        click.echo(f"freed {store.clear() / 1e9:.2f} GB in {folder}")
+        return
+    for entry in store.entries():
+        click.echo(f"{entry.bytes / 1e6:10.1f} MB  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.name}")
+    click.echo(f"{store.size() / 1e9:.2f} GB in {folder}; by default at most {default_budget(folder) / 1e9:.2f} GB")
 
 
 @main.group(invoke_without_command=True)

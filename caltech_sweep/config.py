@@ -85,6 +85,8 @@ class TrialConfig:
         if "augment" in values:
             chosen = set(values["augment"])
             values["augment"] = tuple(name for name in AUGMENT_CHOICES if name in chosen)
+        for name in FLOAT_FIELDS & values.keys():
+            values[name] = float(values[name])  # 1 and 1.0 are one learning rate
         return cls(dataset=DatasetConfig(**dataset), **values)
 
     def fingerprint(self) -> str:
@@ -111,4 +113,5 @@ def _as_text(value: Any) -> str:
 
 
 TRIAL_FIELDS = {f.name: f for f in fields(TrialConfig)}
+FLOAT_FIELDS = {name for name, field_ in TRIAL_FIELDS.items() if isinstance(field_.default, float)}
 DATASET_FIELDS = {f.name: f for f in fields(DatasetConfig)}

@@ -29,6 +29,11 @@ def image_cache() -> Path:
     return data_home() / "cache"
 
 
+def reuse_store() -> Path:
+    """Return the folder of training states and frozen features that trials share."""
+    return data_home() / "reuse"
+
+
 def weights_home() -> Path:
     """Return the folder of downloaded pretrained weights."""
     return data_home() / "weights"

@@ -58,7 +58,7 @@ class ScriptedExecutor:
         """Lay out the events of a job."""
         script = self._script if isinstance(self._script, Script) else self._script(job.config)
         accuracies = script.accuracies if script.accuracies is not None else [0.5] * job.config.epochs
-        events: list[Event] = [Epoch(job.number, n, _metrics(value)) for n, value in enumerate(accuracies, 1)]
+        events: list[Event] = [Epoch(job.number, n, epoch_metrics(value)) for n, value in enumerate(accuracies, 1)]
         if self._deaths.get(job.number, 0) < script.deaths:
             self._deaths[job.number] = self._deaths.get(job.number, 0) + 1
             events.append(WorkerDied(job.number, -9))
@@ -100,7 +100,8 @@ class ScriptedExecutor:
         self._events.clear()
 
 
-def _metrics(accuracy: float) -> dict[str, float]:
+def epoch_metrics(accuracy: float) -> dict[str, float]:
+    """Return the seven metrics of an epoch, made up."""
     return {
         "train/loss": 1.0 - accuracy,
         "train/accuracy": accuracy,

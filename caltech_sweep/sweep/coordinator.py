@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
@@ -20,9 +20,11 @@ from caltech_sweep.records import EpochLog, Tracker, TrialRecord
 from caltech_sweep.sweep import study as studies
 from caltech_sweep.sweep.executors import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.recovery import records_by_trial, survey
-from caltech_sweep.sweep.space import make_sampler, reachable, sample
+from caltech_sweep.sweep.sharing import branch_epochs, next_index
+from caltech_sweep.sweep.space import make_sampler, own_branch, reachable, sample
 from caltech_sweep.sweep.study_file import StudyDefinition
 from caltech_sweep.sweep.watch import Watcher
+from caltech_sweep.training.reuse import StageUse
 
 MAX_RETRIES = 2  # of a trial whose worker died
 FLUSH_SECONDS = 5.0  # how long epochs may wait to be logged together
@@ -48,6 +50,7 @@ class _Running:
     row: str | None
     folder: Path
     prunable: bool
+    epoch: int = 0  # the last epoch that its worker has finished
     run_id: str = ""
     logged: int = 0  # the last epoch that the tracking store has
     reported: int = 0  # the last epoch that Optuna has
@@ -80,10 +83,12 @@ class Coordinator:
         weights: Mapping[str, tuple[str, Path]] | None = None,
         tags: Mapping[str, str] | None = None,
         only: tuple[str, ...] = (),
+        stages: StageUse | None = None,
     ) -> None:
         self.definition, self.study, self.tracker, self.executor = definition, study, tracker, executor
         self.watcher, self.scratch, self.images = watcher, scratch, images
         self.weights, self.tags, self.only = dict(weights or {}), dict(tags or {}), only
+        self.stages = stages
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
@@ -125,6 +130,8 @@ class Coordinator:
         for row in studies.pending_rows(self.definition, self.study.get_trials(deepcopy=False)):
             if not self.only or row.name in self.only:
                 studies.enqueue(self.study, self.definition, row)
+        for trial in filter(studies.is_family_base, self.study.get_trials(deepcopy=False)):
+            studies.complete_family(self.study, self.definition, trial)
         trials = self.study.get_trials(deepcopy=False)
         waiting = len(self._waiting(trials))
         done = sum(studies.is_finished(trial) and self._is_current(trial) for trial in trials)
@@ -150,25 +157,35 @@ class Coordinator:
         return len(self._running) > before
 
     def _next(self) -> _Running | None:
-        """Return the next trial: one that waits (an interrupted one, a row), or else a sampled one."""
+        """Return the next trial: one that waits (an interrupted one, a row, a branch), or else a sampled one."""
         trials = self.study.get_trials(deepcopy=False)
         waiting = self._waiting(trials)
-        if waiting:
-            return self._resume(waiting[0])
-        if self._sampled_left < 1:
-            return None
-        self._sampled_left -= 1
-        self.study.sampler = make_sampler(self.definition.sampler, len(trials))
+        configs = [TrialConfig.from_dict(trial.user_attrs["config"]) for trial in waiting]
+        running = {running.config: running.epoch for running in self._running.values()} if self.stages else {}
+        chosen = next_index(configs, running, other_work=self._sampled_left > 0)
+        if chosen is not None:
+            return self._resume(waiting[chosen])
+        return self._sample(len(trials)) if self._sampled_left > 0 else None
+
+    def _sample(self, number: int) -> _Running:
+        """Ask for new settings; the other schedules of their family wait from now on."""
+        self._sampled_left -= self.definition.family_size
+        self.study.sampler = make_sampler(self.definition.sampler, number)
         trial = studies.ask(self.study)
-        config = self.definition.config(sample(trial, self.definition.space))
+        settings = sample(trial, self.definition.space)
+        config = self.definition.config({**settings, **own_branch(trial, self.definition.expand)})
         studies.set_config(trial, config)
+        if self.definition.expand:
+            studies.complete_family(self.study, self.definition, self.study.get_trials(deepcopy=False)[number])
         return self._prepared(trial, None, config)
 
     def _resume(self, waiting: FrozenTrial) -> _Running:
         config, row = TrialConfig.from_dict(waiting.user_attrs["config"]), waiting.user_attrs.get("row")
         trial = studies.take(self.study, waiting)
-        if row:
-            sample(trial, reachable(self.definition.space, config.to_dict()))  # so that the sampler learns from it
+        # Suggesting what is fixed lets the sampler learn from it.
+        sample(trial, reachable(self.definition.space, config.to_dict()))
+        if row is None:
+            own_branch(trial, self.definition.expand)
         running = self._prepared(trial, row, config)
         running.reported = max(waiting.intermediate_values, default=0)
         return running
@@ -187,7 +204,11 @@ class Coordinator:
         shutil.rmtree(running.folder, ignore_errors=True)
         running.folder.mkdir(parents=True)
         file = self.weights[config.weights][1] if config.weights in self.weights else None
-        self.executor.submit(Job(number, config, running.folder, file, lockstep=running.prunable))
+        stages = self.stages
+        if stages is not None:
+            stages = replace(stages, save_at=branch_epochs(self.definition, config))
+        running.epoch = 0
+        self.executor.submit(Job(number, config, running.folder, file, lockstep=running.prunable, stages=stages))
         self.watcher.trial_started(number, running.name, config.epochs)
 
     def _open_run(self, running: _Running) -> None:
@@ -223,6 +244,10 @@ class Coordinator:
                 for label, key in (("val", "best/val_accuracy"), ("test", "test/accuracy"))
                 if key in event.metrics
             )
+            if event.tags.get("reuse.epochs_reused", "0") != "0":
+                text += f"; {event.tags['reuse.epochs_reused']} of {running.config.epochs} epochs reused"
+            if "reuse.warnings" in event.tags:
+                self.watcher.note(f"{running.name}: {event.tags['reuse.warnings']}")
             self._end(event.job, "complete", text, event.metrics, event.tags)
         elif isinstance(event, Stopped):
             self._end(event.job, "pruned", "")
@@ -235,6 +260,7 @@ class Coordinator:
 
     def _epoch(self, running: _Running, event: Epoch) -> None:
         """Log and report an epoch; one that the stores have already, from before an interruption, only prunes."""
+        running.epoch = event.epoch
         if event.epoch > running.logged:
             running.pending.append((event.epoch, event.metrics, int(time.time() * 1000)))
             running.logged = event.epoch

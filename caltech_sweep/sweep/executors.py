@@ -21,6 +21,7 @@ from typing import Protocol
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import CaltechSweepError, DivergedError, OutOfMemoryError
+from caltech_sweep.training.reuse import StageUse
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Job:
     weights_file: Path | None = None  # initial weights, for run: and study: alone
     device: str | None = None
     lockstep: bool = False  # wait for the coordinator's answer after every epoch, since it may prune
+    stages: StageUse | None = None  # what may be reused and where the trial's own stages go
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Epoch:
     job: int
     epoch: int
     metrics: Mapping[str, float]
+    reused: bool = False  # not trained by this job
 
 
 @dataclass(frozen=True)

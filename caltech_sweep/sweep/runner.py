@@ -23,14 +23,18 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
 
     device = pick_device(job.device)
     data = _dataset(job.config.dataset)
-    epochs = run_trial(job.config, data, device, job.weights_file)
+    epochs = run_trial(job.config, data, device, job.weights_file, job.stages)
     while True:
         try:
             result = next(epochs)
         except StopIteration as end:
             outcome = end.value
             break
-        yield Epoch(job.number, result.epoch, result.metrics())
+        yield Epoch(job.number, result.epoch, result.metrics(), result.reused)
     write_artifacts(job.folder, job.config, data, outcome, device)
     tags = {f"environment.{key}": str(value) for key, value in environment(device).items() if value is not None}
+    tags["reuse.epochs_reused"] = str(outcome.epochs_reused)
+    tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
+    if outcome.warnings:
+        tags["reuse.warnings"] = " ".join(f"{sentence}." for sentence in outcome.warnings)
     return Done(job.number, outcome.metrics(), tags)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from caltech_sweep import stores
+from caltech_sweep import paths, stores
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, UsageError
@@ -24,6 +24,7 @@ from caltech_sweep.sweep.study import open_study
 from caltech_sweep.sweep.study_file import StudyDefinition, variants
 from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher
 from caltech_sweep.tracking import MlflowTracker, git_state
+from caltech_sweep.training.reuse import StageUse
 
 Weights = dict[str, tuple[str, Path]]
 
@@ -40,6 +41,8 @@ class RunOptions:
     threads: int | None = None  # of torch in each worker; all cores
     in_process: bool = False
     rows: tuple[str, ...] = ()  # these alone
+    reuse: bool = True  # share training states and frozen features between trials, and go on from them
+    stage_budget: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 
 def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
@@ -78,6 +81,17 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
         if model not in seen:
             seen.add(model)
             count_parameters(config, classes, weights.get(config.weights, ("", None))[1])
+
+
+def stage_use(options: RunOptions) -> StageUse | None:
+    """Return where trials find and leave what can be reused."""
+    if not options.reuse:
+        return None
+    from caltech_sweep.training.store import default_budget
+
+    folder = paths.reuse_store().resolve()
+    budget = default_budget(folder) if options.stage_budget is None else int(options.stage_budget * 10**9)
+    return StageUse(folder, budget)
 
 
 def make_executor(options: RunOptions) -> Executor:
@@ -169,6 +183,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             weights=weights,
             tags=git_state(),
             only=options.rows,
+            stages=stage_use(options),
         )
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run()

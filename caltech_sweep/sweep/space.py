@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -118,6 +119,16 @@ def sample(trial: optuna.Trial, space: Mapping[str, Dimension]) -> dict[str, Any
                 key, float(dimension.low), float(dimension.high), step=dimension.step, log=dimension.log
             )
     return settings
+
+
+def own_branch(trial: optuna.Trial, expand: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Return the combination of ``expand`` that a trial takes."""
+    return {key: trial.suggest_categorical(key, list(values)) for key, values in expand.items()}
+
+
+def all_branches(expand: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Return every combination of ``expand``."""
+    return [dict(zip(expand, values, strict=True)) for values in itertools.product(*expand.values())]
 
 
 def contains(dimension: Dimension, value: Any) -> bool:

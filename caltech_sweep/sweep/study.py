@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -15,7 +16,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.records import OUTCOMES
 from caltech_sweep.stores import hide_secrets, sqlite_file, tune_sqlite
-from caltech_sweep.sweep.space import enqueue_params, make_pruner, make_sampler
+from caltech_sweep.sweep.space import all_branches, enqueue_params, make_pruner, make_sampler
 from caltech_sweep.sweep.study_file import Row, StudyDefinition, identity_difference
 
 HEARTBEAT_SECONDS = 60
@@ -128,6 +129,23 @@ def enqueue(study: optuna.Study, definition: StudyDefinition, row: Row) -> None:
     config = definition.row_config(row)
     attributes = {"row": row.name, "config": config.to_dict(), "fingerprint": config.fingerprint()}
     study.enqueue_trial(enqueue_params(definition.space, config.to_dict()), json.loads(json.dumps(attributes)))
+
+
+def complete_family(study: optuna.Study, definition: StudyDefinition, base: FrozenTrial) -> None:
+    """Let every schedule of a sampled trial's family wait, that is not there yet, to be trained."""
+    config = TrialConfig.from_dict(base.user_attrs["config"])
+    family = [t for t in study.get_trials(deepcopy=False) if base.number in (t.number, t.user_attrs.get("family"))]
+    known = {trial.user_attrs["fingerprint"] for trial in family}
+    for settings in all_branches(definition.expand):
+        branch = replace(config, **settings)
+        if branch.fingerprint() not in known:
+            attributes = {"config": branch.to_dict(), "fingerprint": branch.fingerprint(), "family": base.number}
+            study.enqueue_trial({**base.params, **settings}, json.loads(json.dumps(attributes)))
+
+
+def is_family_base(trial: FrozenTrial) -> bool:
+    """Tell whether a trial was sampled, rather than being a row or a further schedule of a sampled one."""
+    return "config" in trial.user_attrs and not {"row", "family"} & trial.user_attrs.keys()
 
 
 def ask(study: optuna.Study) -> optuna.Trial:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,6 +101,12 @@ class StudyDefinition:
     pruner: Component | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float | None = None  # of every row that has none of its own
+    expand: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # schedules tried for each sampled setting
+
+    @property
+    def family_size(self) -> int:
+        """How many trials each sampled setting gives: one for every combination of ``expand``."""
+        return math.prod(map(len, self.expand.values()))
 
     def config(self, settings: Mapping[str, Any]) -> TrialConfig:
         """Return the config of a trial with some settings besides the fixed ones."""
@@ -120,6 +127,8 @@ class StudyDefinition:
             "pruner": _component_dict(self.pruner) if self.pruner else None,
             "overrides": dict(self.overrides),
         }
+        if self.expand:
+            parts["expand"] = {key: list(values) for key, values in self.expand.items()}
         result: dict[str, Any] = json.loads(json.dumps(parts))
         return result
 
@@ -335,6 +344,28 @@ class _Reader:
             rows.append(Row(str(name), settings, reference, tolerance))
         return tuple(rows)
 
+    def expand(self, root: CommentedMap, taken: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        node = self.mapping(root, "expand", "expand")
+        expand: dict[str, tuple[Any, ...]] = {}
+        for key in self.known(node, "expand.", EXPANDED):
+            values, path = _plain(node[key]), f"expand.{key}"
+            wrong = (
+                [text for value in values if (text := TRIAL_RULES[key].problem(value))]
+                if isinstance(values, list)
+                else []
+            )
+            if not isinstance(values, list) or not values:
+                self.problem(node, key, path, f"must be a list with values, got {values!r}")
+            elif wrong:
+                self.problem(node, key, path, wrong[0])
+            elif len(set(values)) < len(values):
+                self.problem(node, key, path, "has a value twice")
+            elif key in taken:
+                self.problem(node, key, path, "is also under fixed or space; leave it in one place")
+            else:
+                expand[key] = tuple(values)
+        return expand
+
     def tolerance(self, node: CommentedMap, path: str) -> float | None:
         tolerance: float | None = _plain(node.get("tolerance"))
         if tolerance is not None and (wrong := FRACTION.problem(tolerance)):
@@ -354,7 +385,8 @@ class _Reader:
         return component
 
 
-_TOP = ("title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows", "tolerance")
+_TOP = ("title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "expand", "rows", "tolerance")
+EXPANDED = ("step_size", "gamma", "epochs")  # the settings of a schedule; families share the epochs before a drop
 
 
 def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
@@ -368,6 +400,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     space = {key: reader.dimension(node, key) for key in reader.known(node, "space.", list(TRIAL_RULES))}
     for key in set(space) & set(fixed):
         reader.problem(node, key, f"space.{key}", "is also under fixed; leave it in one of the two")
+    expand = reader.expand(root, {**space, **fixed})
     rows = reader.rows(root)
     trials = _plain(root.get("trials", len(rows)))
     if wrong := integer(1).problem(trials):
@@ -376,6 +409,10 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
         reader.problem(
             root, "trials", "trials", f"asks for {trials} trials, but there are {len(rows)} rows and no space"
         )
+    family = math.prod(map(len, expand.values()))
+    if expand and not wrong and (not space or (trials - len(rows)) % family):
+        mend = f"{len(rows)} rows and a multiple of {family}" if space else "a space to sample the other settings from"
+        reader.problem(root, "expand", "expand", f"each sampled setting gives {family} trials, so it needs {mend}")
     crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
     if crop > resize:
         reader.problem(root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)")
@@ -383,7 +420,9 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     pruner = reader.component(root, "pruner")
     kept = {key: dimension for key, dimension in space.items() if dimension is not None}
     tolerance = reader.tolerance(root, "")
-    return StudyDefinition(name, title, trials, dataset, fixed, kept, rows, sampler, pruner, tolerance=tolerance)
+    return StudyDefinition(
+        name, title, trials, dataset, fixed, kept, rows, sampler, pruner, tolerance=tolerance, expand=expand
+    )
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -409,6 +448,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> StudyDefinition:
     """Fix some settings for every trial: out of the space, and in place of what rows set."""
     dataset, fixed, space = dict(definition.dataset), dict(definition.fixed), dict(definition.space)
+    expand = {key: values for key, values in definition.expand.items() if key not in overrides}
     for key, value in overrides.items():
         if key.startswith("dataset."):
             dataset[key[8:]] = value
@@ -425,7 +465,7 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         raise UsageError(
             f"dataset.crop: {crop} pixels cannot be cut from images of {resize} (dataset.resize); set both"
         )
-    return replace(definition, dataset=dataset, fixed=fixed, space=space, rows=rows, overrides=recorded)
+    return replace(definition, dataset=dataset, fixed=fixed, space=space, rows=rows, overrides=recorded, expand=expand)
 
 
 def find_study(study: str, folder: Path = paths.STUDIES) -> Path:

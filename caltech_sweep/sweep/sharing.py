@@ -1,0 +1,104 @@
+"""Which epochs the trials of a study have in common, where they branch, and who should go first.
+
+Two trials of one trunk share an epoch for each learning rate that their lists agree in from the start, so a
+study's schedules form a tree (Hippo's stage trees, PVLDB 15(5)): every edge of it need be trained only once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.sweep.study_file import Choices, Dimension, Range, StudyDefinition, SubsetOf
+from caltech_sweep.training.reuse import learning_rates, shared_epochs, trunk_key
+
+_SCHEDULE = ("lr", "step_size", "gamma", "epochs")
+MAX_CHOICES = 16  # values of one setting, above which two sampled trials rarely meet
+MAX_BRANCHES = 4096  # schedules of one trunk that are compared
+
+
+@lru_cache(maxsize=4096)
+def _trunk(config: TrialConfig) -> tuple[str, tuple[float, ...]]:
+    return trunk_key(config), learning_rates(config)
+
+
+def common_epochs(one: TrialConfig, other: TrialConfig) -> int:
+    """Return how many epochs two trials have in common."""
+    (trunk, rates), (other_trunk, other_rates) = _trunk(one), _trunk(other)
+    return shared_epochs(rates, other_rates) if trunk == other_trunk else 0
+
+
+def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = None) -> list[int]:
+    """Return how many epochs each trial has to train when those before it have run and their states are kept.
+
+    ``stored`` says how many epochs of each are kept already.
+    """
+    known: set[tuple[str, tuple[float, ...]]] = set()
+    counts = []
+    for config, there in zip(configs, stored or [0] * len(configs), strict=True):
+        trunk, rates = _trunk(config)
+        stages = [(trunk, rates[:epoch]) for epoch in range(1, len(rates) + 1)]
+        known.update(stages[:there])
+        counts.append(sum(stage not in known for stage in stages))
+        known.update(stages)
+    return counts
+
+
+def _values(dimension: Dimension | None) -> list[float] | None:
+    """Return the few values that a setting can take, or None when two trials will hardly meet in it."""
+    if isinstance(dimension, Choices):
+        return list(dimension.values)
+    if isinstance(dimension, Range) and (dimension.integer or dimension.step):
+        step = dimension.step or 1
+        count = int((dimension.high - dimension.low) / step + 1e-9) + 1
+        if count <= MAX_CHOICES and not dimension.log:
+            return [dimension.low + step * index for index in range(count)]
+    return None
+
+
+def _siblings(definition: StudyDefinition, config: TrialConfig) -> Iterable[TrialConfig]:
+    """Yield what else the study may train on a trial's trunk: its rows, its family, and where the whole space is
+    discrete, the schedules that may be sampled again with the trial's other settings."""
+    yield from (definition.row_config(row) for row in definition.rows)
+    choices: dict[str, list[float]] = {key: list(values) for key, values in definition.expand.items()}
+    sampled = {key: _values(dimension) for key, dimension in definition.space.items()}
+    if all(values is not None or isinstance(definition.space[key], SubsetOf) for key, values in sampled.items()):
+        choices.update({key: values for key, values in sampled.items() if key in _SCHEDULE and values is not None})
+    for values in itertools.islice(itertools.product(*choices.values()), MAX_BRANCHES):
+        yield replace(config, **_typed(dict(zip(choices, values, strict=True))))
+
+
+def _typed(settings: Mapping[str, float]) -> dict[str, Any]:
+    return {key: int(value) if key in ("step_size", "epochs") else float(value) for key, value in settings.items()}
+
+
+def branch_epochs(definition: StudyDefinition, config: TrialConfig) -> frozenset[int]:
+    """Return the epochs after which another trial of the study may part from this one: worth keeping."""
+    epochs = {common_epochs(config, sibling) for sibling in _siblings(definition, config)}
+    return frozenset(epoch for epoch in epochs if 0 < epoch <= config.epochs)
+
+
+def next_index(waiting: Sequence[TrialConfig], running: Mapping[TrialConfig, int], other_work: bool) -> int | None:
+    """Return which waiting trial goes next, or None when each should wait and there is other work.
+
+    The longest shared trunks go first. A trial whose prefix is being trained right now waits for it, as long as
+    there is something else to do; ``running`` holds the epochs that the running trials have finished.
+    """
+    ranked = sorted(range(len(waiting)), key=lambda index: (-_longest(waiting, index), index))
+    free = [index for index in ranked if not _held_up(waiting[index], running)]
+    if free:
+        return free[0]
+    return None if other_work or not ranked else ranked[0]
+
+
+def _longest(configs: Sequence[TrialConfig], index: int) -> int:
+    others = (common_epochs(configs[index], other) for number, other in enumerate(configs) if number != index)
+    return max(others, default=0)
+
+
+def _held_up(config: TrialConfig, running: Mapping[TrialConfig, int]) -> bool:
+    return any(common_epochs(config, other) > done for other, done in running.items())

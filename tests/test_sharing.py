@@ -1,0 +1,159 @@
+"""Shared epochs: how many are left to train, where to save, who goes first, and families."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.sweep.sharing import branch_epochs, common_epochs, new_epochs, next_index
+from caltech_sweep.sweep.study import MEMORY, open_study
+from caltech_sweep.sweep.study_file import Choices, Component, Range, Row, StudyDefinition, load_study
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
+from caltech_sweep.training.reuse import learning_rates
+
+schedules = st.builds(
+    TrialConfig,
+    lr=st.sampled_from([0.1, 0.01]),
+    step_size=st.integers(1, 6),
+    gamma=st.sampled_from([0.1, 0.5, 1.0]),
+    epochs=st.integers(1, 8),
+    freeze=st.sampled_from(["none", "conv"]),
+)
+
+
+def rows_of(name: str) -> list[TrialConfig]:
+    study = load_study(name)
+    return [study.row_config(row) for row in study.rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "trained"),
+    [("transfer", 130, 76), ("scratch", 150, 130), ("freeze", 60, 60), ("augment", 120, 120), ("resnet", 20, 20)],
+)
+def test_the_report_s_tables_share_what_they_can(name: str, asked: int, trained: int) -> None:
+    configs = rows_of(name)
+    assert sum(config.epochs for config in configs) == asked
+    assert sum(new_epochs(configs)) == trained
+
+
+def test_tencrop_trains_nothing_after_transfer_s_fourth_row() -> None:
+    assert new_epochs([rows_of("transfer")[3], *rows_of("tencrop")]) == [30, 0]
+
+
+def test_a_family_trains_each_edge_of_its_tree_once() -> None:
+    grid = itertools.product((10, 20, 30), (0.1, 0.5), (20, 30, 40))
+    family = [TrialConfig(lr=0.01, step_size=s, gamma=g, epochs=e) for s, g, e in grid]
+    # The trunk of 30 epochs before step_size 30 drops; from it 2 x 10 to epoch 40. At 20: 2 x 20; at 10: 2 x 30.
+    assert sum(config.epochs for config in family) == 540
+    assert sum(new_epochs(family)) == 30 + 2 * 10 + 2 * 20 + 2 * 30
+
+
+@given(st.lists(schedules, min_size=1, max_size=8))
+def test_new_epochs_count_distinct_prefixes_and_order_does_not_matter(configs: list[TrialConfig]) -> None:
+    distinct = {(config.freeze, learning_rates(config)[:k]) for config in configs for k in range(1, config.epochs + 1)}
+    assert sum(new_epochs(configs)) == sum(new_epochs(configs[::-1])) == len(distinct)
+
+
+@given(schedules, schedules)
+def test_common_epochs_are_the_agreeing_start(one: TrialConfig, other: TrialConfig) -> None:
+    common = common_epochs(one, other)
+    assert common == common_epochs(other, one)
+    if one.freeze != other.freeze:
+        assert common == 0
+    else:
+        rates, others = learning_rates(one), learning_rates(other)
+        assert rates[:common] == others[:common]
+        assert common == min(len(rates), len(others)) or rates[common] != others[common]
+
+
+def test_branch_epochs_are_where_rows_and_families_part() -> None:
+    study = load_study("transfer")
+    assert [sorted(branch_epochs(study, config)) for config in rows_of("transfer")] == [
+        [24, 30],
+        [24, 30],
+        [10, 20],
+        [10, 20, 30],
+        [10, 20],
+    ]
+    family = replace(FAMILY, rows=())
+    config = replace(family.config({}), lr=0.02, step_size=2, gamma=0.5, epochs=6)
+    assert sorted(branch_epochs(family, config)) == [2, 4, 6]
+
+
+def test_a_trial_waits_for_its_prefix_while_there_is_other_work() -> None:
+    first, second, third, fourth, fifth = rows_of("transfer")
+    assert next_index([first, second, third], {}, False) == 0
+    assert next_index([second, third], {first: 3}, False) == 1
+    assert next_index([second], {first: 3}, True) is None
+    assert next_index([second], {first: 3}, False) == 0
+    assert next_index([second, third], {first: 24}, False) == 0
+    assert next_index([first, third, fourth, fifth], {}, False) == 1  # 20 epochs in common before 24 with none
+    assert next_index([], {}, False) is None
+
+
+FAMILY = StudyDefinition(
+    name="f",
+    title="A family",
+    trials=9,
+    dataset={"name": "shapes"},
+    fixed={"arch": "resnet18"},
+    space={"lr": Range(1e-3, 1.0, log=True), "freeze": Choices(("none", "conv"))},
+    rows=(Row("One", {"lr": 0.1, "step_size": 2, "gamma": 0.5, "epochs": 4}),),
+    sampler=Component("tpe", {"seed": 3}),
+    expand={"step_size": (2, 4), "epochs": (4, 6)},
+)
+
+
+def test_every_sampled_setting_becomes_a_family_of_real_trials() -> None:
+    tracker, executor = MemoryTracker(), ScriptedExecutor()
+    study = open_study(FAMILY, MEMORY, FAMILY.identity())
+    assert run_scripted(FAMILY, executor, tracker, study).outcomes == {"complete": 9}
+    families: dict[tuple[float, str], set[tuple[int, int]]] = {}
+    for job in executor.jobs[1:]:
+        families.setdefault((job.config.lr, job.config.freeze), set()).add((job.config.step_size, job.config.epochs))
+    assert len(families) == 2
+    assert all(family == {(2, 4), (2, 6), (4, 4), (4, 6)} for family in families.values())
+    assert all(set(trial.params) == {"lr", "freeze", "step_size", "epochs"} for trial in study.trials[1:])
+    assert len(tracker.runs) == 9
+
+
+def test_an_interrupted_family_is_completed() -> None:
+    study = open_study(FAMILY, MEMORY, FAMILY.identity())
+    tracker, executor = MemoryTracker(), ScriptedExecutor(Script())
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(ScriptedExecutor):
+        def poll(self, timeout: float) -> list:
+            if len(self.jobs) == 3:
+                raise Killed
+            return super().poll(timeout)
+
+    with pytest.raises(Killed):
+        run_scripted(FAMILY, Dying(), tracker, study)
+    assert run_scripted(FAMILY, executor, tracker, study).complete
+    assert len(study.trials) == 9 and len(tracker.runs) == 9
+    assert len({(t.params["lr"], t.params["step_size"], t.params["epochs"]) for t in study.trials[1:]}) == 8
+
+
+def test_expand_is_checked_in_the_file(tmp_path) -> None:
+    from caltech_sweep.errors import StudyFileError
+
+    (tmp_path / "x.yaml").write_text(
+        "title: x\ntrials: 5\nspace: {lr: {low: 0.1, high: 1}}\nexpand: {step_size: [2, 4], epochs: [1, 2]}\n"
+        "rows: [{name: a}, {name: b}]\n"
+    )
+    with pytest.raises(StudyFileError, match="gives 4 trials, so it needs 2 rows and a multiple of 4"):
+        load_study("x", folder=tmp_path)
+    (tmp_path / "x.yaml").write_text(
+        "title: x\ntrials: 4\nspace: {lr: {choices: [1]}}\nexpand: {lr: [1], gamma: [2]}\n"
+    )
+    with pytest.raises(StudyFileError) as caught:
+        load_study("x", folder=tmp_path)
+    assert len(caught.value.problems) == 2
