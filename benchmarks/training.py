@@ -1,6 +1,6 @@
 """Our training loop beside a bare torch loop on resident tensors, AlexNet at 224 px, in one run.
 
-    CALTECH101_ROOT=... python benchmarks/training.py [--batches 4] [--batch-size 256] [--rounds 3] [--device cpu]
+    CALTECH101_ROOT=... python benchmarks/training.py [--images-per-class 4] [--batch-size 128] [--rounds 5] [--device cpu]
 
 The bare loop holds normalised float images in memory and does nothing but forward, backward and step. Ours gathers
 uint8 crops from the shared cache, normalises, draws keyed dropout, guards against NaN and counts what is right.
@@ -65,20 +65,21 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def main() -> None:
     """Print images a second of each side and the ratio of each round."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--images-per-class", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device")
     options = parser.parse_args()
     device = pick_device(options.device)
     name = "caltech101" if os.environ.get("CALTECH101_ROOT") else "shapes"
-    config = TrialConfig(dataset=DatasetConfig(name=name), batch_size=options.batch_size, lr=0.001)
-    data = load_dataset(config.dataset)
+    dataset = DatasetConfig(name=name, images_per_class=options.images_per_class)
+    config = TrialConfig(dataset=dataset, batch_size=options.batch_size, lr=0.001)
+    data = load_dataset(dataset)
     training = Training(config, data, build_model(config, len(data.split.classes)), device)
-    training.limit_batches = options.batches
+    batches = len(data.split.train) // options.batch_size
     sides = {
-        "bare torch": bare(config, training, options.batches, False),
-        "bare torch, fused optimiser": bare(config, training, options.batches, True),
+        "bare torch": bare(config, training, batches, False),
+        "bare torch, fused optimiser": bare(config, training, batches, True),
         "caltech-sweep": lambda: training.train_epoch(1),
     }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -87,7 +88,7 @@ def main() -> None:
             taken = timed(work, device)
             if number:  # the first round warms up
                 seconds[side].append(taken)
-    images = options.batches * options.batch_size
+    images = batches * options.batch_size
     base = statistics.median(seconds["bare torch"])
     for side, values in seconds.items():
         middle = statistics.median(values)

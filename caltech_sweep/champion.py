@@ -41,7 +41,7 @@ from caltech_sweep.errors import DatasetError, ModelError, StoreError, UsageErro
 from caltech_sweep.records import TrialRecord
 from caltech_sweep.tracking import MlflowTracker
 from caltech_sweep.training.artifacts import CHECKPOINT
-from caltech_sweep.training.fit import _NORMALIZE
+from caltech_sweep.training.fit import NORMALIZE
 from caltech_sweep.training.trial import pick_device
 
 ALIAS = "champion"
@@ -134,7 +134,7 @@ def make_card(config: TrialConfig, classes: Sequence[str]) -> dict[str, Any]:
 
     A last layer with more outputs than there are classes has names for them too, as in a run's predictions.
     """
-    mean, std = _NORMALIZE[config.resolved_normalize()]
+    mean, std = NORMALIZE[config.resolved_normalize()]
     extra = [f"output {number}" for number in range(len(classes), config.outputs or 0)]
     return {
         "arch": config.arch,

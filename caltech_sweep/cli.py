@@ -58,6 +58,8 @@ def main() -> None:
 @click.option("--device", help="Device of every trial, such as cpu or cuda:1; default the GPUs, or the CPU.")
 @click.option("--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores.")
 @click.option("--row", "rows", multiple=True, metavar="NAME", help="Run this row alone; may be repeated.")
+@click.option("--replicates", type=click.IntRange(1), help="Seeds that every row is trained on; default the file's.")
+@click.option("--confirm", type=click.IntRange(0), default=0, metavar="K", help="Repeat the K best on fresh seeds.")
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option("--stage-budget", type=click.FloatRange(0), metavar="GB", help="Disk for what is shared.")
 @click.option("--in-process", is_flag=True, help="Train in this very process, for debugging.")
@@ -67,6 +69,7 @@ def run(
     trials: int | None,
     data: str | None,
     name: str | None,
+    replicates: int | None,
     **options: Any,
 ) -> None:
     """Run STUDY, a name in sweeps/ or a path, to its total of trials.
@@ -75,7 +78,7 @@ def run(
     """
     from caltech_sweep.sweep.study_file import load_study
 
-    definition = load_study(study, overrides, trials=trials, data=data, name=name)
+    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates)
     from caltech_sweep.sweep.session import RunOptions, run_study
 
     summary = run_study(definition, RunOptions(**options), _say)

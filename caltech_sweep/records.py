@@ -65,8 +65,11 @@ class Tracker(Protocol):
     def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
         """Create a study, or go on with it; return its run id."""
 
-    def finish_study(self, name: str, complete: bool, description: str | None = None) -> None:
+    def finish_study(self, name: str, complete: bool) -> None:
         """Close a study: complete when it has all its trials."""
+
+    def describe_study(self, name: str, description: str) -> None:
+        """Give a study a description in Markdown."""
 
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Create a trial's run; return its id."""

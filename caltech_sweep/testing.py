@@ -132,6 +132,7 @@ class MemoryTracker:
     def __init__(self) -> None:
         self.documents: dict[str, Mapping[str, Any]] = {}
         self.statuses: dict[str, str] = {}  # of studies
+        self.descriptions: dict[str, str] = {}
         self.runs: dict[str, _Run] = {}
         self.datasets: dict[str, str] = {}  # run id -> digest
 
@@ -140,9 +141,13 @@ class MemoryTracker:
         self.documents[name], self.statuses[name] = dict(document), "RUNNING"
         return f"study-{name}"
 
-    def finish_study(self, name: str, complete: bool, description: str | None = None) -> None:
+    def finish_study(self, name: str, complete: bool) -> None:
         """Close a study."""
         self.statuses[name] = "FINISHED" if complete else "KILLED"
+
+    def describe_study(self, name: str, description: str) -> None:
+        """Keep the description."""
+        self.descriptions[name] = description
 
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Create a trial's run."""
@@ -213,6 +218,7 @@ def scripted_coordinator(
     scratch: Path,
     study: optuna.Study | None = None,
     only: tuple[str, ...] = (),
+    confirm: int = 0,
 ) -> Coordinator:
     """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker."""
     from caltech_sweep.sweep.coordinator import Coordinator, Images
@@ -221,9 +227,8 @@ def scripted_coordinator(
 
     study = study or open_study(definition, MEMORY, definition.identity())
     images = Images("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
-    return Coordinator(
-        definition, study, tracker, executor, PlainWatcher(lambda line: None), scratch, images, only=only
-    )
+    watcher = PlainWatcher(lambda line: None)
+    return Coordinator(definition, study, tracker, executor, watcher, scratch, images, only=only, confirm=confirm)
 
 
 def run_scripted(

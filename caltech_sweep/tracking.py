@@ -40,6 +40,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag  
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 STUDY_FILE = "study.json"
+_LONGEST_TAG = 7900  # characters; a database store of MLflow takes 8,000
 STEP_METRIC = "train/loss"  # logged by every epoch, so its last step is the last epoch that a run has
 
 for _name in ("alembic", "mlflow"):  # after the import, which sets its own levels
@@ -121,11 +122,16 @@ class MlflowTracker:
         self.client.log_dict(run_id, dict(document), STUDY_FILE)
         return run_id
 
-    def finish_study(self, name: str, complete: bool, description: str | None = None) -> None:
+    def finish_study(self, name: str, complete: bool) -> None:
         """Close the parent run: FINISHED when all its trials have run, KILLED when it was stopped before."""
-        if description is not None:
-            self.client.set_tag(self._parent[name], "mlflow.note.content", description)
         self.client.set_terminated(self._parent[name], "FINISHED" if complete else "KILLED")
+
+    def describe_study(self, name: str, description: str) -> None:
+        """Give the parent run a description, which the MLflow UI shows as Markdown."""
+        if len(description) > _LONGEST_TAG:
+            cut = description[:_LONGEST_TAG].rpartition("\n")[0]
+            description = f"{cut}\n\nThe rest is in `caltech-sweep report {name}`."
+        self.client.set_tag(self._parent[name], "mlflow.note.content", description)
 
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Create a trial's run below the study's; return its id."""

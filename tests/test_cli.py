@@ -91,6 +91,8 @@ def test_every_artifact_of_a_trial_is_in_its_run(finished: Path) -> None:
     history = tracker.client.get_metric_history(trial.run_id, "val/accuracy")
     assert [metric.step for metric in history] == [1, 2]
     assert trial.metrics["best/val_accuracy"] == max(metric.value for metric in history)
+    note = tracker.client.get_run(study.run_id).data.tags["mlflow.note.content"]
+    assert note.startswith("## A tiny study") and "| First " in note and "| Views " in note
 
 
 @pytest.mark.parametrize(

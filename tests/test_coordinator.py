@@ -229,3 +229,31 @@ def test_a_dead_coordinator_s_trials_are_taken_over(tmp_path: Path) -> None:
     assert study.trials[2].state == TrialState.COMPLETE and study.trials[2].value == 0.75
     assert [job.number for job in executor.jobs] == [3, 4, 5]
     assert {r.status for r in records(tracker)} == {"FINISHED"} and len(tracker.runs) == 6
+
+
+def test_replicates_train_every_row_on_further_seeds_beyond_the_total() -> None:
+    definition = replace(DEFINITION, replicates=3, trials=3)
+    executor, tracker, study = ScriptedExecutor(), MemoryTracker(), new_study()
+    assert run_scripted(definition, executor, tracker, study).outcomes == {"complete": 7}
+    assert [r.name for r in records(tracker)] == [
+        *("One", "Two", "One (seed 1)", "Two (seed 1)", "One (seed 2)", "Two (seed 2)"),
+        "trial-006",
+    ]
+    assert [r.tags.get("replicate") for r in records(tracker)] == [None, None, "1", "1", "2", "2", None]
+    assert {job.config.seed for job in executor.jobs if job.config.lr == 0.1} == {0, 1, 2}
+    again = ScriptedExecutor()
+    run_scripted(definition, again, tracker, study)
+    assert again.jobs == []
+
+
+def test_the_best_sampled_trials_are_confirmed_on_fresh_seeds(tmp_path: Path) -> None:
+    tracker, study = MemoryTracker(), new_study()
+    executor = ScriptedExecutor(lambda config: Script([min(0.9, config.lr)]))
+    for again in (False, True):
+        coordinator = scripted_coordinator(DEFINITION, executor, tracker, tmp_path, study, confirm=2)
+        assert coordinator.run().outcomes == ({} if again else {"complete": 12})
+    sampled = sorted(records(tracker)[2:6], key=lambda r: -r.metrics["best/val_accuracy"])
+    confirmed = [int(r.tags["confirms"]) for r in records(tracker)[6:]]
+    assert sorted(confirmed) == sorted([sampled[0].number] * 3 + [sampled[1].number] * 3)
+    assert {job.config.seed for job in executor.jobs[6:]} == {1, 2, 3}
+    assert all(r.row is None for r in records(tracker)[6:])

@@ -86,6 +86,14 @@ def test_a_study_goes_on_with_its_new_document(tracker: Tracker, study: str) -> 
     assert tracker.study("no such study") is None
 
 
+def test_a_description_longer_than_a_tag_is_cut_at_a_line(store: Path, study: str) -> None:
+    tracker = MlflowTracker(str(store), create=True)
+    parent = tracker.start_study(study, "A title", {})
+    tracker.describe_study(study, "| a row |\n" * 2000)
+    note = tracker.client.get_run(parent).data.tags["mlflow.note.content"]
+    assert len(note) < 8000 and note.endswith(f"| a row |\n\nThe rest is in `caltech-sweep report {study}`.")
+
+
 def test_a_long_history_is_within_mlflow_s_limits(store: Path, study: str) -> None:
     tracker = MlflowTracker(str(store), create=True)
     run = start(tracker, study)

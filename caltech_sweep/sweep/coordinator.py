@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from caltech_sweep.sweep.watch import Watcher
 from caltech_sweep.training.reuse import StageUse
 
 MAX_RETRIES = 2  # of a trial whose worker died
+CONFIRMING_SEEDS = 3  # at least so many fresh seeds for a trial that is confirmed
+DESCRIBE_SECONDS = 20.0  # how old the description of a running study may be
 FLUSH_SECONDS = 5.0  # how long epochs may wait to be logged together
 
 
@@ -48,6 +50,7 @@ class _Running:
     name: str
     config: TrialConfig
     row: str | None
+    extra: Mapping[str, str]  # tags of a repeat: which seed of its row, or which trial it confirms
     folder: Path
     prunable: bool
     epoch: int = 0  # the last epoch that its worker has finished
@@ -84,17 +87,20 @@ class Coordinator:
         tags: Mapping[str, str] | None = None,
         only: tuple[str, ...] = (),
         stages: StageUse | None = None,
+        confirm: int = 0,
+        describe: Callable[[], str] | None = None,
     ) -> None:
         self.definition, self.study, self.tracker, self.executor = definition, study, tracker, executor
         self.watcher, self.scratch, self.images = watcher, scratch, images
         self.weights, self.tags, self.only = dict(weights or {}), dict(tags or {}), only
-        self.stages = stages
+        self.stages, self.confirm, self.describe = stages, confirm, describe
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
         self._records: dict[tuple[int, str], TrialRecord] = {}
         self._sampled_left = 0
         self._beat = time.monotonic()
+        self._described, self._undescribed = 0.0, False  # when last; whether a trial has ended since
 
     def request_stop(self) -> None:
         """Stop at the next event: running trials wait again, nothing stays RUNNING. Safe in a signal handler."""
@@ -107,17 +113,34 @@ class Coordinator:
         self.tracker.start_study(self.definition.name, self.definition.title, document)
         try:
             self._prepare()
-            while not self._stop and (self._fill() or self._running):
-                for event in self.executor.poll(0.5):
-                    self._handle(event)
-                self._heartbeat()
+            self._run_all()
+            if self.confirm and not self._stop:
+                studies.enqueue_confirmations(
+                    self.study, self.confirm, max(CONFIRMING_SEEDS, self.definition.replicates)
+                )
+                self._run_all()
             self.summary.complete = not self._stop
         finally:
             self.executor.close()
             for number in list(self._running):
                 self._end(number, "interrupted", "waits for the next run of this study")
             self.tracker.finish_study(self.definition.name, self.summary.complete)
+            self._describe()
         return self.summary
+
+    def _run_all(self) -> None:
+        while not self._stop and (self._fill() or self._running):
+            for event in self.executor.poll(0.5):
+                self._handle(event)
+            self._heartbeat()
+            if self._undescribed and time.monotonic() - self._described > DESCRIBE_SECONDS:
+                self._describe()
+
+    def _describe(self) -> None:
+        """Keep the table that is the study's description in the tracking store current."""
+        if self.describe is not None:
+            self.tracker.describe_study(self.definition.name, self.describe())
+        self._described, self._undescribed = time.monotonic(), False
 
     # -- what is to do ---------------------------------------------------------------------------------------------
 
@@ -127,15 +150,15 @@ class Coordinator:
         for finding in list(survey(self.study, self.tracker, self._records, self._is_current)):
             finding.mend()
             self.watcher.note(finding.text)
-        for row in studies.pending_rows(self.definition, self.study.get_trials(deepcopy=False)):
-            if not self.only or row.name in self.only:
-                studies.enqueue(self.study, self.definition, row)
+        studies.enqueue_missing_rows(self.study, self.definition, self.only)
         for trial in filter(studies.is_family_base, self.study.get_trials(deepcopy=False)):
             studies.complete_family(self.study, self.definition, trial)
         trials = self.study.get_trials(deepcopy=False)
         waiting = len(self._waiting(trials))
-        done = sum(studies.is_finished(trial) and self._is_current(trial) for trial in trials)
-        self._sampled_left = 0 if self.only else max(0, self.definition.trials - done - waiting)
+        ended = [trial for trial in trials if studies.is_finished(trial) and self._is_current(trial)]
+        counted = sum(not studies.is_extra(trial) for trial in ended + self._waiting(trials))
+        self._sampled_left = 0 if self.only else max(0, self.definition.trials - counted)
+        done = len(ended)
         self.watcher.study_started(self.definition.name, done, done + waiting + self._sampled_left)
 
     def _is_current(self, trial: FrozenTrial) -> bool:
@@ -191,9 +214,15 @@ class Coordinator:
         return running
 
     def _prepared(self, trial: optuna.Trial, row: str | None, config: TrialConfig) -> _Running:
+        attributes = trial.user_attrs
         name = row or f"trial-{trial.number:03d}"
-        prunable = row is None and self.definition.pruner is not None
-        return _Running(trial, name, config, row, self.scratch / str(trial.number), prunable)
+        extra: dict[str, str] = {
+            key: str(attributes[key]) for key in ("replicate", "confirms", "family") if key in attributes
+        }
+        if "replicate" in extra:
+            name = f"{row} (seed {config.seed})"
+        prunable = row is None and "confirms" not in extra and self.definition.pruner is not None
+        return _Running(trial, name, config, row, extra, self.scratch / str(trial.number), prunable)
 
     # -- one trial -------------------------------------------------------------------------------------------------
 
@@ -225,6 +254,7 @@ class Coordinator:
             "fingerprint": config.fingerprint(),
             "dataset.digest": images.digest,
             "sampler": self.definition.sampler.name,
+            **running.extra,
             **self.tags,
         }
         if running.row:
@@ -322,4 +352,5 @@ class Coordinator:
         del self._running[number]
         shutil.rmtree(running.folder, ignore_errors=True)
         self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1
+        self._undescribed = True
         self.watcher.trial_ended(number, running.name, outcome, text)

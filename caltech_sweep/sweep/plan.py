@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from caltech_sweep import paths
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_split
 from caltech_sweep.data.splits import PARTS
 from caltech_sweep.errors import CaltechSweepError, StoreError
 from caltech_sweep.records import TrialRecord
+from caltech_sweep.sweep.sharing import new_epochs
+from caltech_sweep.sweep.space import all_branches
 from caltech_sweep.sweep.study_file import Choices, Dimension, Range, StudyDefinition, variants
 from caltech_sweep.sweep.watch import duration
 
@@ -25,6 +29,7 @@ class Planned:
     images: tuple[int, int]  # a trial's, train images of every epoch summed; 0 when the dataset is not there
     trained: tuple[int, int]  # parameters that are trained
     state: str
+    new_epochs: tuple[int, int]  # epochs of all its trials that are left to train
 
     def cells(self) -> tuple[str, ...]:
         """Return the columns as text."""
@@ -33,11 +38,13 @@ class Planned:
             _between(self.epochs),
             _between(self.images) if self.images[1] else "unknown",
             _between(self.trained),
+            _between(self.new_epochs),
             self.state,
         )
 
 
-HEADER = ("trial", "epochs", "images/trial", "parameters trained", "state")
+HEADER = ("trial", "epochs", "images/trial", "parameters trained", "epochs to train", "state")
+ENDED = ("complete", "pruned", "diverged")
 
 
 def _between(pair: tuple[int, int]) -> str:
@@ -67,6 +74,8 @@ def _images_of(config: TrialConfig, train: int) -> int:
 
 
 def _epochs_of(definition: StudyDefinition) -> tuple[int, int]:
+    if "epochs" in definition.expand:
+        return min(definition.expand["epochs"]), max(definition.expand["epochs"])
     dimension: Dimension | None = definition.space.get("epochs")
     if isinstance(dimension, Choices):
         return min(dimension.values), max(dimension.values)
@@ -99,15 +108,47 @@ def _records(definition: StudyDefinition, tracking_uri: str | None) -> list[Tria
 def _planned_rows(
     definition: StudyDefinition, counts: Mapping[str, int], classes: int, records: Sequence[TrialRecord]
 ) -> list[Planned]:
-    planned = []
-    for row in definition.rows:
-        config = definition.row_config(row)
+    configs = [definition.row_config(row) for row in definition.rows]
+    states = []
+    for row, config in zip(definition.rows, configs, strict=True):
         outcomes = [r.outcome for r in records if r.row == row.name and r.fingerprint == config.fingerprint()]
-        state = "complete" if "complete" in outcomes else (outcomes[-1] if outcomes else "to train")
-        images = _images_of(config, counts.get("train", 0))
-        trained = _trained([config], classes)
-        planned.append(Planned(row.name, 1, (config.epochs,) * 2, (images,) * 2, trained, state))
-    return planned
+        states.append("complete" if "complete" in outcomes else (outcomes[-1] if outcomes else "to train"))
+    kept = [c.epochs if s == "complete" else _stored(definition, c) for c, s in zip(configs, states, strict=True)]
+    new = new_epochs(configs, kept)
+    return [
+        Planned(
+            row.name,
+            1,
+            (config.epochs,) * 2,
+            (_images_of(config, counts.get("train", 0)),) * 2,
+            _trained([config], classes),
+            state,
+            (0 if state in ENDED else left,) * 2,
+        )
+        for row, config, state, left in zip(definition.rows, configs, states, new, strict=True)
+    ]
+
+
+def _stored(definition: StudyDefinition, config: TrialConfig) -> int:
+    """Return how many epochs of a trial are kept from earlier trials of any study."""
+    from caltech_sweep.training.reuse import StageUse
+
+    folder = paths.reuse_store()
+    if not any(folder.glob("stage-*")):
+        return 0
+    import torch
+
+    from caltech_sweep.data import load_dataset
+    from caltech_sweep.sweep.session import find_weights
+    from caltech_sweep.training.stages import stored_epochs
+    from caltech_sweep.training.trial import pick_device
+
+    try:
+        weights = find_weights(definition, None).get(config.weights, ("", None))[1]
+        torch.set_num_threads(os.cpu_count() or 1)
+        return stored_epochs(config, load_dataset(config.dataset), pick_device(), weights, StageUse(folder, 0))
+    except CaltechSweepError:
+        return 0
 
 
 def _planned_sampled(
@@ -116,7 +157,7 @@ def _planned_sampled(
     number = definition.trials - len(definition.rows)
     if number < 1 or not definition.space:
         return None
-    done = {r.number for r in records if r.row is None and r.outcome in ("complete", "pruned", "diverged")}
+    done = len({r.number for r in records if r.row is None and r.outcome in ENDED})
     low, high = _epochs_of(definition)
     configs = list(variants(definition, ("arch", "freeze", "batch_size"), rows=False))
     images = [
@@ -124,9 +165,21 @@ def _planned_sampled(
         for config in configs
         for epochs in (low, high)
     ]
-    state = f"{len(done)} of {number} done" if done else "to sample"
+    families = (number - done) / definition.family_size
+    each = (low, high)
+    if definition.expand:
+        family = [replace(definition.config({}), **settings) for settings in all_branches(definition.expand)]
+        each = (sum(new_epochs(family)),) * 2
+    left = (round(families * each[0]), round(families * each[1]))
+    state = f"{done} of {number} done" if done else "to sample"
     return Planned(
-        f"sampled x {number}", number, (low, high), (min(images), max(images)), _trained(configs, classes), state
+        f"sampled x {number}",
+        number,
+        (low, high),
+        (min(images), max(images)),
+        _trained(configs, classes),
+        state,
+        left,
     )
 
 
@@ -135,7 +188,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(w) if i in (0, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i in (0, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
@@ -158,10 +211,6 @@ def plan_study(definition: StudyDefinition, tracking_uri: str | None) -> str:
     rows = _planned_rows(definition, counts, classes, records)
     sampled = _planned_sampled(definition, counts, classes, records)
     groups = rows + ([sampled] if sampled else [])
-    asked = [sum(group.trials * group.epochs[i] for group in groups) for i in (0, 1)]
-    open_rows = sum(row.epochs[0] for row in rows if row.state not in ("complete", "pruned", "diverged"))
-    done = int(sampled.state.split()[0]) if sampled and sampled.state.endswith("done") else 0
-    left = [open_rows + ((sampled.trials - done) * sampled.epochs[i] if sampled else 0) for i in (0, 1)]
     lines = [
         f"{definition.title} ({definition.name}): {len(rows)} rows, {sampled.trials if sampled else 0} sampled trials",
         sentence,
@@ -169,8 +218,20 @@ def plan_study(definition: StudyDefinition, tracking_uri: str | None) -> str:
     if definition.overrides:
         lines.append("overrides: " + ", ".join(f"{key}={value}" for key, value in definition.overrides.items()))
     lines += ["", *_table([HEADER, *(group.cells() for group in groups)]), ""]
-    lines.append(
-        f"epochs asked for: {_between((asked[0], asked[1]))}; not complete yet: {_between((left[0], left[1]))}"
-    )
-    lines.append(_time(records, (left[0], left[1])) if left[1] else "nothing to train")
+    if rows:
+        lines.append(f"rows: {_asked(rows)} epochs asked for, {_between(_left(rows))} to train")
+    if sampled:
+        lines.append(f"sampled: {_asked([sampled])} epochs asked for, {_between(sampled.new_epochs)} to train")
+    left = _left(groups)
+    lines.append(_time(records, left) if left[1] else "nothing to train")
     return "\n".join(lines)
+
+
+def _asked(groups: Sequence[Planned]) -> str:
+    low, high = (sum(group.trials * group.epochs[i] for group in groups) for i in (0, 1))
+    return _between((low, high))
+
+
+def _left(groups: Sequence[Planned]) -> tuple[int, int]:
+    low, high = (sum(group.new_epochs[i] for group in groups) for i in (0, 1))
+    return low, high

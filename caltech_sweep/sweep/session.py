@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -41,6 +42,7 @@ class RunOptions:
     threads: int | None = None  # of torch in each worker; all cores
     in_process: bool = False
     rows: tuple[str, ...] = ()  # these alone
+    confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
     stage_budget: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
@@ -92,6 +94,13 @@ def stage_use(options: RunOptions) -> StageUse | None:
     folder = paths.reuse_store().resolve()
     budget = default_budget(folder) if options.stage_budget is None else int(options.stage_budget * 10**9)
     return StageUse(folder, budget)
+
+
+def table_of(study: str, tracking_uri: str) -> str:
+    """Return the table of a study as Markdown, with the best three sampled trials."""
+    from caltech_sweep.report.build import build_report
+
+    return build_report([study], "markdown", 3, tracking_uri)
 
 
 def make_executor(options: RunOptions) -> Executor:
@@ -184,6 +193,8 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             tags=git_state(),
             only=options.rows,
             stages=stage_use(options),
+            confirm=options.confirm,
+            describe=partial(table_of, definition.name, tracking),
         )
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run()

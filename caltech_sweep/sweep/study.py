@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,30 +105,66 @@ def is_finished(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") == "diverged"
 
 
+def wanted_rows(definition: StudyDefinition) -> Iterator[tuple[Row, int, TrialConfig]]:
+    """Yield every row with each of its replicates: all first seeds, then all second ones, and so on."""
+    for replicate in range(definition.replicates):
+        for row in definition.rows:
+            yield row, replicate, definition.row_config(row, replicate)
+
+
+def is_extra(trial: FrozenTrial) -> bool:
+    """Tell whether a trial repeats another on a further seed; ``trials`` does not count these."""
+    return bool({"replicate", "confirms"} & trial.user_attrs.keys())
+
+
 def is_current(trial: FrozenTrial, definition: StudyDefinition) -> bool:
-    """Tell whether a trial is a sampled one, or trains its row with the settings that the row has now."""
+    """Tell whether a trial is a sampled one, or trains its row with settings that the row has now.
+
+    A replicate stays current when fewer are asked for later: it was trained, and the table shows it.
+    """
     name = trial.user_attrs.get("row")
-    fingerprint = trial.user_attrs.get("fingerprint")
-    return name is None or any(
-        row.name == name and definition.row_config(row).fingerprint() == fingerprint for row in definition.rows
-    )
+    if name is None:
+        return True
+    replicate = trial.user_attrs.get("replicate", 0)
+    rows = [row for row in definition.rows if row.name == name]
+    return any(definition.row_config(row, replicate).fingerprint() == trial.user_attrs["fingerprint"] for row in rows)
 
 
-def pending_rows(definition: StudyDefinition, trials: Sequence[FrozenTrial]) -> list[Row]:
-    """Return the rows that no trial has trained, or waits to train, with the settings they have now."""
+def enqueue_missing_rows(study: optuna.Study, definition: StudyDefinition, only: Sequence[str] = ()) -> None:
+    """Let every row wait that no trial has trained, or waits to train, with the settings that it has now.
+
+    What a row trains is stored with its trial, since Optuna resamples what its space lacks.
+    """
     known = {
         (trial.user_attrs.get("row"), trial.user_attrs.get("fingerprint"))
-        for trial in trials
+        for trial in study.get_trials(deepcopy=False)
         if is_finished(trial) or trial.state == TrialState.WAITING
     }
-    return [row for row in definition.rows if (row.name, definition.row_config(row).fingerprint()) not in known]
+    for row, replicate, config in wanted_rows(definition):
+        if (row.name, config.fingerprint()) in known or (only and row.name not in only):
+            continue
+        attributes = {"row": row.name, **({"replicate": replicate} if replicate else {})}
+        _enqueue(study, enqueue_params(definition.space, config.to_dict()), config, attributes)
 
 
-def enqueue(study: optuna.Study, definition: StudyDefinition, row: Row) -> None:
-    """Let a row wait to be trained. What it trains is stored with it, since Optuna resamples what its space lacks."""
-    config = definition.row_config(row)
-    attributes = {"row": row.name, "config": config.to_dict(), "fingerprint": config.fingerprint()}
-    study.enqueue_trial(enqueue_params(definition.space, config.to_dict()), json.loads(json.dumps(attributes)))
+def enqueue_confirmations(study: optuna.Study, count: int, seeds: int) -> None:
+    """Let the best sampled trials be repeated on fresh seeds, none of which took part in choosing them."""
+    trials = study.get_trials(deepcopy=False)
+    sampled = [t for t in trials if t.state == TrialState.COMPLETE and "row" not in t.user_attrs and not is_extra(t)]
+    known = {(t.user_attrs["confirms"], t.user_attrs["fingerprint"]) for t in trials if "confirms" in t.user_attrs}
+    for trial in sorted(sampled, key=lambda t: (-(t.value or 0), t.number))[:count]:
+        config = TrialConfig.from_dict(trial.user_attrs["config"])
+        for further in range(1, seeds + 1):
+            repeat = replace(config, seed=config.seed + further)
+            if (trial.number, repeat.fingerprint()) not in known:
+                _enqueue(study, trial.params, repeat, {"confirms": trial.number})
+
+
+def _enqueue(
+    study: optuna.Study, params: Mapping[str, Any], config: TrialConfig, attributes: Mapping[str, Any]
+) -> None:
+    stored = {**attributes, "config": config.to_dict(), "fingerprint": config.fingerprint()}
+    study.enqueue_trial(dict(params), json.loads(json.dumps(stored)))
 
 
 def complete_family(study: optuna.Study, definition: StudyDefinition, base: FrozenTrial) -> None:
@@ -139,13 +175,12 @@ def complete_family(study: optuna.Study, definition: StudyDefinition, base: Froz
     for settings in all_branches(definition.expand):
         branch = replace(config, **settings)
         if branch.fingerprint() not in known:
-            attributes = {"config": branch.to_dict(), "fingerprint": branch.fingerprint(), "family": base.number}
-            study.enqueue_trial({**base.params, **settings}, json.loads(json.dumps(attributes)))
+            _enqueue(study, {**base.params, **settings}, branch, {"family": base.number})
 
 
 def is_family_base(trial: FrozenTrial) -> bool:
     """Tell whether a trial was sampled, rather than being a row or a further schedule of a sampled one."""
-    return "config" in trial.user_attrs and not {"row", "family"} & trial.user_attrs.keys()
+    return "config" in trial.user_attrs and not {"row", "family", "confirms"} & trial.user_attrs.keys()
 
 
 def ask(study: optuna.Study) -> optuna.Trial:

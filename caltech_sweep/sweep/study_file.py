@@ -102,6 +102,7 @@ class StudyDefinition:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float | None = None  # of every row that has none of its own
     expand: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # schedules tried for each sampled setting
+    replicates: int = 1  # seeds that every row is trained on; not counted by ``trials``
 
     @property
     def family_size(self) -> int:
@@ -112,9 +113,10 @@ class StudyDefinition:
         """Return the config of a trial with some settings besides the fixed ones."""
         return TrialConfig.from_dict({**self.fixed, **settings, "dataset": self.dataset})
 
-    def row_config(self, row: Row) -> TrialConfig:
-        """Return the config of a row."""
-        return self.config(row.settings)
+    def row_config(self, row: Row, replicate: int = 0) -> TrialConfig:
+        """Return the config of a row; each further replicate has the next seed and is otherwise the same."""
+        config = self.config(row.settings)
+        return replace(config, seed=config.seed + replicate)
 
     def identity(self) -> dict[str, Any]:
         """Return what must not change while the study goes on under its name; rows and ``trials`` may."""
@@ -149,6 +151,7 @@ class StudyDefinition:
             )
         document = {"name": self.name, "title": self.title, "trials": self.trials, **self.identity(), "rows": rows}
         document["tolerance"] = self.tolerance
+        document["replicates"] = self.replicates
         result: dict[str, Any] = json.loads(json.dumps(document))
         return result
 
@@ -385,7 +388,19 @@ class _Reader:
         return component
 
 
-_TOP = ("title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "expand", "rows", "tolerance")
+_TOP = (
+    "title",
+    "dataset",
+    "trials",
+    "sampler",
+    "pruner",
+    "fixed",
+    "space",
+    "expand",
+    "rows",
+    "tolerance",
+    "replicates",
+)
 EXPANDED = ("step_size", "gamma", "epochs")  # the settings of a schedule; families share the epochs before a drop
 
 
@@ -420,8 +435,22 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     pruner = reader.component(root, "pruner")
     kept = {key: dimension for key, dimension in space.items() if dimension is not None}
     tolerance = reader.tolerance(root, "")
+    replicates = _plain(root.get("replicates", 1))
+    if wrong := integer(1).problem(replicates):
+        reader.problem(root, "replicates", "replicates", wrong)
     return StudyDefinition(
-        name, title, trials, dataset, fixed, kept, rows, sampler, pruner, tolerance=tolerance, expand=expand
+        name,
+        title,
+        trials,
+        dataset,
+        fixed,
+        kept,
+        rows,
+        sampler,
+        pruner,
+        tolerance=tolerance,
+        expand=expand,
+        replicates=replicates,
     )
 
 
@@ -496,6 +525,7 @@ def load_study(
     trials: int | None = None,
     data: str | None = None,
     name: str | None = None,
+    replicates: int | None = None,
 ) -> StudyDefinition:
     """Read a study by name or path, with ``key=value`` overrides, another total, dataset folder or name.
 
@@ -521,6 +551,8 @@ def load_study(
             raise UsageError(f"--trials {trials}: {path} has {len(definition.rows)} rows and no space to sample from")
         definition = replace(definition, trials=trials)
     definition = override(definition, changes)
+    if replicates is not None:
+        definition = replace(definition, replicates=replicates)
     if not definition.space:
         definition = replace(definition, trials=min(definition.trials, len(definition.rows)))
     return definition

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Prepare = Callable[[torch.Tensor], torch.Tensor]
 Views = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -33,7 +32,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate ``model``, put into eval mode, on every image.
 
-    ``views`` maps an index (n,) to (n, V, 3, H, W) uint8; ``forward`` maps (n, 3, H, W) uint8 to float logits.
+    ``views`` maps an index (n,) to V inputs of each image, (n, V, ...); ``forward`` maps (n, ...) inputs to logits.
     """
     model.eval()
     predictions, confidences, losses = [], [], []

@@ -14,19 +14,23 @@ from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
+from caltech_sweep.data.splits import PARTS
 from caltech_sweep.errors import DatasetError, DivergedError
 from caltech_sweep.keys import derive
 from caltech_sweep.training import augment
 from caltech_sweep.training.evaluate import Evaluation, evaluate
+from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.models import train_mode
+from caltech_sweep.training.reuse import learning_rate, surroundings, uses_bfloat16, uses_channels_last
+from caltech_sweep.training.store import ReuseStore
 
-_NORMALIZE = {
+NORMALIZE = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-
 _CHECK_EVERY = 16  # steps between looks at the losses
+_VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ in their test alone share their training
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class EpochResult:
     val: Evaluation
     seconds: float
     images: int  # trained in this epoch
+    reused: bool = False  # trained by an earlier trial, or before this one was interrupted
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of this epoch by their names in MLflow."""
@@ -54,11 +59,6 @@ class EpochResult:
         }
 
 
-def learning_rate(config: TrialConfig, epoch: int) -> float:
-    """Return StepLR's learning rate of a 1-based epoch."""
-    return config.lr * config.gamma ** ((epoch - 1) // config.step_size)
-
-
 def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Return the configured optimiser over the parameters that are trained, as one fused pass over memory."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -71,27 +71,32 @@ def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimiz
 
 @dataclass
 class Training:
-    """A model in training: everything that the next epoch needs, and the best-on-val weights so far."""
+    """A model in training: everything that the next epoch needs, and the best-on-val weights so far.
+
+    ``store`` keeps the outputs of frozen layers; without it they are computed each time, with the same result.
+    """
 
     config: TrialConfig
     data: LoadedData
     model: nn.Module
     device: torch.device
+    store: ReuseStore | None = None
     epoch: int = 0
+    history: list[EpochResult] = field(default_factory=list)
     best: EpochResult | None = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        config, on_gpu = self.config, self.device.type == "cuda"
-        self._bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
-        last = config.channels_last if config.channels_last is not None else on_gpu
+        config = self.config
+        self._bfloat16 = uses_bfloat16(config, self.device.type)
+        last = uses_channels_last(config, self.device.type)
         self._format = torch.channels_last if last else torch.contiguous_format
         self.model = self.model.to(self.device)
         for parameter in self.model.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self._format)
         self.optimizer = make_optimizer(config, self.model)
-        mean, std = _NORMALIZE[config.resolved_normalize()]
+        mean, std = NORMALIZE[config.resolved_normalize()]
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
         self._resident: dict[str, torch.Tensor] = {}
@@ -101,6 +106,32 @@ class Training:
                 f"batch_size: {config.batch_size} is more than the {len(self._labels)} training images and drop_last "
                 "is set, so no step would be trained; lower batch_size or set drop_last to false"
             )
+        self._features = self._frozen_features()
+
+    def _frozen_features(self) -> FrozenFeatures | None:
+        """Return the frozen layers apart, where the images that they see are the same in every epoch."""
+        config = self.config
+        if not set(config.augment) <= {"hflip"}:
+            return None
+        train_mode(self.model)
+        split = split_model(self.model)
+        if split is None or not agrees(self.model, split, self._images("train", torch.arange(1))):
+            return None
+        known = {
+            **surroundings(config, self.device),
+            "data": self.data.fingerprint,
+            "crop": config.dataset.crop,
+            "normalize": config.resolved_normalize(),
+        }
+        counts = {part: len(self.data.split.part(part)) for part in PARTS}
+        return FrozenFeatures(split, self._images, counts, self._autocast, self.store, known)
+
+    def _images(self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """Return normalised (n, 3, H, W) float crops on the device, mirrored where ``flip`` (n,) says so."""
+        crops = self._crops(part, index)
+        if flip is not None:
+            crops = torch.where(flip.to(crops.device).view(-1, 1, 1, 1), crops.flip(-1), crops)
+        return self._floats(crops)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
@@ -125,27 +156,34 @@ class Training:
             floats = augment.apply(floats, params)
         return floats.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map (N, 3, H, W) uint8 images to logits."""
-        with self._autocast():
-            return self.model(self._floats(images))
+    def _inputs(self, part: str, index: torch.Tensor, params: augment.AugmentParams | None = None) -> torch.Tensor:
+        """Return what :meth:`_network` takes: images, or what the frozen layers made of them."""
+        if self._features is not None:
+            return self._features.rows(part, index, params.flip if params else None)
+        return self._floats(self._crops(part, index), params)
+
+    @property
+    def _network(self) -> nn.Module:
+        """The layers after the frozen ones, where these are apart; the whole model elsewhere."""
+        return self._features.tail if self._features is not None else self.model
 
     def evaluate(self, part: str, views: str = "center") -> Evaluation:
         """Evaluate the current weights on "val" or "test", by centre crops or TenCrop views."""
-        crop = self.config.dataset.crop
-        if views == "tencrop":
+        config, ten = self.config, views == "tencrop"
+        network, crop = self.model if ten else self._network, config.dataset.crop
+        size = min(_VAL_BATCH, config.batch_size) if part == "val" else config.test_batch_size
 
-            def cut(index: torch.Tensor) -> torch.Tensor:
-                return torch.stack([self.data.ten_crops(part, i, crop) for i in index.tolist()])
+        def inputs(index: torch.Tensor) -> torch.Tensor:
+            if not ten:
+                return self._inputs(part, index).unsqueeze(1)
+            crops = torch.cat([self.data.ten_crops(part, i, crop) for i in index.tolist()])
+            return self._floats(crops).unflatten(0, (len(index), -1))
 
-            size = max(1, self.config.test_batch_size // 10)
-        else:
-            size = self.config.test_batch_size
+        def forward(batch: torch.Tensor) -> torch.Tensor:
+            with self._autocast():
+                return network(batch)
 
-            def cut(index: torch.Tensor) -> torch.Tensor:
-                return self._crops(part, index).unsqueeze(1)
-
-        return evaluate(self.model, self.data.labels(part), size, cut, self.forward)
+        return evaluate(self.model, self.data.labels(part), max(1, size // 10) if ten else size, inputs, forward)
 
     def _batches(self, epoch: int) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(derive(self.config.seed, "shuffle", epoch))
@@ -157,10 +195,10 @@ class Training:
     def _step(self, epoch: int, number: int, index: torch.Tensor, params: augment.AugmentParams | None) -> torch.Tensor:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
         torch.manual_seed(derive(self.config.seed, "dropout", epoch, number))
-        images = self._floats(self._crops("train", index), params[index] if params else None)
+        inputs = self._inputs("train", index, params[index] if params else None)
         labels = self._labels[index].to(self.device)
         with self._autocast():
-            logits = self.model(images)
+            logits = self._network(inputs)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -168,7 +206,7 @@ class Training:
         correct = (logits.detach().argmax(1) == labels).sum()
         return torch.stack([loss.detach().double(), correct.double()])
 
-    def _train_epoch(self, epoch: int) -> tuple[float, float, int]:
+    def train_epoch(self, epoch: int) -> tuple[float, float, int]:
         """Train one epoch; return its mean loss, accuracy and number of images.
 
         The losses stay on the device and are looked at every few steps, since reading one waits for the GPU.
@@ -205,11 +243,12 @@ class Training:
         lr = learning_rate(config, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, accuracy, seen = self._train_epoch(epoch)
+        loss, accuracy, seen = self.train_epoch(epoch)
         val = self.evaluate("val")
         seconds = time.perf_counter() - start
         result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
         self.epoch = epoch
+        self.history.append(result)
         if self.best is None or val.accuracy > self.best.val.accuracy:
             self.best = result
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}

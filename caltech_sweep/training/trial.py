@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +14,27 @@ from caltech_sweep.errors import OutOfMemoryError, UsageError
 from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.fit import EpochResult, Training, fit
 from caltech_sweep.training.models import build_model
+from caltech_sweep.training.reuse import StageUse
+from caltech_sweep.training.stages import TrialStages
+from caltech_sweep.training.store import open_store
 
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What a completed trial leaves: its best epoch, its test evaluations and the best-on-val weights."""
+    """What a completed trial leaves: its best epoch, its test evaluations and the best-on-val weights.
+
+    ``warnings`` are sentences for the user about what could not be reused or kept; ``stage_seconds`` is how long
+    loading and saving stages took.
+    """
 
     best: EpochResult
     test: Evaluation
     test_tencrop: Evaluation | None
     weights: dict[str, torch.Tensor]
+    epochs_reused: int = 0
+    epochs_trained: int = 0
+    stage_seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """Return the once-a-trial metrics by their names in MLflow."""
@@ -51,20 +62,52 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def _train(training: Training, stages: TrialStages | None) -> Iterator[EpochResult]:
+    """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept."""
+    if stages is not None:
+        stages.resume()
+    yield from tuple(training.history)
+    for result in fit(training):
+        if stages is not None:
+            stages.after(result)
+        yield result
+
+
 def run_trial(
-    config: TrialConfig, data: LoadedData, device: torch.device, weights_file: Path | None = None
+    config: TrialConfig,
+    data: LoadedData,
+    device: torch.device,
+    weights_file: Path | None = None,
+    stages: StageUse | None = None,
 ) -> Generator[EpochResult, None, TrialOutcome]:
     """Train one trial, yielding each epoch; the generator's value is its outcome.
 
+    ``stages`` says where earlier work is found and this trial's is kept: what is there is not trained again, and the
+    outcome is the same, on the CPU bit for bit. A test is always evaluated anew.
+
     Raises DivergedError, OutOfMemoryError naming the batch size, or ModelError before the first epoch.
     """
+    store = open_store(stages.folder, stages.budget) if stages else None
     try:
-        training = Training(config, data, build_model(config, len(data.split.classes), weights_file), device)
-        yield from fit(training)
+        model = build_model(config, len(data.split.classes), weights_file)
+        training = Training(config, data, model, device, store if stages and stages.features else None)
+        kept = TrialStages(stages, training, weights_file) if stages else None
+        yield from _train(training, kept)
         assert training.best is not None
         training.model.load_state_dict(training.best_weights)
         test = training.evaluate("test")
         tencrop = training.evaluate("test", "tencrop") if config.test_views == "tencrop" else None
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(f"a batch of {config.batch_size} images did not fit on {device}") from error
-    return TrialOutcome(training.best, test, tencrop, training.best_weights)
+    reused = sum(epoch.reused for epoch in training.history)
+    warnings = store.take_warnings() if store else ()
+    return TrialOutcome(
+        training.best,
+        test,
+        tencrop,
+        training.best_weights,
+        reused,
+        training.epoch - reused,
+        kept.seconds if kept else 0.0,
+        warnings,
+    )

@@ -1,0 +1,207 @@
+"""Networks whose first layers never change: those layers' outputs, computed once an image and shared by all trials.
+
+What the frozen layers make of an image does not depend on the images beside it as long as the batch has the same
+shape, so they always run on chunks of one fixed size. Then an output that was kept is, on the CPU, bit for bit the
+output that would be computed, and whether anything is kept changes no result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from caltech_sweep.training.reuse import digest
+from caltech_sweep.training.store import ReuseStore
+
+CHUNK = 32  # images that the frozen layers see at once, the last chunk filled up with zeros
+_DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
+_ALEXNET = ("features", "avgpool", "classifier")
+_RESNET = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
+
+Images = Callable[[str, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+Autocast = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """A network as two that follow each other and share its modules: ``frozen`` never changes, ``tail`` is trained."""
+
+    frozen: nn.Sequential
+    tail: nn.Sequential
+
+    def fingerprint(self) -> str:
+        """Return a digest of the frozen layers: their kinds, settings and weights."""
+        content = hashlib.sha256(repr(self.frozen).encode())
+        for name, value in self.frozen.state_dict().items():
+            content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            content.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return content.hexdigest()
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    return list(module) if isinstance(module, nn.Sequential) else [module]
+
+
+def _steps(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that a network of AlexNet's, VGG's or ResNet's shape runs one after the other, or none."""
+    children = dict(model.named_children())
+    for names in (_ALEXNET, _RESNET):
+        if set(children) == set(names):
+            before = [layer for name in names[:-1] for layer in _layers(children[name])]
+            return [*before, nn.Flatten(1), *_layers(children[names[-1]])]
+    return []
+
+
+def _changes(layer: nn.Module) -> bool:
+    """Return whether a layer is trained, or differs from run to run in training mode."""
+    return any(parameter.requires_grad for parameter in layer.parameters()) or any(
+        module.training and isinstance(module, _DIFFERS_IN_TRAINING) for module in layer.modules()
+    )
+
+
+def split_model(model: nn.Module) -> SplitModel | None:
+    """Split a network, in the mode it is trained in, before the first layer that changes.
+
+    None where the way of its layers is not known, or where more than its classifier changes: outputs from further up
+    may be larger than the images.
+    """
+    steps = _steps(model)
+    count = next((number for number, layer in enumerate(steps) if _changes(layer)), 0)
+    frozen = nn.Sequential(*steps[:count])
+    if not any(isinstance(layer, nn.Flatten) for layer in frozen):  # it stands before the classifier
+        return None
+    return SplitModel(frozen, nn.Sequential(*steps[count:]))
+
+
+@torch.no_grad()
+def agrees(model: nn.Module, split: SplitModel, images: torch.Tensor) -> bool:
+    """Return whether the two halves give what the network gives for (n, 3, H, W) float images.
+
+    The network is left in eval mode.
+    """
+    model.eval()
+    whole = model(images)
+    try:
+        halves = split.tail(split.frozen(images))
+    except RuntimeError:  # the layers follow each other in another way
+        return False
+    return halves.shape == whole.shape and torch.allclose(
+        halves, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max())
+    )
+
+
+class FrozenFeatures:
+    """The outputs of a network's frozen layers by part and image; kept in ``store`` where there is one.
+
+    ``images`` maps a part, an index (n,) and which of them to mirror (n,) bool to (n, 3, H, W) float; ``counts``
+    holds the images of each part. ``known`` is all that decides an output besides the frozen layers and the part.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        images: Images,
+        counts: Mapping[str, int],
+        autocast: Autocast,
+        store: ReuseStore | None,
+        known: Mapping[str, Any],
+    ) -> None:
+        self.tail = split.tail
+        self._frozen, self._images, self._counts, self._autocast = split.frozen, images, counts, autocast
+        self._store = store
+        self._key = [split.fingerprint(), CHUNK, dict(known)] if store else []
+        self._tables: dict[tuple[str, bool], torch.Tensor | None] = {}
+
+    def rows(self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the outputs for the images at ``index``, mirrored where ``flip`` says so: (n, ...) on the device."""
+        plain = self._table(part, False)
+        mirrored = None if flip is None else self._table(part, True)
+        if plain is None or (flip is not None and mirrored is None):
+            return self._compute(part, index, flip)
+        rows = plain[index.to(plain.device)]
+        if flip is not None and mirrored is not None:
+            place = flip.to(plain.device)
+            rows[place] = mirrored[index[flip].to(mirrored.device)].to(rows.device)
+        return rows.to(self._device())
+
+    def _device(self) -> torch.device:
+        return next(self._frozen.parameters()).device
+
+    @torch.no_grad()
+    def _compute(self, part: str, index: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
+        outputs = []
+        for number, chosen in enumerate(index.split(CHUNK)):
+            mirrored = None if flip is None else flip.split(CHUNK)[number]
+            images = self._images(part, chosen, mirrored)
+            missing = CHUNK - len(chosen)
+            if missing:
+                images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
+            with self._autocast():
+                outputs.append(self._frozen(images)[: len(chosen)])
+        return torch.cat(outputs)
+
+    def _table(self, part: str, mirrored: bool) -> torch.Tensor | None:
+        """Return the outputs of all images of a part, computed by whoever needs them first; None: nothing is kept."""
+        if self._store is None:
+            return None
+        if (part, mirrored) not in self._tables:
+            name = f"features-{digest([*self._key, part, mirrored])}"
+            with self._store.lock(name):
+                table = self._open(name, self._counts[part])
+                if table is None and self._write(self._store, name, part, mirrored):
+                    table = self._open(name, self._counts[part])
+            self._tables[part, mirrored] = None if table is None else self._near(table)
+        return self._tables[part, mirrored]
+
+    def _near(self, table: torch.Tensor) -> torch.Tensor:
+        """Move a table into the GPU's memory where there is room for it."""
+        device = self._device()
+        if device.type == "cuda" and table.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+            return table.to(device)
+        return table
+
+    def _open(self, name: str, count: int) -> torch.Tensor | None:
+        """Map a kept table into memory: (count, ...) in the type it was computed in."""
+        assert self._store is not None
+        found = self._store.open(name)
+        if found is None:
+            return None
+        header, path = found
+        try:
+            flat = np.memmap(path, np.uint8, "c")  # copy on write: torch wants an array that it might write to
+        except FileNotFoundError:  # dropped by another process just now
+            return None
+        return torch.from_numpy(flat).view(getattr(torch, header["dtype"])).view(count, *header["shape"])
+
+    def _write(self, store: ReuseStore, name: str, part: str, mirrored: bool) -> bool:
+        chunks = self._chunks(part, mirrored)
+        first = next(chunks)
+        header = {"dtype": str(first.dtype).removeprefix("torch."), "shape": list(first.shape[1:]), "part": part}
+
+        def fill(path: Path) -> None:
+            with path.open("wb") as file:
+                file.write(_bytes(first))
+                for chunk in chunks:
+                    file.write(_bytes(chunk))
+
+        size = self._counts[part] * math.prod(first.shape[1:]) * first.element_size()
+        return store.write(name, header, size, fill)
+
+    def _chunks(self, part: str, mirrored: bool) -> Iterator[torch.Tensor]:
+        for index in torch.arange(self._counts[part]).split(CHUNK):
+            yield self._compute(part, index, torch.ones(len(index), dtype=torch.bool) if mirrored else None).cpu()
+
+
+def _bytes(rows: torch.Tensor) -> memoryview:
+    return rows.contiguous().view(torch.uint8).numpy().data

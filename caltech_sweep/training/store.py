@@ -1,0 +1,266 @@
+"""A folder of results worth keeping, by key: written atomically, checked when read, the longest unused dropped first.
+
+An entry is a folder of two files, a small header and its data. It is written beside its place, made durable and then
+renamed, so that it is either absent or whole; any number of processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+KINDS = ("stage", "features")
+DEFAULT_BUDGET = 20 * 10**9  # bytes
+_HEADER, _DATA = "header.json", "data"
+_WRITING, _DROPPED = ".writing-", ".dropped-"
+_BLOCK = 1 << 22  # bytes read at once for a checksum
+_STALE = 60.0  # seconds; younger folders without a lock may be about to take it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kept result: ``used`` is when it was last written or read, in seconds since 1970."""
+
+    name: str
+    kind: str
+    bytes: int
+    used: float
+
+
+def default_budget(folder: Path) -> int:
+    """Return 20 GB, or a tenth of the disk that is free or held by the folder, if that is less; bytes."""
+    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
+    available = shutil.disk_usage(place).free + ReuseStore(folder, 0).size()
+    return min(DEFAULT_BUDGET, available // 10)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _try_lock(descriptor: int, wait: bool) -> bool:
+    """Lock an open file or folder until it is closed or its process dies; where there are no locks, say yes."""
+    if os.name != "posix":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+class ReuseStore:
+    """The kept results of one folder, at most ``budget`` bytes of them.
+
+    Nothing that goes wrong here fails a trial: a damaged entry is dropped, and the first entry that cannot be
+    written is the last that is tried. What the user should know of it waits in :meth:`take_warnings`.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder, self.budget = folder, budget
+        self._full = self._refused = False
+        self._warnings: list[str] = []
+
+    def take_warnings(self) -> tuple[str, ...]:
+        """Return the sentences that have come up since the last call."""
+        taken, self._warnings = tuple(self._warnings), []
+        return taken
+
+    def has(self, name: str) -> bool:
+        """Return whether an entry is there; whether it is sound shows when it is opened."""
+        return (self.folder / name / _HEADER).exists()
+
+    def open(self, name: str) -> tuple[dict[str, Any], Path] | None:
+        """Return the header and the data file of an entry, or None; a damaged one is dropped with a warning."""
+        place = self.folder / name
+        try:
+            header = self._verified(place)
+        except (FileNotFoundError, NotADirectoryError):  # not there, or just dropped by another process
+            return None
+        except OSError as error:
+            self._warnings.append(f"{place} cannot be read ({error.strerror}); what it holds is computed again")
+            return None
+        if header is None:
+            self._warnings.append(f"{place} is damaged; it is dropped and what it held is computed again")
+            self.drop(name)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(place)
+        return header, place / _DATA
+
+    def _verified(self, place: Path) -> dict[str, Any] | None:
+        """Return the header of an entry, or None where a checksum is wrong."""
+        checksum, _, text = (place / _HEADER).read_bytes().partition(b"\n")
+        if checksum != b"%08x" % zlib.crc32(text):
+            return None
+        document: dict[str, Any] = json.loads(text)
+        data = place / _DATA
+        if document.get("format") != FORMAT or data.stat().st_size != document["bytes"]:
+            return None
+        if _checksum(data) != document["crc32"]:
+            return None
+        header: dict[str, Any] = document["header"]
+        return header
+
+    def write(self, name: str, header: Mapping[str, Any], size: int, fill: Callable[[Path], None]) -> bool:
+        """Keep an entry whose data, about ``size`` bytes, ``fill`` writes into the path it is given.
+
+        Returns False, with one warning for this store's lifetime, when it cannot be kept: the disk is full or cannot
+        be written (``fill`` raises OSError), after which nothing is tried any more, or the budget is smaller than it.
+        """
+        if self._full:
+            return False
+        if size > self.budget:
+            if not self._refused:
+                mega = f"{size / 1e6:,.0f} MB is more than the whole budget of {self.budget / 1e6:,.0f} MB"
+                self._warnings.append(f"what is too large is not kept for reuse in {self.folder}: {mega}")
+            self._refused = True
+            return False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(size)
+            with self._workplace() as place:
+                fill(place / _DATA)
+                _sync(place / _DATA)
+                self._write_header(place, header)
+                if not self.has(name):
+                    self.drop(name)  # the remains of an entry that somebody has half removed
+                with contextlib.suppress(FileExistsError):  # another process kept the same result first
+                    self._rename(place, self.folder / name)
+            self._make_room(0)
+        except OSError as error:
+            return self._stop(error.strerror or str(error))
+        return True
+
+    def _stop(self, reason: str) -> bool:
+        self._full = True
+        self._warnings.append(f"nothing more is kept for reuse in {self.folder}: {reason}; training goes on")
+        return False
+
+    @staticmethod
+    def _rename(source: Path, target: Path) -> None:
+        try:
+            source.rename(target)
+        except OSError as error:
+            if target.exists():
+                raise FileExistsError(*error.args) from error
+            raise
+
+    @staticmethod
+    def _write_header(place: Path, header: Mapping[str, Any]) -> None:
+        data = place / _DATA
+        document = {"format": FORMAT, "bytes": data.stat().st_size, "crc32": _checksum(data), "header": dict(header)}
+        text = json.dumps(document).encode()
+        (place / _HEADER).write_bytes(b"%08x\n" % zlib.crc32(text) + text)
+        _sync(place / _HEADER)
+
+    @contextlib.contextmanager
+    def _workplace(self) -> Iterator[Path]:
+        """Yield a locked folder to write in; whatever is still there at the end is removed."""
+        place = Path(tempfile.mkdtemp(dir=self.folder, prefix=_WRITING))
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            _try_lock(descriptor, wait=True)
+            yield place
+        finally:
+            os.close(descriptor)
+            shutil.rmtree(place, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Let one process at a time compute an entry; the others wait and then find it."""
+        place = self.folder / "locks"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(place / name, os.O_RDWR | os.O_CREAT)
+        except OSError:  # nothing can be written here, so there is nothing to wait for
+            yield
+            return
+        try:
+            _try_lock(descriptor, wait=True)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def entries(self) -> list[Entry]:
+        """Return what is kept, the longest unused first."""
+        found = []
+        for place in self.folder.glob("*-*"):
+            kind = place.name.partition("-")[0]
+            if kind not in KINDS:
+                continue
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                size = sum(file.stat().st_size for file in place.iterdir())
+                found.append(Entry(place.name, kind, size, place.stat().st_mtime_ns / 1e9))
+        return sorted(found, key=lambda entry: (entry.used, entry.name))
+
+    def size(self) -> int:
+        """Return the bytes of all entries."""
+        return sum(entry.bytes for entry in self.entries())
+
+    def clear(self) -> int:
+        """Drop every entry that is not being written; return the bytes that were freed."""
+        entries = self.entries()
+        for entry in entries:
+            self.drop(entry.name)
+        self._sweep()
+        return sum(entry.bytes for entry in entries)
+
+    def drop(self, name: str) -> None:
+        """Remove an entry, if it is there, in one step; whoever has it open keeps what he has."""
+        aside = self.folder / f"{_DROPPED}{uuid.uuid4().hex}"
+        with contextlib.suppress(OSError):  # not there, or another process was faster
+            (self.folder / name).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        self._sweep()
+        entries = self.entries()
+        total = sum(entry.bytes for entry in entries)
+        for entry in entries:
+            if total + size <= self.budget:
+                return
+            self.drop(entry.name)
+            total -= entry.bytes
+
+    def _sweep(self) -> None:
+        """Remove what processes that died have left half written."""
+        for place in [*self.folder.glob(f"{_WRITING}*"), *self.folder.glob(f"{_DROPPED}*")]:
+            with contextlib.suppress(OSError):
+                if time.time() - place.stat().st_mtime < _STALE:
+                    continue
+                descriptor = os.open(place, os.O_RDONLY)
+                try:
+                    if _try_lock(descriptor, wait=False):
+                        shutil.rmtree(place, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+
+
+@cache
+def open_store(folder: Path, budget: int) -> ReuseStore:
+    """Return this process's store of a folder: the same for every trial, so that it warns once."""
+    return ReuseStore(folder, budget)

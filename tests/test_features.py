@@ -1,0 +1,213 @@
+"""Frozen layers apart: the same network to its user; their outputs, kept, are bit for bit what they would be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.data import load_dataset
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.keys import derive
+from caltech_sweep.training import augment
+from caltech_sweep.training.features import CHUNK, agrees, split_model
+from caltech_sweep.training.fit import EpochResult, Training
+from caltech_sweep.training.models import build_model, train_mode
+from caltech_sweep.training.reuse import StageUse
+from caltech_sweep.training.store import ReuseStore
+from caltech_sweep.training.trial import TrialOutcome, run_trial
+
+CPU = torch.device("cpu")
+SHAPES = DatasetConfig(name="shapes", resize=40, crop=32, classes=3, images_per_class=12)
+CONFIG = TrialConfig(dataset=SHAPES, arch="resnet18", freeze="conv", epochs=2, batch_size=10, lr=0.1, drop_last=False)
+# Dropout, and weights behind the frozen ones that are large: their stages do not fit into the budget of these tests.
+ALEXNET = replace(CONFIG, arch="alexnet", dataset=replace(SHAPES, resize=64, crop=64), epochs=1, batch_size=36)
+BUDGET = 50 * 10**6
+
+
+@pytest.fixture(scope="module")
+def data() -> LoadedData:
+    return load_dataset(SHAPES)
+
+
+def run(
+    config: TrialConfig, data: LoadedData, folder: Path | None = None, features: bool = True
+) -> tuple[list[EpochResult], TrialOutcome]:
+    use = StageUse(folder, BUDGET, features=features) if folder else None
+    trial, epochs = run_trial(config, data, CPU, stages=use), []
+    while True:
+        try:
+            epochs.append(next(trial))
+        except StopIteration as end:
+            return epochs, end.value
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in ReuseStore(folder, 0).entries() if entry.kind == "features")
+
+
+def assert_same(got: tuple[list[EpochResult], TrialOutcome], want: tuple[list[EpochResult], TrialOutcome]) -> None:
+    for epoch, other in zip(got[0], want[0], strict=True):
+        assert (epoch.train_loss, epoch.train_accuracy) == (other.train_loss, other.train_accuracy)
+        assert torch.equal(epoch.val.confidences, other.val.confidences)
+    assert got[1].metrics() == want[1].metrics()
+    assert all(torch.equal(got[1].weights[name], value) for name, value in want[1].weights.items())
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "vgg11_bn", "resnet18", "resnet50", "mobilenet_v3_small"])
+def test_known_networks_are_split_before_the_first_layer_that_changes(arch: str) -> None:
+    model = build_model(replace(CONFIG, arch=arch), 3)
+    train_mode(model)
+    split = split_model(model)
+    assert split is not None
+    assert not any(parameter.requires_grad for parameter in split.frozen.parameters())
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in split.tail.parameters()}
+    assert agrees(model, split, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("arch", "freeze"),
+    [
+        ("alexnet", "none"),
+        ("alexnet", "fc"),
+        ("alexnet", "fc_but_last"),
+        ("densenet121", "conv"),
+        ("efficientnet_b0", "conv"),
+    ],
+)
+def test_other_networks_are_left_whole(arch: str, freeze: str) -> None:
+    model = build_model(TrialConfig(arch=arch, freeze=freeze), 3)  # type: ignore[arg-type]
+    train_mode(model)
+    assert split_model(model) is None
+
+
+def test_a_network_that_runs_its_layers_another_way_is_left_whole() -> None:
+    class Twisted(torch.nn.Module):
+        def __init__(self, turn: bool) -> None:
+            super().__init__()
+            self.features, self.avgpool = torch.nn.Conv2d(3, 2, 3).requires_grad_(False), torch.nn.AdaptiveAvgPool2d(1)
+            self.classifier, self.turn = torch.nn.Linear(2, 3), turn
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            found = self.classifier(self.avgpool(self.features(images)).flatten(1))
+            return found.flip(1) if self.turn else found
+
+    for turn in (False, True):
+        model = Twisted(turn)
+        split = split_model(model)
+        assert split is not None and agrees(model, split, torch.randn(2, 3, 8, 8)) is not turn
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, augment=("hflip",), channels_last=True),
+        replace(CONFIG, augment=("hflip",), precision="bfloat16", test_views="tencrop"),
+        ALEXNET,
+    ],
+    ids=["plain", "hflip", "bfloat16", "alexnet"],
+)
+def test_keeping_features_changes_no_bit(config: TrialConfig, tmp_path: Path) -> None:
+    data = load_dataset(config.dataset)
+    want = run(config, data)
+    assert_same(run(config, data, tmp_path), want)
+    files = kept(tmp_path)
+    assert len(files) == (4 if config.augment else 3)  # train, val, test, and train mirrored
+    assert_same(run(config, data, tmp_path / "off", features=False), want)
+    assert kept(tmp_path / "off") == []
+    written = [(tmp_path / name / "data").stat().st_mtime_ns for name in files]
+    other = replace(config, lr=0.01, seed=0)
+    assert_same(run(other, data, tmp_path), run(other, data))
+    assert [(tmp_path / name / "data").stat().st_mtime_ns for name in kept(tmp_path)] == written  # used again
+
+
+def _reference(config: TrialConfig, data: LoadedData) -> tuple[torch.nn.Module, list[float]]:
+    """Train the whole network with plain torch; return it and its mean losses."""
+    model = build_model(config, len(data.split.classes))
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay
+    )
+    images, labels = data.center_crops("train", config.dataset.crop).float() / 255, data.labels("train")
+    losses = []
+    for epoch in range(1, config.epochs + 1):
+        train_mode(model)
+        params = augment.draw_params(config.seed, epoch, len(labels), config.augment, config.augment_probability, 0.0)
+        seen = (augment.apply(images, params) - 0.5) / 0.5
+        order = torch.randperm(
+            len(labels), generator=torch.Generator().manual_seed(derive(config.seed, "shuffle", epoch))
+        )
+        total = 0.0
+        for number, index in enumerate(order.split(config.batch_size), start=1):
+            torch.manual_seed(derive(config.seed, "dropout", epoch, number))
+            loss = F.cross_entropy(model(seen[index]), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(index)
+        losses.append(total / len(labels))
+    return model.eval(), losses
+
+
+@pytest.mark.parametrize("config", [replace(CONFIG, augment=("hflip",)), replace(ALEXNET, epochs=2, lr=0.01)])
+def test_the_result_is_that_of_the_full_network(config: TrialConfig, tmp_path: Path) -> None:
+    data = load_dataset(config.dataset)
+    epochs, outcome = run(config, data, tmp_path)
+    model, losses = _reference(replace(config, epochs=outcome.best.epoch), data)
+    assert [epoch.train_loss for epoch in epochs][: len(losses)] == pytest.approx(losses, rel=1e-4)
+    assert outcome.weights.keys() == model.state_dict().keys()  # a checkpoint holds the whole network
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(outcome.weights[name], value, rtol=1e-3, atol=1e-5)
+    images = (data.center_crops("test", config.dataset.crop).float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        logits = model(images)
+    assert torch.equal(outcome.test.predictions, logits.argmax(1))
+    assert outcome.test.loss == pytest.approx(F.cross_entropy(logits, data.labels("test")).item(), rel=1e-3)
+
+
+def test_what_an_image_gives_does_not_depend_on_its_neighbours(data: LoadedData) -> None:
+    training = Training(CONFIG, data, build_model(CONFIG, 3), CPU)
+    assert training._features is not None
+    index = torch.randperm(36, generator=torch.Generator().manual_seed(0))
+    flip = torch.arange(36) % 2 == 0
+    together = training._features.rows("train", index, flip)
+    assert together.shape == (36, 512) and CHUNK < 36
+    for place in (0, 5, 35):
+        assert torch.equal(
+            training._features.rows("train", index[place : place + 1], flip[place : place + 1])[0], together[place]
+        )
+
+
+def test_trials_share_features_and_damage_is_computed_again(data: LoadedData, tmp_path: Path) -> None:
+    want = run(CONFIG, data, tmp_path)
+    before = kept(tmp_path)
+    run(replace(CONFIG, lr=0.2, batch_size=7, optimizer="adam", test_batch_size=9), data, tmp_path)
+    assert kept(tmp_path) == before
+    run(replace(CONFIG, seed=1), data, tmp_path)  # other frozen weights: this network began from random ones
+    assert len(kept(tmp_path)) == 2 * len(before)
+    for name in before:
+        content = bytearray((tmp_path / name / "data").read_bytes())
+        content[100] ^= 1
+        (tmp_path / name / "data").write_bytes(content)
+    other = replace(CONFIG, lr=0.3)
+    got = run(other, data, tmp_path)
+    assert len(got[1].warnings) == len(before) and all("damaged" in warning for warning in got[1].warnings)
+    assert_same(got, run(other, data))
+    assert run(replace(CONFIG, lr=0.4), data, tmp_path)[1].warnings == ()
+    assert_same(run(CONFIG, data, tmp_path), want)
+
+
+@pytest.mark.parametrize("changes", [{"augment": ("color_jitter",)}, {"freeze": "none"}])
+def test_other_trials_keep_none(changes: dict, data: LoadedData, tmp_path: Path) -> None:
+    run(replace(CONFIG, epochs=1, **changes), data, tmp_path)
+    assert kept(tmp_path) == []
+
+
+def test_a_store_that_cannot_keep_them_changes_nothing(data: LoadedData, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    got = run(CONFIG, data, tmp_path / "file" / "store")
+    assert_same(got, run(CONFIG, data))
+    assert len(got[1].warnings) == 1
