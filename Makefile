@@ -11,7 +11,7 @@ DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep report test test-all check format lint types ui
+.PHONY: help setup sweep plan report test test-all check format lint types docs docs-check ui
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,17 +27,20 @@ setup: $(SETUP) ## create the virtual environment
 sweep: $(SETUP) ## run a study: make sweep STUDY=transfer TRIALS=20 WORKERS=2 DATA=path ARGS='...'
 	@$(BIN)/caltech-sweep run $(STUDY) $(if $(TRIALS),--trials $(TRIALS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-report: $(SETUP) ## print the comparison tables
+plan: $(SETUP) ## say what a study would train: make plan STUDY=transfer
+	@$(BIN)/caltech-sweep plan $(STUDY) $(if $(TRIALS),--trials $(TRIALS)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+report: $(SETUP) ## print the comparison tables of all studies, or of ARGS
 	@$(BIN)/caltech-sweep report $(ARGS)
 
 ui: $(SETUP) ## serve the MLflow UI on loopback
 	@$(BIN)/caltech-sweep ui $(ARGS)
 
 test: $(SETUP) ## run the default test suite
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 test-all: $(SETUP) ## run every test, the slow ones too
-	@$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow or not slow" $(ARGS)
 
 format: $(SETUP) ## rewrite the code in the project's format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
@@ -48,4 +51,10 @@ lint: $(SETUP) ## check format and lint
 types: $(SETUP) ## check types
 	@$(BIN)/mypy
 
-check: lint types test ## what CI runs
+docs: $(SETUP) ## write the pages that are made from the code
+	@$(BIN)/python docs/build.py
+
+docs-check: $(SETUP)
+	@$(BIN)/python docs/build.py --check
+
+check: lint types docs-check test ## what CI runs
