@@ -11,6 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 
 class Watcher(Protocol):
@@ -115,12 +116,11 @@ class LiveWatcher:
     """A table of the running trials below the lines of those that ended; a context manager."""
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table)
-        self._lines = PlainWatcher(lambda line: self._live.console.print(line, markup=False, highlight=False))
         self._trials: dict[int, _Trial] = {}
-        self._study, self._done, self._total = "", 0, 0
+        self._study, self._done, self._total, self._ended = "", 0, 0, 0
         self._started = time.monotonic()
-        self._ended = 0
+        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table)  # draws at once
+        self._lines = PlainWatcher(lambda line: self._live.console.print(line, markup=False, highlight=False))
 
     def __enter__(self) -> LiveWatcher:
         self._live.start()
@@ -133,13 +133,15 @@ class LiveWatcher:
         now, left = time.monotonic(), ""
         if self._ended and self._total > self._done:
             left = f", about {duration((now - self._started) / self._ended * (self._total - self._done))} left"
-        table = Table(title=f"{self._study}: {self._done} of {self._total} trials{left}", title_justify="left")
+        # Text, since a bracket in a plain string would be read as markup.
+        title = Text(f"{self._study}: {self._done} of {self._total} trials{left}")
+        table = Table(title=title, title_justify="left")
         for column in ("trial", "epoch", "train loss", "val accuracy", "time left"):
             table.add_column(column)
         for trial in list(self._trials.values()):
             loss, accuracy = (trial.metrics.get(key) for key in ("train/loss", "val/accuracy"))
             table.add_row(
-                trial.name,
+                Text(trial.name),
                 f"{trial.epoch}/{trial.epochs}",
                 "" if loss is None else f"{loss:.3f}",
                 "" if accuracy is None else f"{accuracy:.3f}",

@@ -1,0 +1,56 @@
+"""The official split and the decoded cache on the real Caltech-101, where it is at hand."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from caltech_sweep.config import DatasetConfig
+from caltech_sweep.data import dataset_root, load_dataset, load_split
+from conftest import invoke
+
+ROOT = os.environ.get("CALTECH101_ROOT")
+pytestmark = pytest.mark.skipif(ROOT is None, reason="CALTECH101_ROOT does not name a folder with Caltech-101")
+
+# SHA-256 of each part's lines "path,class": a change here changes every recorded result.
+GOLDEN = {
+    "train": (3856, "99c44072873c24871db1340352885245"),
+    "val": (1928, "8bba12be67be85b98ea25c62ceb8e800"),
+    "test": (2893, "e98020f1ee6a6704fdd0960c64ee4a9d"),
+}
+
+
+@pytest.mark.parametrize("part", sorted(GOLDEN))
+def test_the_official_split_is_what_it_was(part: str) -> None:
+    out = invoke("data", "list", "--split", part, "--format", "csv", "--data", str(ROOT)).output
+    lines = list(csv.reader(io.StringIO(out)))
+    count, digest = GOLDEN[part]
+    assert len(lines) == count
+    assert hashlib.sha256("\n".join(f"{path},{name}" for path, name in lines).encode()).hexdigest()[:32] == digest
+
+
+def test_the_majority_class_is_the_report_s_first_row() -> None:
+    split = load_split(DatasetConfig(root=ROOT))
+    airplanes = sum(item.class_name == "airplanes" for item in split.test)
+    assert round(airplanes / len(split.test), 4) == 0.0919
+
+
+def test_pixels_are_torchvision_s_on_grey_small_and_tall_images(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", str(tmp_path))
+    config = DatasetConfig(root=ROOT, classes=("car_side", "inline_skate", "Leopards"), images_per_class=5)
+    data, root = load_dataset(config), dataset_root(config)
+    crops = data.center_crops("test", 224)
+    for index, name in enumerate(data.paths("test")):
+        with Image.open(root / name) as image:
+            resized = v2.Resize(256)(image.convert("RGB"))
+        assert torch.equal(crops[index], v2.functional.pil_to_tensor(v2.CenterCrop(224)(resized)))
+        views = torch.stack([v2.functional.pil_to_tensor(view) for view in v2.TenCrop(224)(resized)])
+        assert torch.equal(data.ten_crops("test", index, 224), views)
