@@ -1,6 +1,6 @@
 """Our training loop beside a bare torch loop on resident tensors, AlexNet at 224 px, in one run.
 
-    CALTECH101_ROOT=... python benchmarks/training.py [--images-per-class 4] [--batch-size 128] [--rounds 5] [--device cpu]
+    CALTECH101_ROOT=... python benchmarks/training.py [--images-per-class 4] [--batch-size 128] [--rounds 5]
 
 The bare loop holds normalised float images in memory and does nothing but forward, backward and step. Ours gathers
 uint8 crops from the shared cache, normalises, draws keyed dropout, guards against NaN and counts what is right.
