@@ -36,6 +36,12 @@ trials_option = click.option("--trials", type=click.IntRange(1), help="Trials in
 data_option = click.option(
     "--data", metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/."
 )
+device_option = click.option(
+    "--device", help="Device of every trial, such as cpu or cuda:1; default the GPUs, or the CPU."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores."
+)
 name_option = click.option("--name", help="Store the study under another name.")
 
 
@@ -55,8 +61,8 @@ def main() -> None:
 @click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
 @click.option("--workers", type=click.IntRange(1), help="Worker processes; default one a GPU, or one.")
 @click.option("--per-device", type=click.IntRange(1), default=1, help="Workers that share a GPU.")
-@click.option("--device", help="Device of every trial, such as cpu or cuda:1; default the GPUs, or the CPU.")
-@click.option("--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores.")
+@device_option
+@threads_option
 @click.option("--row", "rows", multiple=True, metavar="NAME", help="Run this row alone; may be repeated.")
 @click.option("--replicates", type=click.IntRange(1), help="Seeds that every row is trained on; default the file's.")
 @click.option("--confirm", type=click.IntRange(0), default=0, metavar="K", help="Repeat the K best on fresh seeds.")
@@ -97,6 +103,8 @@ def run(
 @data_option
 @name_option
 @tracking_option
+@device_option
+@threads_option
 def plan(
     study: str,
     overrides: tuple[str, ...],
@@ -104,6 +112,8 @@ def plan(
     data: str | None,
     name: str | None,
     tracking_uri: str | None,
+    device: str | None,
+    threads: int | None,
 ) -> None:
     """Say what running STUDY would train, without training.
 
@@ -114,7 +124,7 @@ def plan(
     definition = load_study(study, overrides, trials=trials, data=data, name=name)
     from caltech_sweep.sweep.plan import plan_study
 
-    click.echo(plan_study(definition, tracking_uri))
+    click.echo(plan_study(definition, tracking_uri, device, threads))
 
 
 @main.command()

@@ -23,8 +23,6 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server import FileServer, serve
-from test_splits import fake_caltech
 
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig
@@ -32,6 +30,8 @@ from caltech_sweep.data import dataset_root
 from caltech_sweep.data.archive import download, fetch, unpack
 from caltech_sweep.data.splits import caltech_split
 from caltech_sweep.errors import DatasetError, UsageError
+from server import FileServer, serve
+from test_splits import fake_caltech
 
 BODY = random.Random(0).randbytes(700_000)  # more than two reads
 SHA = f"sha256:{hashlib.sha256(BODY).hexdigest()}"

@@ -12,11 +12,11 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
-from conftest import invoke
 from PIL import Image
 from safetensors import safe_open
 
 from caltech_sweep import __version__
+from conftest import invoke
 
 RUN = ("run", "tiny", "--in-process", "--threads", "1")
 

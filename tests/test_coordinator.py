@@ -12,6 +12,8 @@ from optuna.trial import TrialState
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.records import OUTCOMES
+from caltech_sweep.sweep import study as studies
+from caltech_sweep.sweep.space import make_sampler, sample
 from caltech_sweep.sweep.study import MEMORY, check_identity, open_study
 from caltech_sweep.sweep.study_file import Choices, Component, Range, Row, StudyDefinition
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
@@ -257,3 +259,48 @@ def test_the_best_sampled_trials_are_confirmed_on_fresh_seeds(tmp_path: Path) ->
     assert sorted(confirmed) == sorted([sampled[0].number] * 3 + [sampled[1].number] * 3)
     assert {job.config.seed for job in executor.jobs[6:]} == {1, 2, 3}
     assert all(r.row is None for r in records(tracker)[6:])
+
+
+class Killed(BaseException):
+    """Ends a coordinator on the spot, as SIGKILL does."""
+
+
+@pytest.mark.parametrize("sampler", [Component("random", {"seed": 3}), Component("tpe", {"startup_trials": 2})])
+@pytest.mark.parametrize("drawn", [0, 1, 2])
+def test_a_trial_whose_sampling_was_cut_short_gets_the_settings_it_would_have_got(
+    tmp_path: Path, sampler: Component, drawn: int
+) -> None:
+    definition = replace(DEFINITION, sampler=sampler)
+    whole, parts, tracker, study = ScriptedExecutor(), ScriptedExecutor(), MemoryTracker(), new_study(definition)
+    run_scripted(definition, whole, MemoryTracker())
+    run_scripted(replace(definition, trials=5), parts, tracker, study)
+    study.sampler = make_sampler(sampler, 5)
+    trial = studies.ask(study)
+    sample(trial, dict(list(definition.space.items())[:drawn]))  # and then it is killed
+    run_scripted(definition, parts, tracker, study)
+    assert [job.config for job in parts.jobs] == [job.config for job in whole.jobs]
+    assert [job.number for job in parts.jobs] == list(range(6)) and len(study.trials) == 6
+
+
+def test_a_run_that_was_opened_but_not_described_is_completed(tmp_path: Path) -> None:
+    class Cut(MemoryTracker):
+        def log_dataset(self, *_: object) -> None:
+            raise Killed
+
+    tracker, study = Cut(), new_study()
+    executor = ScriptedExecutor()
+    executor.close = lambda: (_ for _ in ()).throw(Killed())  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        scripted_coordinator(DEFINITION, executor, tracker, tmp_path, study).run()
+    tracker.runs["run-0"].params = {}
+    healed = MemoryTracker()
+    healed.documents, healed.runs = tracker.documents, tracker.runs
+    run_scripted(DEFINITION, ScriptedExecutor(), healed, study)
+    assert healed.runs["run-0"].params["lr"] == "0.1" and healed.datasets["run-0"] == "scripted"
+    assert len(healed.runs) == 6
+
+
+def test_a_waiting_row_is_not_mistaken_for_a_new_trial() -> None:
+    study = new_study()
+    studies.enqueue_missing_rows(study, DEFINITION)
+    assert studies.ask(study).number == 2 and [t.state.name for t in study.trials] == ["WAITING", "WAITING", "RUNNING"]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from server import FileServer, serve
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.training.models import build_model
+from server import FileServer, serve
 
 ARCH = "squeezenet1_1"
 CONFIG = TrialConfig(arch=ARCH, weights="imagenet")

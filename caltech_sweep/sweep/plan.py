@@ -106,14 +106,20 @@ def _records(definition: StudyDefinition, tracking_uri: str | None) -> list[Tria
 
 
 def _planned_rows(
-    definition: StudyDefinition, counts: Mapping[str, int], classes: int, records: Sequence[TrialRecord]
+    definition: StudyDefinition,
+    counts: Mapping[str, int],
+    classes: int,
+    records: Sequence[TrialRecord],
+    machine: tuple[str | None, int],
 ) -> list[Planned]:
     configs = [definition.row_config(row) for row in definition.rows]
     states = []
     for row, config in zip(definition.rows, configs, strict=True):
         outcomes = [r.outcome for r in records if r.row == row.name and r.fingerprint == config.fingerprint()]
         states.append("complete" if "complete" in outcomes else (outcomes[-1] if outcomes else "to train"))
-    kept = [c.epochs if s == "complete" else _stored(definition, c) for c, s in zip(configs, states, strict=True)]
+    kept = [
+        c.epochs if s == "complete" else _stored(definition, c, *machine) for c, s in zip(configs, states, strict=True)
+    ]
     new = new_epochs(configs, kept)
     return [
         Planned(
@@ -129,7 +135,7 @@ def _planned_rows(
     ]
 
 
-def _stored(definition: StudyDefinition, config: TrialConfig) -> int:
+def _stored(definition: StudyDefinition, config: TrialConfig, device: str | None, threads: int) -> int:
     """Return how many epochs of a trial are kept from earlier trials of any study."""
     from caltech_sweep.training.reuse import StageUse
 
@@ -145,8 +151,9 @@ def _stored(definition: StudyDefinition, config: TrialConfig) -> int:
 
     try:
         weights = find_weights(definition, None).get(config.weights, ("", None))[1]
-        torch.set_num_threads(os.cpu_count() or 1)
-        return stored_epochs(config, load_dataset(config.dataset), pick_device(), weights, StageUse(folder, 0))
+        torch.set_num_threads(threads)
+        data = load_dataset(config.dataset)
+        return stored_epochs(config, data, pick_device(device), weights, StageUse(folder.resolve(), 0))
     except CaltechSweepError:
         return 0
 
@@ -204,11 +211,17 @@ def _time(records: Sequence[TrialRecord], epochs: tuple[int, int]) -> str:
     return f"time: about {span} on one worker, at {each:.1f} s an epoch (median of {len(measured)} measured trials)"
 
 
-def plan_study(definition: StudyDefinition, tracking_uri: str | None) -> str:
-    """Return the plan of a study as text; nothing is trained, decoded or written."""
+def plan_study(
+    definition: StudyDefinition, tracking_uri: str | None, device: str | None = None, threads: int | None = None
+) -> str:
+    """Return the plan of a study as text; nothing is trained or written.
+
+    ``device`` and ``threads`` are those of the run: kept epochs are shared only where they agree.
+    """
     counts, classes, sentence = _counts(definition)
     records = _records(definition, tracking_uri)
-    rows = _planned_rows(definition, counts, classes, records)
+    machine = (device, threads or os.cpu_count() or 1)
+    rows = _planned_rows(definition, counts, classes, records, machine)
     sampled = _planned_sampled(definition, counts, classes, records)
     groups = rows + ([sampled] if sampled else [])
     lines = [

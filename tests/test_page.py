@@ -1,0 +1,499 @@
+"""The page from stores that were written without any training: what a reader sees, and what may not be in it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from caltech_sweep.cli import main
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import UsageError
+from caltech_sweep.report.confusion import Confusion, Pair, confused_pairs
+from caltech_sweep.report.curves import Line, groupings
+from caltech_sweep.report.page import Options, build_page
+from caltech_sweep.report.thumbnails import dataset_of, open_thumbnails
+from caltech_sweep.sweep.importance import importances
+from caltech_sweep.sweep.study_file import Choices, Range, Row, StudyDefinition
+from caltech_sweep.tracking import MlflowTracker
+from caltech_sweep.tracking_history import _from_database, _from_server, read_histories
+
+# MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
+
+SHAPES = ("cross", "disc", "ring")
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"q\" 'a' $x_1$ {{ 7*7 }}\n\x00\x1b 猫"
+HOSTILE_CLASSES = (HOSTILE, "<b>&amp;</b>", "$\\frac{$")
+SPACE = {"lr": Range(1e-3, 1e-1, log=True), "freeze": Choices(("none", "conv"))}
+
+
+@dataclass
+class PageStore:
+    """Writes studies as the coordinator does, with matrices and predictions that hold what a test asks for."""
+
+    tracker: MlflowTracker
+    folder: Path
+    count: int = 0
+    runs: dict[str, str] = field(default_factory=dict)
+
+    def study(self, name: str, title: str, rows: tuple[Row, ...], dataset: Mapping[str, Any]) -> StudyDefinition:
+        study = StudyDefinition(name, title, 20, dataset, {"arch": "resnet18", "epochs": 4}, SPACE, rows)
+        images = {"train": 30, "val": 20, "test": 30, "classes": 3}
+        self.tracker.start_study(name, title, {**study.to_dict(), "images": images})
+        return study
+
+    def trial(
+        self,
+        study: str,
+        config: TrialConfig,
+        number: int,
+        right: int,
+        classes: tuple[str, ...] = SHAPES,
+        *,
+        row: str | None = None,
+        outcome: str = "complete",
+        files: bool = True,
+    ) -> str:
+        """Write a trial: ``right`` of the ten images of the first class hit, the others go to the second."""
+        tags = {"trial_number": str(number), "fingerprint": config.fingerprint(), **({"row": row} if row else {})}
+        run_id = self.tracker.start_trial(study, row or f"trial-{number:03d}", config.to_params(), tags)
+        accuracy = (20 + right) / 30
+        for epoch in range(1, 5):
+            loss = 1000.0 if (number, epoch) == (1, 1) else 2.0 / epoch
+            value = accuracy * epoch / 4
+            metrics = {"train/loss": loss, "val/loss": loss, "train/accuracy": value, "val/accuracy": value}
+            self.tracker.log_epochs(run_id, [(epoch, metrics, epoch)])
+        complete = outcome == "complete"
+        final = {"best/val_accuracy": accuracy, "best/epoch": 4.0, "test/accuracy": accuracy} if complete else {}
+        folder = self.files(classes, right) if complete and files else None
+        self.tracker.finish_trial(run_id, outcome, final, {}, folder)
+        self.runs[f"{study}/{row or number}"] = run_id
+        return run_id
+
+    def files(self, classes: tuple[str, ...], right: int) -> Path:
+        self.count += 1
+        folder = self.folder / str(self.count)
+        counts = [[10 if i == j else 0 for j in range(3)] for i in range(3)]
+        counts[0] = [right, 10 - right, 0]
+        table = [["true class", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
+        predictions: list[list[object]] = [["image", "label", "prediction", "confidence"]]
+        for label, name in enumerate(classes):
+            for image in range(10):
+                hit = label != 0 or image < right
+                predictions.append([f"{name}/test_{image:03d}", name, name if hit else classes[1], 0.5 + image / 20])
+        (folder / "confusion_matrix").mkdir(parents=True)
+        for path, rows in (("confusion_matrix", table), ("predictions", predictions)):
+            (folder / path).mkdir(exist_ok=True)
+            with (folder / path / "test.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+        return folder
+
+
+def write_store(writer: PageStore) -> None:
+    """A study with a search, a hostile one, one whose files are lost, and one without trials."""
+    rows = (Row("Plain", {"lr": 0.01}), Row("Frozen", {"lr": 0.01, "freeze": "conv"}), Row("Missing"))
+    shapes = {"name": "shapes", "resize": 32, "crop": 32}
+    study = writer.study("shapes", "Drawn shapes", rows, shapes)
+    writer.trial("shapes", study.row_config(rows[0]), 0, 9, row="Plain")
+    writer.trial("shapes", study.row_config(rows[1]), 1, 2, row="Frozen")
+    for number in range(2, 9):
+        settings = {"lr": 0.001 * number, "freeze": "conv" if number % 2 else "none"}
+        writer.trial("shapes", study.config(settings), number, 3 if number % 2 else 8)
+    writer.trial("shapes", study.config({"lr": 0.05}), 9, 1, outcome="pruned")
+    writer.trial("shapes", study.config({"lr": 0.06}), 10, 1, outcome="interrupted")
+    rows = (Row(HOSTILE, {"lr": 0.01}),)
+    study = writer.study("hostile", HOSTILE, rows, {"name": "folder", "root": "/nowhere at all"})
+    writer.trial("hostile", study.row_config(rows[0]), 0, 4, HOSTILE_CLASSES, row=HOSTILE)
+    rows = (Row("Plain", {"lr": 0.01}),)
+    study = writer.study("lost", "Lost files", rows, shapes)
+    writer.trial("lost", study.row_config(rows[0]), 0, 4, row="Plain", files=False)
+    writer.study("empty", "Nothing yet", (Row("To come"),), shapes)
+
+
+def new_store(folder: Path) -> PageStore:
+    return PageStore(MlflowTracker(str(folder / "mlflow.db"), create=True), folder / "files")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> PageStore:
+    writer = new_store(tmp_path_factory.mktemp("page"))
+    write_store(writer)
+    return writer
+
+
+def page_of(store: PageStore, *studies: str, **options: Any) -> str:
+    return build_page(studies, Options(importances=importances, **options), store.tracker.uri).html
+
+
+@pytest.fixture(scope="module")
+def everything(store: PageStore) -> str:
+    return page_of(store)
+
+
+VOID = frozenset({"meta", "link", "img", "input", "br"})
+Attributes = dict[str, str | None]
+
+
+class PageReader(HTMLParser):
+    """Reads a page strictly: every element is closed in its order; keeps elements and what stands in them."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, Attributes, list[str]]] = []
+        self._open: list[tuple[str, Attributes, list[str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), (tag, attrs)
+        element: tuple[str, Attributes, list[str]] = (tag, dict(attrs), [])
+        self.elements.append(element)
+        if tag not in VOID:
+            self._open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        for _, _, texts in self._open:
+            texts.append(data)
+
+    def all(self, *tags: str) -> list[tuple[Attributes, str]]:
+        """Return attributes and text of the elements with some tags, in order."""
+        found = [(attributes, texts) for tag, attributes, texts in self.elements if tag in tags]
+        return [(attributes, " ".join("".join(texts).split())) for attributes, texts in found]
+
+
+def read(html: str) -> PageReader:
+    reader = PageReader()
+    reader.feed(html)
+    reader.close()
+    assert not reader._open
+    return reader
+
+
+# -- what the page is --------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_well_formed_and_says_what_it_is_to_a_screen_reader(everything: str) -> None:
+    page = read(everything)
+    assert page.all("html")[0][0] == {"lang": "en"}
+    assert [len(page.all(tag)) for tag in ("main", "header", "footer", "h1", "title")] == [1] * 5
+    assert page.all("nav")[0][0] == {"aria-label": "Contents"}
+    levels = [int(tag[1]) for tag, _, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    for attributes, _ in page.all("svg"):
+        described = attributes.get("role") == "img" and len(attributes.get("aria-label") or "") > 20
+        assert described or attributes.get("aria-hidden") == "true"
+    assert all(attributes["alt"] for attributes, _ in page.all("img"))
+    assert all(attributes["scope"] in ("col", "row") for attributes, _ in page.all("th"))
+    assert len(page.all("table")) == len(page.all("caption"))
+    labelled = {attributes["for"] for attributes, _ in page.all("label") if "for" in attributes}
+    assert {attributes["id"] for attributes, _ in page.all("select")} == labelled
+    scrolled = [attributes for attributes, _ in page.all("div") if "scroll" in (attributes.get("class") or "").split()]
+    assert scrolled and all(attributes["tabindex"] == "0" for attributes in scrolled)
+
+
+def test_identifiers_are_unique_and_every_link_inside_leads_somewhere(everything: str) -> None:
+    page = read(everything)
+    ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {attributes["href"] for attributes, _ in page.all("a")}
+    used = {str(target)[1:] for target in targets if str(target).startswith("#")}
+    used |= set(re.findall(r"url\(#([^)]+)\)", everything)) | set(re.findall(r'xlink:href="#([^"]+)"', everything))
+    assert used <= set(ids) and "s0" in used
+
+
+def test_nothing_is_fetched_and_only_the_pages_own_script_may_run(everything: str) -> None:
+    page = read(everything)
+    for tag, attributes, _ in page.elements:
+        for name in ("src", "srcset", "data", "poster", "action", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("data:", "#")), (tag, attributes)
+        if tag != "a":
+            assert (attributes.get("href") or "#").startswith(("data:", "#")), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+    assert not re.findall(r"url\((?!#)|@import", everything)
+    policy = next(a["content"] for a, _ in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy") or ""
+    data, script = re.findall(r"<script[^>]*>(.*?)</script>", everything, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+    assert json.loads(data)["rows"]
+
+
+def test_every_run_of_a_table_is_linked(store: PageStore, everything: str) -> None:
+    links = {attributes["href"] for attributes, _ in read(everything).all("a")}
+    run_id = store.runs["shapes/Plain"]
+    assert any(re.fullmatch(rf"http://127.0.0.1:5000/#/experiments/\d+/runs/{run_id}", str(link)) for link in links)
+    assert "caltech-sweep ui" in everything
+
+
+def test_titles_names_and_classes_are_text_and_nothing_else(everything: str) -> None:
+    page = read(everything)
+    assert len(page.all("script")) == 2
+    assert {tag for tag, _, _ in page.elements if tag in ("iframe", "object", "embed", "form", "base")} == set()
+    assert all(str(attributes["src"]).startswith("data:image/webp;base64,") for attributes, _ in page.all("img"))
+    title = " ".join(HOSTILE.split())
+    assert title in [text for _, text in page.all("h2")]
+    assert {"<b>&amp;</b>", "$\\frac{$"} <= {text for _, text in page.all("text")}
+    assert "49" not in [text for _, text in page.all("h2")]
+    (data,) = [text for attributes, text in page.all("script") if attributes.get("id") == "data"]
+    assert json.loads(data)["matrices"]["s1-matrix"]["classes"][1:] == list(HOSTILE_CLASSES[1:])
+
+
+def test_a_page_of_the_same_store_is_the_same(store: PageStore) -> None:
+    assert page_of(store, "shapes") == page_of(store, "shapes")
+
+
+# -- what the page says ------------------------------------------------------------------------------------------------
+
+
+def texts(html: str) -> list[str]:
+    return [text for _, text in read(html).all("p", "figcaption", "caption", "h2", "h3", "summary")]
+
+
+def table_after(html: str, caption: str) -> list[list[str]]:
+    """Return the texts of a table's body, by its caption."""
+    start = html.index(f"<caption>{caption}</caption>")
+    body = html[html.index("<tbody>", start) : html.index("</tbody>", start) + 8]
+    rows = re.findall(r"<tr[^>]*>.*?</tr>", body, re.S)
+    return [[text for _, text in read(row).all("th", "td")] for row in rows]
+
+
+def test_curves_are_drawn_with_the_groupings_that_vary(store: PageStore) -> None:
+    page = read(page_of(store, "shapes"))
+    groups = [attributes["value"] for attributes, _ in page.all("input")]
+    assert groups == ["row", "lr", "freeze"]  # one network, one step size, no augmentation
+    labels = [attributes["aria-label"] or "" for attributes, _ in page.all("svg") if "aria-label" in attributes]
+    assert labels[0] == ("Validation accuracy by epoch of 11 trials; the highest is 0.967, of Plain in epoch 4.")
+    assert [label.split(" by epoch")[0] for label in labels[:4]] == [
+        *("Validation accuracy", "Train accuracy", "Validation loss", "Train loss"),
+    ]
+    series = [a for a, _ in page.all("g") if (a.get("class") or "").startswith("series")]
+    assert {"series c0", "series c1", "series cs"} == {a["class"] for a in series}
+    assert {a["data-freeze"] for a in series if "data-freeze" in a} == {"c0", "c1"}
+    titles = [text for _, text in page.all("title")[1:]]
+    assert "Plain: 0.967" in titles
+    assert "log scale" in [text for _, text in page.all("text")]  # a loss of 1000 beside others of 2
+
+
+def test_curves_are_a_table_too(store: PageStore) -> None:
+    rows = table_after(page_of(store, "shapes"), "Where each curve ends")
+    assert rows[0] == ["Plain", "complete", "4", "0.967", "4", "0.500", "0.967", "0.500"]
+    assert [row[1] for row in rows[-2:]] == ["pruned", "interrupted"]
+
+
+def test_the_search_shows_history_and_importances_of_the_sampled_trials_alone(store: PageStore) -> None:
+    html = page_of(store, "shapes")
+    labels = [attributes.get("aria-label") or "" for attributes, _ in read(html).all("svg")]
+    (history,) = [label for label in labels if label.startswith("Validation accuracy by trial number")]
+    assert history.endswith(
+        "8 sampled trials: 7 complete, 1 pruned. The best sampled trial has 0.933. The best row has 0.967."
+    )
+    (importance,) = [label for label in labels if label.startswith("Importance")]
+    assert importance.startswith("Importance of each setting: freeze ")
+    assert "from 7 trials." in html
+    html = page_of(store, "lost")
+    assert "No sampled trial has ended yet, so there is no search to show." in texts(html)
+
+
+def test_few_sampled_trials_have_no_importances(tmp_path: Path, store: PageStore) -> None:
+    few = new_store(tmp_path)
+    study = few.study("few", "Few", (), {"name": "shapes"})
+    for number in range(3):
+        few.trial("few", study.config({"lr": 0.01 * (number + 1)}), number, number)
+    note = "Importances need at least 5 complete sampled trials; this study has 3."
+    assert note in texts(page_of(few))
+
+
+def test_importances_are_optunas_and_find_what_mattered() -> None:
+    space = {
+        "lr": {"low": 0.001, "high": 0.1, "log": True},
+        "freeze": {"choices": ["none", "conv"]},
+        "fixed": {"choices": [1]},
+    }
+    trials = [
+        ({"lr": str(0.001 * (n % 7 + 1)), "freeze": ("none", "conv")[n % 2], "fixed": "1"}, 0.9 - 0.3 * (n % 2))
+        for n in range(24)
+    ]
+    found = importances(space, trials)
+    assert list(found) == ["freeze", "lr"] and found["freeze"] > 0.9
+    assert math.isclose(sum(found.values()), 1) and found == importances(space, trials)
+    assert list(importances(space, trials * 5)) == ["freeze", "lr"]  # more trials, the other method
+    assert importances(space, [(params, 0.5) for params, _ in trials]) == {}
+    assert importances(space, [({}, 0.5), ({"lr": "fast"}, 0.6)]) == {}
+
+
+def test_confused_pairs_are_the_most_frequent_first() -> None:
+    matrix = Confusion(("a", "b", "c"), ((0, 0, 5), (0, 1, 2), (1, 0, 2), (1, 1, 1), (2, 0, 3), (2, 2, 7)), (7, 3, 10))
+    expected = [Pair("c", "a", 3, 10), Pair("b", "a", 2, 3), Pair("a", "b", 2, 7)]
+    assert confused_pairs(matrix, 9) == expected and confused_pairs(matrix, 1) == expected[:1]
+    assert (matrix.right, matrix.correct) == ((5, 1, 7), 13)
+
+
+def test_every_row_has_its_matrix_and_pairs_and_the_best_is_shown(store: PageStore) -> None:
+    html = page_of(store, "shapes")
+    page = read(html)
+    (switch,) = [a for a, _ in page.all("select") if "data-switch" in a]
+    assert switch["data-switch"] == "s0-matrix"
+    assert table_after(html, "Most confused pairs of Plain") == [["cross", "disc", "1 of 10"]]
+    assert table_after(html, "Most confused pairs of Frozen") == [["cross", "disc", "8 of 10"]]
+    shown = {a["data-item"] for _, a, _ in page.elements if a.get("data-for") == "s0-matrix" and "hidden" not in a}
+    assert shown == {"0"}
+    (label,) = [a["aria-label"] or "" for a, _ in page.all("svg") if (a.get("class") or "").startswith("matrix")]
+    assert "29 of 30 images lie on the diagonal" in label
+
+
+def test_the_best_and_the_worst_row_are_compared_class_by_class(store: PageStore) -> None:
+    html = page_of(store, "shapes")
+    caption = "Test images classified right, by class; the greatest loss first"
+    assert table_after(html, caption) == [
+        ["cross", "−0.70", "9 of 10", "2 of 10"],
+        ["disc", "0.00", "10 of 10", "10 of 10"],
+        ["ring", "0.00", "10 of 10", "10 of 10"],
+    ]
+    assert "1 classes lose , 0 gain , 2 stay the same." in texts(
+        html
+    ) or "1 classes lose, 0 gain, 2 stay the same." in texts(html)
+    html = page_of(store, "shapes", compare=("Frozen", "shapes:trial-002"))
+    assert table_after(html, caption)[-1] == ["cross", "+0.60", "2 of 10", "8 of 10"]
+    with pytest.raises(UsageError, match="no row 'Other' with a confusion matrix; there are: 'Plain', 'Frozen'"):
+        page_of(store, "shapes", compare=("Plain", "Other"))
+
+
+def test_a_name_that_several_studies_have_must_say_which(tmp_path: Path) -> None:
+    two = new_store(tmp_path)
+    for name in ("one", "two"):
+        rows = (Row("First", {"lr": 0.01}),)
+        study = two.study(name, name, rows, {"name": "shapes"})
+        two.trial(name, study.row_config(rows[0]), 0, len(name), row="First")
+    with pytest.raises(UsageError, match="write 'one:First' or 'two:First'"):
+        page_of(two, compare=("First", "First"))
+    html = page_of(two, compare=("one:First", "two:First"))
+    assert "Best of each study" in texts(html)
+
+
+def test_wrong_images_are_shown_the_most_confident_first(store: PageStore) -> None:
+    page = read(page_of(store, "shapes"))
+    assert [attributes["alt"] for attributes, _ in page.all("img")] == ["Test image cross/test_009"]
+    assert "disc 95% is cross" in " ".join(text for _, text in page.all("figcaption")).replace(
+        "is cross", " is cross"
+    ).replace("  ", " ")
+
+
+def test_what_is_lost_or_not_there_is_said(everything: str, store: PageStore) -> None:
+    said = texts(everything)
+    assert "The confusion matrices of these rows are lost or damaged: Plain." in said
+    assert "The predictions of Plain are lost or damaged." in said
+    assert any(text.startswith("The images are not shown: there is no dataset folder /nowhere at all") for text in said)
+    empty = texts(page_of(store, "empty"))
+    assert "No trial has logged an epoch yet." in empty and "No trial is complete yet." in empty
+    assert "Two complete rows with confusion matrices are needed to compare them class by class." in empty
+
+
+@pytest.mark.parametrize("damage", ["", "no,table\n1,2\n", "true class,a\na,x\n", '"', "true class\n"])
+def test_damaged_files_are_lost_files(damage: str, tmp_path: Path) -> None:
+    own = new_store(tmp_path)
+    rows = (Row("Plain", {"lr": 0.01}),)
+    study = own.study("s", "S", rows, {"name": "shapes"})
+    run_id = own.trial("s", study.row_config(rows[0]), 0, 4, row="Plain")
+    for folder in ("confusion_matrix", "predictions"):
+        (path,) = tmp_path.glob(f"artifacts/s/{run_id}/artifacts/{folder}/test.csv")
+        path.write_text(damage)
+    said = texts(page_of(own))
+    assert "The confusion matrices of these rows are lost or damaged: Plain." in said
+
+
+def test_a_store_without_any_artifact_still_has_a_page(store: PageStore, tmp_path: Path) -> None:
+    database = Path(store.tracker.uri.removeprefix("sqlite:///"))
+    shutil.copy(database, tmp_path / "mlflow.db")
+    hidden = (database.parent / "artifacts").rename(database.parent / "hidden")
+    try:
+        html = build_page([], Options(importances=importances), str(tmp_path / "mlflow.db")).html
+    finally:
+        hidden.rename(database.parent / "artifacts")
+    assert "The study’s document".replace("’", "'") in read(html).all("article")[0][1]
+    assert "Importance of each setting" in html
+
+
+# -- its parts ---------------------------------------------------------------------------------------------------------
+
+
+def line(name: str, kind: str = "row", **settings: str) -> Line:
+    return Line(name, kind, "s", "complete", settings)
+
+
+def test_many_numbers_become_ranges_and_many_names_are_cut() -> None:
+    by_key = {
+        g.key: g for g in groupings([line(f"Row {n}", lr=str(0.001 * (n + 1)), freeze="none") for n in range(20)])
+    }
+    assert by_key["lr"].groups[0] == "0.001 to 0.004" and len(by_key["lr"].groups) == 5
+    assert by_key["lr"].member[0] == 0 and by_key["lr"].member[-1] == 4
+    assert "freeze" not in by_key
+    rows = by_key["row"]
+    assert len(rows.groups) == 12 and rows.groups[-1] == "others" and rows.style(19) == "cs" and rows.style(0) == "c0"
+    few = {
+        g.key: g
+        for g in groupings([line("A", lr="0.1", augment="none"), line("B", lr="0.01", augment="hflip+rotation")])
+    }
+    assert few["lr"].groups == ("0.01", "0.1") and few["lr"].member == (1, 0)
+    assert few["augment"].groups == ("none", "hflip + rotation")
+
+
+def test_histories_are_the_same_from_a_database_and_through_the_client(store: PageStore) -> None:
+    runs, metrics = list(store.runs.values()), ["val/accuracy", "train/loss"]
+    database = sorted(_from_database(store.tracker.uri, runs, metrics))
+    assert database == sorted(_from_server(store.tracker.uri, runs, metrics)) and len(database) == len(runs) * 8
+    histories = read_histories(store.tracker.uri, [*runs, "none"], metrics)
+    assert histories[runs[0]]["train/loss"] == ((1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5))
+    assert histories["none"] == {}
+
+
+def test_a_step_logged_twice_has_its_later_value_and_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    own = new_store(tmp_path)
+    own.tracker.start_study("s", "S", {})
+    run_id = own.tracker.start_trial("s", "t", {}, {})
+    own.tracker.log_epochs(run_id, [(1, {"train/loss": 1.0}, 1), (1, {"train/loss": 2.0}, 2)])
+    own.tracker.log_epochs(run_id, [(2, {"train/loss": math.nan}, 3), (3, {"train/loss": math.inf}, 4)])
+    assert read_histories(own.tracker.uri, [run_id], ["train/loss"])[run_id]["train/loss"][0] == (1, 2.0)
+
+
+def test_thumbnails_come_from_inside_the_datasets_folder_alone(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        Image.new("L", (300, 200)).save(root / name / "1.jpg")
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (root / "a" / "broken.jpg").write_text("no image")
+    thumbnail = open_thumbnails(dataset_of({"dataset": {"name": "folder", "root": "elsewhere"}}, str(root)))
+    picture = thumbnail("a/1.jpg") or ""
+    assert picture.startswith("data:image/webp;base64,") and len(picture) < 2000
+    assert [thumbnail(name) for name in ("../secret.png", str(tmp_path / "secret.png"), "a/2.jpg", "a/broken.jpg")] == [
+        *[None] * 4,
+    ]
+    drawn = open_thumbnails(dataset_of({"dataset": {"name": "shapes", "resize": 32}}, None))
+    assert (drawn("cross/test_001") or "").startswith("data:") and drawn("cross/none") is None
+
+
+def test_the_command_writes_the_page(store: PageStore, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    common = ["report", "shapes", "--format", "html", "--tracking-uri", store.tracker.uri]
+    result = CliRunner().invoke(main, [*common, "--out", str(out), "--compare", "Plain", "Frozen", "--best", "0"])
+    assert (result.exit_code, result.output) == (0, "")
+    assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "trial-002</option>" not in out.read_text(encoding="utf-8")
+    result = CliRunner().invoke(main, [*common, "--compare", "Plain", "Frosen"])
+    assert result.exit_code == 2 and "--compare: there is no row 'Frosen'" in result.output
