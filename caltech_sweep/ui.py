@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 
 from caltech_sweep import paths, stores
-from caltech_sweep.errors import UsageError
+from caltech_sweep.errors import StoreError, UsageError
 
 
 def serve(host: str, port: int, tracking_uri: str | None = None) -> None:
-    """Become the MLflow server of a tracking store; raise UsageError when the port is taken."""
+    """Run the MLflow server of a tracking store until Ctrl-C; raise UsageError when the port is taken."""
     uri = stores.tracking_uri(tracking_uri)
     if uri.startswith(("http://", "https://")):
         raise UsageError(f"{stores.hide_secrets(uri)} is a server already; open it in a browser")
@@ -28,7 +30,17 @@ def serve(host: str, port: int, tracking_uri: str | None = None) -> None:
     artifacts = (file.parent if file else paths.STORES) / paths.ARTIFACTS.name
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # five idle processes that nothing here needs
     print(f"MLflow UI: http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr, flush=True)
-    arguments = ["server", "--host", host, "--port", str(port), "--backend-store-uri", uri]
-    arguments += ["--default-artifact-root", artifacts.resolve().as_uri()]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
+    arguments = ["server", "--host", host, "--port", str(port), "--backend-store-uri", uri, "--workers", "1"]
+    arguments += ["--default-artifact-root", artifacts.resolve().as_uri(), "--uvicorn-opts", "--log-level warning"]
+    # In a session of its own, so that Ctrl-C reaches this process alone: the server would answer it with a traceback.
+    with subprocess.Popen([sys.executable, "-m", "mlflow", *arguments], start_new_session=True) as server:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            code = server.wait()
+        except KeyboardInterrupt:
+            os.killpg(server.pid, signal.SIGTERM)
+            return
+    if code:
+        raise StoreError(f"the MLflow server ended with exit code {code}; what it said is above")
