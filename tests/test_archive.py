@@ -27,8 +27,10 @@ from hypothesis import strategies as st
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import dataset_root
-from caltech_sweep.data.archive import download, fetch, unpack
+from caltech_sweep.data.archive import fetch
+from caltech_sweep.data.download import download
 from caltech_sweep.data.splits import caltech_split
+from caltech_sweep.data.unpack import unpack
 from caltech_sweep.errors import DatasetError, UsageError
 from server import FileServer, serve
 from test_splits import fake_caltech
@@ -278,7 +280,7 @@ def test_a_full_disk_keeps_what_arrived(server: FileServer, tmp_path: Path) -> N
 
 def test_two_processes_take_turns(server: FileServer, tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from caltech_sweep.data.archive import download; "
+        "from pathlib import Path; from caltech_sweep.data.download import download; "
         f"download({server.url('file.bin')!r}, Path('file.bin'), [{SHA!r}], lambda d, t: None, mend='')"
     )
     handle = os.open(tmp_path, os.O_RDONLY)

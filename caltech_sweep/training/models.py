@@ -15,7 +15,7 @@ from torch import nn
 
 from caltech_sweep import paths
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.data.archive import download
+from caltech_sweep.data.download import download
 from caltech_sweep.errors import DatasetError, ModelError
 from caltech_sweep.keys import derive
 
