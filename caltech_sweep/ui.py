@@ -31,7 +31,9 @@ def serve(host: str, port: int, tracking_uri: str | None = None) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # five idle processes that nothing here needs
-    print(f"MLflow UI: http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    # Without the query MLflow opens an experiment in its view for language models, which shows no trials.
+    address = f"http://{host}:{port}/#/experiments?workflowType=machine_learning"
+    print(f"MLflow UI: {address} (Ctrl-C stops it)", file=sys.stderr, flush=True)
     arguments = ["server", "--host", host, "--port", str(port), "--backend-store-uri", uri, "--workers", "1"]
     arguments += ["--default-artifact-root", artifacts.resolve().as_uri(), "--uvicorn-opts", "--log-level warning"]
     # In a session of its own, so that Ctrl-C reaches this process alone: the server would answer it with a traceback.
