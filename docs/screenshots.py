@@ -29,7 +29,6 @@ def page_pictures(browser: Browser, store: str, study: str, out: Path) -> None:
         file.write_text(build_page([study], Options(importances=importances), store).html, encoding="utf-8")
         for name, width, dark, heading, height in (
             ("report", 1280, False, "main", 1750),
-            ("report-confusions", 1280, False, ".confusions", 1400),
             ("report-dark", 1280, True, "#classes", 900),
             ("report-phone", 390, False, ".curves", 844),
         ):
