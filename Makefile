@@ -11,7 +11,7 @@ DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan report test test-all check format lint types docs docs-check ui
+.PHONY: help setup sweep plan report test test-all chaos check format lint types docs docs-check ui
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ test: $(SETUP) ## run the default test suite
 
 test-all: $(SETUP) ## run every test, the slow ones too
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow or not slow" $(ARGS)
+
+chaos: $(SETUP) ## kill a study a hundred times and compare its report: make chaos KILLS=100 SEED=0
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 format: $(SETUP) ## rewrite the code in the project's format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

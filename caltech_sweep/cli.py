@@ -28,6 +28,17 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
+def _emit(text: str, out: Path | None) -> None:
+    """Print text, or write it to a file; raise CaltechSweepError when that cannot be written."""
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CaltechSweepError(f"--out: {out} cannot be written: {error.strerror}") from error
+
+
 tracking_option = click.option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI or mlruns/mlflow.db.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Fix a setting for this run, such as lr=0.01."
@@ -68,6 +79,21 @@ def main() -> None:
 @click.option("--confirm", type=click.IntRange(0), default=0, metavar="K", help="Repeat the K best on fresh seeds.")
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option("--stage-budget", type=click.FloatRange(0), metavar="GB", help="Disk for what is shared.")
+@click.option(
+    "--hang-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=1800,
+    show_default=True,
+    metavar="SECONDS",
+    help="Kill a worker that has given no sign for so long, and try its trial again.",
+)
+@click.option(
+    "--max-failures",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Stop after so many trials in a row that crashed, ran out of memory or met bad data.",
+)
 @click.option("--in-process", is_flag=True, help="Train in this very process, for debugging.")
 def run(
     study: str,
@@ -80,6 +106,9 @@ def run(
 ) -> None:
     """Run STUDY, a name in sweeps/ or a path, to its total of trials.
 
+    The exit code is 0 when every trial ran or diverged by its own settings, 1 when one failed for another reason or
+    the study stopped after --max-failures, 2 for wrong input, and 130 after a stop by Ctrl-C.
+
     Example: caltech-sweep run transfer --trials 20 --workers 2
     """
     from caltech_sweep.sweep.study_file import load_study
@@ -90,10 +119,15 @@ def run(
     summary = run_study(definition, RunOptions(**options), _say)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(summary.outcomes.items())) or "nothing to do"
     _say(f"study {definition.name}: {counts}")
+    if summary.stopped:
+        _say(summary.stopped)
+        sys.exit(1)
     if not summary.complete:
         _say(f"stopped; go on with: caltech-sweep run {study}")
         sys.exit(130)
     _say(f"see the tables with: caltech-sweep report {definition.name}")
+    if summary.failures:
+        sys.exit(1)
 
 
 @main.command()
@@ -190,13 +224,7 @@ def report(
         tables = load_tables(studies, best, tracking_uri)
         text = render(tables, kind)
     problems = outside(tables, explicit=bool(studies)) if check else []
-    if out is None:
-        click.echo(text, nl=False)
-    else:
-        try:
-            out.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise CaltechSweepError(f"--out: {out} cannot be written: {error.strerror}") from error
+    _emit(text, out)
     for problem in problems:
         _say(problem)
     if problems:
@@ -339,3 +367,40 @@ def predict(
         click.echo(line)
     if broken:
         sys.exit(CaltechSweepError.exit_code)
+
+
+@main.command()
+@click.argument("study", required=False)
+@click.option("--fix", is_flag=True, help="Mend what can be mended; without it nothing is changed.")
+@tracking_option
+@click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
+def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str | None) -> None:
+    """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and mend it.
+
+    The exit code is 0 when nothing is left to mend, else 1. A study that is being run is skipped.
+
+    Example: caltech-sweep doctor --fix
+    """
+    from caltech_sweep.sweep.doctor import examine
+
+    diagnosis = examine(study, tracking_uri, storage, fix, click.echo)
+    skipped = f", {diagnosis.skipped} skipped" if diagnosis.skipped else ""
+    click.echo(f"{diagnosis.studies} studies examined{skipped}: {diagnosis.found} found, {diagnosis.mended} mended")
+    if not diagnosis.healthy:
+        if not fix:
+            _say("mend what can be mended with: caltech-sweep doctor --fix")
+        sys.exit(1)
+
+
+@main.command()
+@tracking_option
+@click.option("--storage", help="Optuna store, beside which the journals are; default mlruns/optuna.db.")
+def replay(tracking_uri: str | None, storage: str | None) -> None:
+    """Bring to the tracking store what it did not take while a study ran; the next run of the study does so, too.
+
+    Example: caltech-sweep replay
+    """
+    from caltech_sweep.sweep.session import replay as replay_all
+
+    if not replay_all(tracking_uri, storage, _say):
+        sys.exit(1)

@@ -22,6 +22,7 @@ OUTCOMES = {
     "pruned": Outcome("PRUNED", "KILLED"),
     "diverged": Outcome("FAIL", "FAILED"),
     "out_of_memory": Outcome("FAIL", "FAILED"),
+    "data_error": Outcome("FAIL", "FAILED"),
     "crashed": Outcome("FAIL", "FAILED"),
     "interrupted": Outcome("WAITING", "KILLED"),
 }
@@ -56,6 +57,9 @@ class StudyRecord:
     document: Mapping[str, Any]
 
 
+# Outcomes that are nobody's choice of settings: enough of these in a row stop a study.
+FAILURES = ("out_of_memory", "data_error", "crashed")
+
 EpochLog = tuple[int, Mapping[str, float], int]  # 1-based epoch, metrics by name, time in milliseconds since 1970
 
 
@@ -74,8 +78,17 @@ class Tracker(Protocol):
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Create a trial's run; return its id."""
 
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Record what a trial trains; those that are recorded already stay as they are."""
+
     def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
         """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
+
+    def last_epoch(self, run_id: str) -> int:
+        """Return the last epoch whose metrics a run has, or 0."""
+
+    def keep_up(self) -> None:
+        """Called from time to time: bring to the store what waits for it, without blocking for long."""
 
     def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
         """Record which images a trial used."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from caltech_sweep import paths
 from caltech_sweep.errors import StoreError
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 _SQLITE = "sqlite:///"
+_ABANDONED = 3600.0  # seconds after which a store that is being made is taken for one that was given up
 
 
 def absolute(uri: str) -> str:
@@ -35,17 +39,44 @@ def storage_uri(named: str | None = None) -> str:
     return absolute(named or str(paths.OPTUNA_DB))
 
 
-def hide_secrets(uri: str) -> str:
-    """Return an address without its user and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+def hide_secrets(text: str) -> str:
+    """Return an address, or a sentence with addresses in it, without users, passwords and keys."""
+    text = re.sub(r"(?<=://)[^\s'\"<>]*@", "***@", text)
+    return re.sub(r"([?&;](?:password|passwd|pwd|token|secret|[\w-]*key)=)[^&;\s'\"]*", r"\1***", text, flags=re.I)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of the original error in a sentence's form, without secrets."""
+    cause = error.__cause__ if type(error).__name__ == "StorageInternalError" else None  # Optuna's own says nothing
+    error = cause or error
+    text = str(getattr(error, "orig", None) or error) or type(error).__name__
+    driver = re.search(r"^\(\w+\.\w+\) (.+)$", text, re.M)  # what the database itself said, in a longer story
+    return hide_secrets(driver[1] if driver else text.splitlines()[0])
+
+
+def cannot_open(what: str, uri: str, error: BaseException) -> StoreError:
+    """Return the error of a store that cannot be opened; one of another version names the command that helps."""
+    text, shown = str(error), hide_secrets(uri)
+    if "mlflow db upgrade" in text:
+        how = f"back it up, then run `mlflow db upgrade {shown}`, or update MLflow if the store is the newer one"
+    elif "optuna storage upgrade" in text:
+        how = f"back it up, then run `optuna storage upgrade --storage {shown}`"
+    elif "pip install -U optuna" in text:
+        how = "update Optuna, which is older than the store"
+    else:
+        return StoreError(f"the {what} {shown} cannot be opened: {reason(error)}")
+    return StoreError(f"the {what} {shown} was made by another version of its library; {how}")
 
 
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of an SQLite store, or None for another kind."""
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def journal_root(storage: str) -> Path:
+    """Return the folder below which results wait that a tracking store does not take: beside the study store."""
+    file = sqlite_file(storage)
+    return file.parent if file is not None else paths.STORES.resolve()
 
 
 def check_file(uri: str, what: str, create: bool) -> None:
@@ -66,8 +97,28 @@ def check_file(uri: str, what: str, create: bool) -> None:
         raise StoreError(f"the {what} {file} cannot be {'written' if create else 'read'}; check its permissions")
 
 
-def tune_sqlite(engine: Engine) -> None:
+def make_whole(uri: str, make: Callable[[str], None]) -> None:
+    """Let ``make`` create a missing SQLite store under a name of its own, then put it in its place in one step.
+
+    A process that is killed while it creates tables would leave a store that nobody can open.
+    """
+    file = sqlite_file(uri)
+    if file is None or file.exists():
+        return
+    for abandoned in file.parent.glob(f".new-{file.name}-*"):
+        if time.time() - abandoned.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".new-{file.name}-") as folder:
+        made = Path(folder) / file.name
+        make(f"{_SQLITE}{made}")
+        with contextlib.suppress(FileExistsError):  # another process was faster, and its store is as good
+            os.link(made, file)
+
+
+def tune_sqlite(engine: Engine, patience: int) -> None:
     """Let an SQLite store be read while it is written, and commit without waiting for the disk each time.
+
+    A write waits ``patience`` seconds for a database that another process holds.
 
     A write-ahead log survives the death of any process; a power cut may lose the last moments, never the file
     (SQLite, "Write-Ahead Logging").
@@ -76,7 +127,7 @@ def tune_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000"):
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={patience * 1000}"):
             connection.execute(f"PRAGMA {pragma}")
 
     engine.dispose()  # connections that are open already lack the settings
@@ -95,8 +146,12 @@ def only_one(uri: str, study: str) -> Iterator[None]:
     import fcntl
 
     folder = file.parent / "locks"
-    folder.mkdir(exist_ok=True)
-    with (folder / f"{study.replace('/', '_')}.lock").open("a+") as lock:
+    try:
+        folder.mkdir(exist_ok=True)
+        opened = (folder / f"{study.replace('/', '_')}.lock").open("a+")
+    except OSError as error:
+        raise StoreError(f"the folder {folder} cannot be written: {error.strerror}; check its permissions") from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

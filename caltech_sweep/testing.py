@@ -33,12 +33,15 @@ class Script:
     """What a mocked trial does: a validation accuracy an epoch, then its end.
 
     Without ``accuracies`` every epoch of the config gives 0.5. ``failure`` is "diverged", "out_of_memory" or
-    "crashed"; ``deaths`` is how often the worker dies after the last scripted epoch before the trial gets through.
+    "crashed"; ``deaths`` is how often the worker dies after the last scripted epoch before the trial gets through,
+    and ``hangs`` how often it falls silent there.
     """
 
     accuracies: Sequence[float] | None = None
     failure: str | None = None
     deaths: int = 0
+    hangs: int = 0
+    fails: int | None = None  # how often ``failure`` is met before the trial gets through; None: always
     test_accuracy: float = 0.5
 
 
@@ -52,17 +55,24 @@ class ScriptedExecutor:
         self._events: dict[int, list[Event]] = {}
         self._lockstep: dict[int, bool] = {}
         self._waits: set[int] = set()
-        self._deaths: dict[int, int] = {}
+        self._tries: dict[int, int] = {}
+        self._silent: set[int] = set()
+
+    def has_room(self) -> bool:
+        """Say yes: a job that is to run alone is not told from another."""
+        return True
 
     def submit(self, job: Job) -> None:
         """Lay out the events of a job."""
         script = self._script if isinstance(self._script, Script) else self._script(job.config)
         accuracies = script.accuracies if script.accuracies is not None else [0.5] * job.config.epochs
         events: list[Event] = [Epoch(job.number, n, epoch_metrics(value)) for n, value in enumerate(accuracies, 1)]
-        if self._deaths.get(job.number, 0) < script.deaths:
-            self._deaths[job.number] = self._deaths.get(job.number, 0) + 1
+        tries = self._tries[job.number] = self._tries.get(job.number, 0) + 1
+        if tries <= script.deaths:
             events.append(WorkerDied(job.number, -9))
-        elif script.failure:
+        elif tries <= script.hangs:
+            self._silent.add(job.number)
+        elif script.failure and (script.fails is None or tries <= script.fails):
             events.append(Failed(job.number, script.failure, f"scripted to be {script.failure}", "scripted"))
         else:
             (job.folder / "config.yaml").write_text("scripted: true\n")
@@ -81,6 +91,8 @@ class ScriptedExecutor:
         """Return the next event of every running job that does not wait for an answer."""
         happened = []
         for number in [number for number in self._events if number not in self._waits]:
+            if not self._events[number] and number in self._silent:
+                continue
             event = self._events[number].pop(0)
             happened.append(event)
             if not isinstance(event, Epoch):
@@ -94,6 +106,16 @@ class ScriptedExecutor:
         self._waits.discard(job)
         if not go_on:
             self._events[job] = [Stopped(job)]
+
+    def waits(self, job: int) -> bool:
+        """Say no."""
+        return False
+
+    def abandon(self, job: int) -> bool:
+        """Let a job that fell silent die."""
+        self._silent.discard(job)
+        self._events[job] = [WorkerDied(job, -9)]
+        return True
 
     def close(self) -> None:
         """Drop every job."""
@@ -155,12 +177,23 @@ class MemoryTracker:
         self.runs[run_id] = _Run(study, name, dict(params), dict(tags), len(self.runs))
         return run_id
 
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Add what is missing of the params."""
+        self.runs[run_id].params = {**params, **self.runs[run_id].params}
+
     def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
         """Open a trial's run again."""
         run = self.runs[run_id]
         run.status = "RUNNING"
         run.tags = {**{k: v for k, v in run.tags.items() if k not in ("outcome", "reason")}, **tags}
-        return max((epoch for epoch, _, _ in run.history), default=0)
+        return self.last_epoch(run_id)
+
+    def last_epoch(self, run_id: str) -> int:
+        """Return the last epoch of a run."""
+        return max((epoch for epoch, _, _ in self.runs[run_id].history), default=0)
+
+    def keep_up(self) -> None:
+        """Nothing waits."""
 
     def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
         """Keep the digest."""
@@ -219,6 +252,7 @@ def scripted_coordinator(
     study: optuna.Study | None = None,
     only: tuple[str, ...] = (),
     confirm: int = 0,
+    **options: Any,
 ) -> Coordinator:
     """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker."""
     from caltech_sweep.sweep.coordinator import Coordinator, Images
@@ -228,7 +262,9 @@ def scripted_coordinator(
     study = study or open_study(definition, MEMORY, definition.identity())
     images = Images("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
     watcher = PlainWatcher(lambda line: None)
-    return Coordinator(definition, study, tracker, executor, watcher, scratch, images, only=only, confirm=confirm)
+    return Coordinator(
+        definition, study, tracker, executor, watcher, scratch, images, only=only, confirm=confirm, **options
+    )
 
 
 def run_scripted(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import time
 import urllib.error
@@ -27,25 +28,30 @@ from caltech_sweep.records import OUTCOMES, EpochLog, StudyRecord, TrialRecord
 for _variable, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # what a server does not take goes to the journal
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }.items():
     os.environ.setdefault(_variable, _value)
 
+import sqlalchemy as sa  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402  (the settings above must come first)
 from mlflow.entities import Dataset as DatasetEntity  # noqa: E402
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.db.utils import _initialize_tables  # noqa: E402
+from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun  # noqa: E402
 
 STUDY_FILE = "study.json"
+_LOCK_SECONDS = 5  # that a write waits for a database that another holds, before it goes to the journal
+_LARGEST_BATCH = 900  # metrics of one call; MLflow takes 1,000
 _LONGEST_TAG = 7900  # characters; a database store of MLflow takes 8,000
 STEP_METRIC = "train/loss"  # logged by every epoch, so its last step is the last epoch that a run has
 
 for _name in ("alembic", "mlflow"):  # after the import, which sets its own levels
     logging.getLogger(_name).setLevel(logging.WARNING)
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it raises, in full
 
 
 def git_state() -> dict[str, str]:
@@ -67,11 +73,33 @@ def _check_server(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers; other servers than MLflow's own may lack this page
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+        reason = stores.hide_secrets(str(getattr(error, "reason", error)))
         raise StoreError(
             f"the tracking server {stores.hide_secrets(uri)} does not answer ({reason}); "
             "start it, or choose another store with --tracking-uri"
         ) from error
+
+
+def _make_database(uri: str) -> None:
+    engine = sa.create_engine(uri)
+    _initialize_tables(engine)
+    engine.dispose()
+
+
+_AWAY = re.compile(
+    r"failed with exception|failed with error code 5\d\d|max retries exceeded|connection refused|database is locked"
+    r"|disk i/o error|disk is full|unable to open database|readonly database|no space left",
+    re.I,
+)
+
+
+def is_outage(error: Exception) -> bool:
+    """Tell whether an error says that the store is away or cannot write now, rather than that a call is wrong."""
+    if isinstance(error, OSError):  # those of requests are among these
+        return not isinstance(error, FileNotFoundError)
+    return isinstance(error, (StoreError, MlflowException, sa.exc.SQLAlchemyError)) and (
+        isinstance(error, StoreError) or _AWAY.search(str(error)) is not None
+    )
 
 
 class MlflowTracker:
@@ -87,14 +115,14 @@ class MlflowTracker:
         if file is not None and artifacts is None:
             self._artifacts = file.parent / paths.ARTIFACTS.name
         try:
+            if create:
+                stores.make_whole(self.uri, _make_database)
             self.client = MlflowClient(self.uri, self.uri)
             if file is not None and create:
-                stores.tune_sqlite(self.client._tracking_client.store.engine)
+                stores.tune_sqlite(self.client._tracking_client.store.engine, _LOCK_SECONDS)
             self.client.search_experiments(max_results=1)  # the first use creates the tables, once, here
         except Exception as error:  # SQLAlchemy, MLflow and HTTP errors have no common base
-            raise StoreError(
-                f"the tracking store {stores.hide_secrets(self.uri)} cannot be opened: {str(error).splitlines()[0]}"
-            ) from error
+            raise stores.cannot_open("tracking store", self.uri, error) from None  # the cause may hold secrets
         self._copies: TemporaryDirectory[str] | None = None
         self._experiment: dict[str, str] = {}
         self._parent: dict[str, str] = {}
@@ -124,22 +152,35 @@ class MlflowTracker:
 
     def finish_study(self, name: str, complete: bool) -> None:
         """Close the parent run: FINISHED when all its trials have run, KILLED when it was stopped before."""
-        self.client.set_terminated(self._parent[name], "FINISHED" if complete else "KILLED")
+        self.client.set_terminated(self._opened(name), "FINISHED" if complete else "KILLED")
+
+    def _opened(self, name: str) -> str:
+        """Return the parent run of a study, which may have been started by another process."""
+        if name not in self._parent:
+            record = self.study(name)
+            if record is None:
+                raise StoreError(f"there is no study {name!r} in {stores.hide_secrets(self.uri)}; was it deleted?")
+            self._experiment[name], self._parent[name] = record.experiment_id, record.run_id
+        return self._parent[name]
 
     def describe_study(self, name: str, description: str) -> None:
         """Give the parent run a description, which the MLflow UI shows as Markdown."""
         if len(description) > _LONGEST_TAG:
             cut = description[:_LONGEST_TAG].rpartition("\n")[0]
             description = f"{cut}\n\nThe rest is in `caltech-sweep report {name}`."
-        self.client.set_tag(self._parent[name], "mlflow.note.content", description)
+        self.client.set_tag(self._opened(name), "mlflow.note.content", description)
 
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Create a trial's run below the study's; return its id."""
-        own = {"kind": "trial", "study": study, "mlflow.parentRunId": self._parent[study], "mlflow.runName": name}
+        own = {"kind": "trial", "study": study, "mlflow.parentRunId": self._opened(study), "mlflow.runName": name}
         run = self.client.create_run(self._experiment[study], tags={**tags, **own})
         run_id: str = run.info.run_id
-        self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+        self.log_params(run_id, params)
         return run_id
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Record what a trial trains; those that are recorded already stay as they are."""
+        self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
 
     def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
         """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
@@ -148,7 +189,16 @@ class MlflowTracker:
         for stale in ("outcome", "reason"):
             if stale in self.client.get_run(run_id).data.tags:
                 self.client.delete_tag(run_id, stale)
+        return self.last_epoch(run_id)
+
+    def last_epoch(self, run_id: str) -> int:
+        """Return the last epoch whose metrics a run has, or 0."""
         return max((metric.step for metric in self.client.get_metric_history(run_id, STEP_METRIC)), default=0)
+
+    def keep_up(self) -> None:
+        """Raise StoreError when a server does not answer."""
+        if self.uri.startswith(("http://", "https://")):
+            _check_server(self.uri)
 
     def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
         """Record which images a run used: their digest and how many each part has."""
@@ -157,20 +207,28 @@ class MlflowTracker:
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
         """Log the metrics of (epoch, metrics, time in milliseconds), in as few calls as MLflow's limits allow."""
-        metrics = [Metric(key, value, at, epoch) for epoch, values, at in epochs for key, value in values.items()]
-        for start in range(0, len(metrics), 900):
-            self.client.log_batch(run_id, metrics=metrics[start : start + 900])
+        batch: list[Metric] = []
+        for epoch, values, at in epochs:
+            if len(batch) + len(values) > _LARGEST_BATCH:  # never cut within an epoch: each is logged whole or not
+                self.client.log_batch(run_id, metrics=batch)
+                batch = []
+            batch += [Metric(key, value, at, epoch) for key, value in values.items()]
+        self.client.log_batch(run_id, metrics=batch)
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
     ) -> None:
-        """Upload a trial's artifacts, log what is known only at its end, and set its final status."""
+        """Upload a trial's artifacts, log what is known only at its end, and set its final status.
+
+        May be done again, after it was cut short, without doubling anything.
+        """
         if folder is not None and folder.is_dir() and any(folder.iterdir()):
             self.client.log_artifacts(run_id, str(folder))
         now = int(time.time() * 1000)
+        known = self.client.get_run(run_id).data.metrics if metrics else {}
         self.client.log_batch(
             run_id,
-            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items() if known.get(key) != value],
             tags=[RunTag(key, value) for key, value in {**tags, "outcome": outcome}.items()],
         )
         self.client.set_terminated(run_id, OUTCOMES[outcome].mlflow)
@@ -241,6 +299,34 @@ class MlflowTracker:
         if self._copies is None:
             self._copies = TemporaryDirectory(prefix="caltech-sweep-", ignore_cleanup_errors=True)
         return self._copies.name
+
+    # -- mending ---------------------------------------------------------------------------------------------------
+
+    def status(self, run_id: str) -> str:
+        """Return a run's status."""
+        status: str = self.client.get_run(run_id).info.status
+        return status
+
+    def finish(self, run_id: str) -> None:
+        """Show a study that nobody runs as stopped."""
+        self.client.set_terminated(run_id, "KILLED")
+
+    def discard(self, run_id: str) -> None:
+        """Move a run to MLflow's deleted ones, out of every table and list; MLflow can restore it."""
+        if self.status(run_id) == "RUNNING":
+            self.client.set_terminated(run_id, "KILLED")
+        self.client.delete_run(run_id)
+
+    def move_artifacts(self, experiment_id: str, old: str, new: str) -> None:
+        """Let the artifact locations of an experiment and its runs that begin with ``old`` begin with ``new``."""
+        experiments, runs = SqlExperiment.__table__, SqlRun.__table__
+        with self.client._tracking_client.store.engine.begin() as connection:
+            for table, column in ((experiments, experiments.c.artifact_location), (runs, runs.c.artifact_uri)):
+                connection.execute(
+                    sa.update(table)
+                    .where(table.c.experiment_id == int(experiment_id), column.startswith(old, autoescape=True))
+                    .values({column: new + sa.func.substr(column, len(old) + 1)})
+                )
 
     def best_trial(self, study: str) -> TrialRecord:
         """Return the complete trial with the highest validation accuracy, the earliest of equals."""

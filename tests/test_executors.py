@@ -6,12 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.errors import DivergedError
+from caltech_sweep.errors import DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.sweep.executors import (
     Done,
     Epoch,
@@ -33,14 +34,24 @@ def runner(job: Job) -> Epochs:
         raise DivergedError(1, 2, float("nan"))
     if job.config.seed == 2:
         raise KeyError("a bug")
+    if job.config.seed == 5 and not job.alone:
+        raise OutOfMemoryError("a batch of 256 images did not fit on cpu")
+    if job.config.seed == 6:
+        raise DatasetError("image 7 is gone")
     for epoch in range(1, job.config.epochs + 1):
         yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10})
         if job.config.seed == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         if job.config.seed == 4:
             time.sleep(60)
+        if job.config.seed == 7:
+            time.sleep(0.1)
     (job.folder / "device.txt").write_text(str(job.device))
-    return Done(job.number, {"best/val_accuracy": job.config.epochs / 10}, {"pid": str(os.getpid())})
+    return Done(
+        job.number,
+        {"best/val_accuracy": job.config.epochs / 10},
+        {"pid": str(os.getpid()), "at": str(time.monotonic())},
+    )
 
 
 Factory = Callable[[], Executor]
@@ -141,3 +152,35 @@ def test_closing_ends_the_workers_at_once(tmp_path: Path) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_job_alone_waits_for_its_device_and_nobody_joins_it(tmp_path: Path) -> None:
+    executor = ProcessExecutor(runner, 3, ["cpu", "other"])  # two workers on cpu, one on the other device
+    try:
+        long = job(tmp_path, 1, seed=7, epochs=10)
+        executor.submit(job(tmp_path, 0, seed=5))
+        executor.submit(replace(long, number=2))  # on the other device
+        executor.submit(long)
+        failed = next(event for event in drain(executor) if isinstance(event, Failed))
+        assert (failed.job, failed.outcome) == (0, "out_of_memory")
+        executor.submit(replace(job(tmp_path, 0, seed=5), alone=True))
+        assert not executor.has_room()  # cpu is reserved, the other device is busy
+        ended = {e.job: float(e.tags["at"]) for e in drain(executor, 3) if isinstance(e, Done)}
+        assert set(ended) == {0, 1, 2} and ended[0] > ended[1]
+        assert executor.has_room()
+    finally:
+        executor.close()
+
+
+def test_bad_data_is_named_and_a_silent_worker_can_be_ended(tmp_path: Path) -> None:
+    executor = ProcessExecutor(runner, 1)
+    try:
+        executor.submit(job(tmp_path, 0, seed=6))
+        assert drain(executor) == [Failed(0, "data_error", "image 7 is gone")]
+        executor.submit(job(tmp_path, 1, seed=4))
+        while not executor.poll(0.2):
+            pass
+        assert executor.abandon(1) and drain(executor) == [WorkerDied(1, -9)]
+        assert not executor.abandon(1)
+    finally:
+        executor.close()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from caltech_sweep.errors import StoreError
+from caltech_sweep.journal import Journal, JournalingTracker
 from caltech_sweep.records import OUTCOMES, Tracker
 from caltech_sweep.testing import MemoryTracker
-from caltech_sweep.tracking import MlflowTracker
+from caltech_sweep.tracking import MlflowTracker, is_outage
 
 TAGS = {"trial_number": "0", "fingerprint": "abc", "row": "First"}
 
@@ -19,11 +20,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("odd place & more") / "mlflow.db"
 
 
-@pytest.fixture(params=["memory", "mlflow"])
+@pytest.fixture(params=["memory", "mlflow", "journaling"])
 def tracker(request: pytest.FixtureRequest) -> Tracker:
     if request.param == "memory":
         return MemoryTracker()
-    return MlflowTracker(str(request.getfixturevalue("store")), create=True)
+    tracker = MlflowTracker(str(request.getfixturevalue("store")), create=True)
+    if request.param == "mlflow":
+        return tracker
+    journal = Journal(request.getfixturevalue("tmp_path_factory").mktemp("journal"))
+    return JournalingTracker(tracker, journal, is_outage, lambda line: None)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.records import EpochLog, Tracker, TrialRecord
+from caltech_sweep.errors import StoreError
+from caltech_sweep.records import FAILURES, EpochLog, Tracker, TrialRecord
+from caltech_sweep.stores import reason
 from caltech_sweep.sweep import study as studies
 from caltech_sweep.sweep.executors import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.recovery import records_by_trial, survey
@@ -58,6 +61,9 @@ class _Running:
     logged: int = 0  # the last epoch that the tracking store has
     reported: int = 0  # the last epoch that Optuna has
     attempt: int = 0
+    alone: bool = False  # it did not fit beside others, and is tried once more without them
+    heard: float = field(default_factory=time.monotonic)  # when its worker last gave a sign
+    hung: bool = False  # its worker was killed since it gave none
     pending: list[EpochLog] = field(default_factory=list)
     flushed: float = field(default_factory=time.monotonic)
 
@@ -68,6 +74,20 @@ class Summary:
 
     outcomes: dict[str, int] = field(default_factory=dict)
     complete: bool = False
+    stopped: str = ""  # why the study stopped by itself
+
+    @property
+    def failures(self) -> int:
+        """How many trials failed for another reason than their settings."""
+        return sum(self.outcomes.get(outcome, 0) for outcome in FAILURES)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When patience ends: with a worker that gives no sign, and with trials that fail one after the other."""
+
+    hang_seconds: float = 1800.0  # without an event; an epoch may take long
+    failures_in_a_row: int = 5  # then the study stops
 
 
 class Coordinator:
@@ -89,11 +109,13 @@ class Coordinator:
         stages: StageUse | None = None,
         confirm: int = 0,
         describe: Callable[[], str] | None = None,
+        limits: Limits = Limits(),
     ) -> None:
         self.definition, self.study, self.tracker, self.executor = definition, study, tracker, executor
         self.watcher, self.scratch, self.images = watcher, scratch, images
         self.weights, self.tags, self.only = dict(weights or {}), dict(tags or {}), only
-        self.stages, self.confirm, self.describe = stages, confirm, describe
+        self.stages, self.confirm, self.describe, self.limits = stages, confirm, describe, limits
+        self._failed_in_a_row = 0
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
@@ -120,26 +142,39 @@ class Coordinator:
                 )
                 self._run_all()
             self.summary.complete = not self._stop
+        except studies.STORE_ERRORS as error:
+            raise StoreError(
+                f"the study store cannot be read or written ({reason(error)}); mend that and run the study again: "
+                "it goes on where it was"
+            ) from None
         finally:
-            self.executor.close()
+            self._close()
+        return self.summary
+
+    def _close(self) -> None:
+        """Let what runs wait. A store that takes no more is mended by the next run."""
+        self.executor.close()
+        with suppress(StoreError, *studies.STORE_ERRORS):
             for number in list(self._running):
                 self._end(number, "interrupted", "waits for the next run of this study")
             self.tracker.finish_study(self.definition.name, self.summary.complete)
             self._describe()
-        return self.summary
 
     def _run_all(self) -> None:
         while not self._stop and (self._fill() or self._running):
             for event in self.executor.poll(0.5):
                 self._handle(event)
             self._heartbeat()
+            self._end_what_hangs()
+            self.tracker.keep_up()
             if self._undescribed and time.monotonic() - self._described > DESCRIBE_SECONDS:
                 self._describe()
 
     def _describe(self) -> None:
         """Keep the table that is the study's description in the tracking store current."""
         if self.describe is not None:
-            self.tracker.describe_study(self.definition.name, self.describe())
+            with suppress(StoreError):  # a store that is away has no table either
+                self.tracker.describe_study(self.definition.name, self.describe())
         self._described, self._undescribed = time.monotonic(), False
 
     # -- what is to do ---------------------------------------------------------------------------------------------
@@ -148,6 +183,7 @@ class Coordinator:
         """Take over what an earlier run left, let the rows that are missing wait, and count what is left."""
         self._records = records_by_trial(self.tracker, self.definition.name)
         for finding in list(survey(self.study, self.tracker, self._records, self._is_current)):
+            assert finding.mend is not None
             finding.mend()
             self.watcher.note(finding.text)
         studies.enqueue_missing_rows(self.study, self.definition, self.only)
@@ -157,6 +193,7 @@ class Coordinator:
         waiting = len(self._waiting(trials))
         ended = [trial for trial in trials if studies.is_finished(trial) and self._is_current(trial)]
         counted = sum(not studies.is_extra(trial) for trial in ended + self._waiting(trials))
+        counted += (self.definition.family_size - 1) * sum(map(studies.is_unsampled, self._waiting(trials)))
         self._sampled_left = 0 if self.only else max(0, self.definition.trials - counted)
         done = len(ended)
         self.watcher.study_started(self.definition.name, done, done + waiting + self._sampled_left)
@@ -172,7 +209,7 @@ class Coordinator:
     def _fill(self) -> bool:
         """Hand a trial to every free slot; return whether any was handed out."""
         before = len(self._running)
-        while len(self._running) < self.executor.slots:
+        while len(self._running) < self.executor.slots and self.executor.has_room():
             running = self._next()
             if running is None:
                 break
@@ -183,6 +220,9 @@ class Coordinator:
         """Return the next trial: one that waits (an interrupted one, a row, a branch), or else a sampled one."""
         trials = self.study.get_trials(deepcopy=False)
         waiting = self._waiting(trials)
+        unsampled = next((trial for trial in waiting if studies.is_unsampled(trial)), None)
+        if unsampled is not None:
+            return self._resample(unsampled)
         configs = [TrialConfig.from_dict(trial.user_attrs["config"]) for trial in waiting]
         running = {running.config: running.epoch for running in self._running.values()} if self.stages else {}
         chosen = next_index(configs, running, other_work=self._sampled_left > 0)
@@ -191,15 +231,24 @@ class Coordinator:
         return self._sample(len(trials)) if self._sampled_left > 0 else None
 
     def _sample(self, number: int) -> _Running:
-        """Ask for new settings; the other schedules of their family wait from now on."""
+        """Ask for new settings."""
         self._sampled_left -= self.definition.family_size
         self.study.sampler = make_sampler(self.definition.sampler, number)
-        trial = studies.ask(self.study)
+        return self._settle(studies.ask(self.study))
+
+    def _resample(self, waiting: FrozenTrial) -> _Running:
+        """Sample a trial whose coordinator died while it was sampled: it gets what it would have got."""
+        self.study.sampler = make_sampler(self.definition.sampler, waiting.number)
+        return self._settle(studies.take_unsampled(self.study, waiting))
+
+    def _settle(self, trial: optuna.Trial) -> _Running:
+        """Let Optuna suggest a trial's settings; the other schedules of their family wait from now on."""
         settings = sample(trial, self.definition.space)
         config = self.definition.config({**settings, **own_branch(trial, self.definition.expand)})
         studies.set_config(trial, config)
         if self.definition.expand:
-            studies.complete_family(self.study, self.definition, self.study.get_trials(deepcopy=False)[number])
+            base = self.study.get_trials(deepcopy=False)[trial.number]
+            studies.complete_family(self.study, self.definition, base)
         return self._prepared(trial, None, config)
 
     def _resume(self, waiting: FrozenTrial) -> _Running:
@@ -236,8 +285,9 @@ class Coordinator:
         stages = self.stages
         if stages is not None:
             stages = replace(stages, save_at=branch_epochs(self.definition, config))
-        running.epoch = 0
-        self.executor.submit(Job(number, config, running.folder, file, lockstep=running.prunable, stages=stages))
+        running.epoch, running.heard, running.hung = 0, time.monotonic(), False
+        lockstep, alone = running.prunable, running.alone
+        self.executor.submit(Job(number, config, running.folder, file, None, lockstep, stages, alone))
         self.watcher.trial_started(number, running.name, config.epochs)
 
     def _open_run(self, running: _Running) -> None:
@@ -248,6 +298,10 @@ class Coordinator:
             running.run_id = running.run_id or (record.run_id if record else "")
             attempt = {"attempt": str(running.attempt + 1)} if running.attempt else {}
             running.logged = self.tracker.resume_trial(running.run_id, attempt)
+            if record is not None:  # of an earlier process, which may have died before it had written all this
+                if len(record.params) < len(config.to_params()):
+                    self.tracker.log_params(running.run_id, config.to_params())
+                self._log_dataset(running)
             return
         tags = {
             "trial_number": str(number),
@@ -262,10 +316,15 @@ class Coordinator:
         if config.weights in self.weights:
             tags["weights.run_id"] = self.weights[config.weights][0]
         running.run_id = self.tracker.start_trial(self.definition.name, running.name, config.to_params(), tags)
-        self.tracker.log_dataset(running.run_id, config.dataset.name, images.digest, images.parts, images.source)
+        self._log_dataset(running)
+
+    def _log_dataset(self, running: _Running) -> None:
+        images, name = self.images, running.config.dataset.name
+        self.tracker.log_dataset(running.run_id, name, images.digest, images.parts, images.source)
 
     def _handle(self, event: Event) -> None:
         running = self._running[event.job]
+        running.heard = time.monotonic()
         if isinstance(event, Epoch):
             self._epoch(running, event)
         elif isinstance(event, Done):
@@ -281,6 +340,9 @@ class Coordinator:
             self._end(event.job, "complete", text, event.metrics, event.tags)
         elif isinstance(event, Stopped):
             self._end(event.job, "pruned", "")
+        elif isinstance(event, Failed) and event.outcome == "out_of_memory" and not running.alone:
+            running.alone = True
+            self._again(running, f"{event.message}; it is tried again alone on its device")
         elif isinstance(event, Failed):
             if event.trace:
                 (running.folder / "traceback.txt").write_text(event.trace)
@@ -321,13 +383,39 @@ class Coordinator:
         code = event.exit_code or 0
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         message = f"its worker process ended with {how}"
+        if running.hung:
+            message = f"its worker process gave no sign for {self.limits.hang_seconds:g} seconds and was killed"
         if running.attempt >= MAX_RETRIES:
             self._end(event.job, "crashed", f"{message} {running.attempt + 1} times")
             return
+        self._again(running, f"{message}; it is tried again")
+
+    def _again(self, running: _Running, message: str) -> None:
+        """Try a trial once more in this run of the study; it goes on from its last stage."""
         self._flush(running)
-        self.watcher.trial_ended(event.job, running.name, "interrupted", f"{message}; it is tried again")
+        self.watcher.trial_ended(running.trial.number, running.name, "interrupted", message)
         running.attempt += 1
         self._submit(running)
+
+    def _end_what_hangs(self) -> None:
+        now = time.monotonic()
+        for number, running in self._running.items():
+            if self.executor.waits(number):
+                running.heard = now
+            if not running.hung and now - running.heard > self.limits.hang_seconds:
+                running.hung = self.executor.abandon(number)
+
+    def _count_failures(self, outcome: str, name: str, text: str) -> None:
+        """Stop the study when one trial after the other fails for another reason than its settings."""
+        if outcome == "interrupted":
+            return
+        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome in FAILURES else 0
+        if self._failed_in_a_row == self.limits.failures_in_a_row:
+            self.summary.stopped = (
+                f"the study stopped after {self._failed_in_a_row} failed trials in a row, the last of them "
+                f"{name} ({text}); mend the cause and run it again, or raise --max-failures"
+            )
+            self._stop = True
 
     def _end(
         self,
@@ -354,3 +442,4 @@ class Coordinator:
         self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1
         self._undescribed = True
         self.watcher.trial_ended(number, running.name, outcome, text)
+        self._count_failures(outcome, running.name, text)

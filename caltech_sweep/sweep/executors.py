@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import traceback
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.errors import CaltechSweepError, DivergedError, OutOfMemoryError
+from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.training.reuse import StageUse
 
 
@@ -35,6 +36,7 @@ class Job:
     device: str | None = None
     lockstep: bool = False  # wait for the coordinator's answer after every epoch, since it may prune
     stages: StageUse | None = None  # what may be reused and where the trial's own stages go
+    alone: bool = False  # no other job shares its device, which is the one it had before
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Failed:
-    """A job that failed: ``outcome`` is diverged, out_of_memory or crashed."""
+    """A job that failed: ``outcome`` is diverged, out_of_memory, data_error or crashed."""
 
     job: int
     outcome: str
@@ -93,6 +95,9 @@ class Executor(Protocol):
     def slots(self) -> int:
         """How many jobs may run at once."""
 
+    def has_room(self) -> bool:
+        """Tell whether a job may be submitted now."""
+
     def submit(self, job: Job) -> None:
         """Start a job in a free slot."""
 
@@ -102,8 +107,17 @@ class Executor(Protocol):
     def answer(self, job: int, go_on: bool) -> None:
         """Answer an epoch of a lockstep job: train the next one, or stop and reply with ``Stopped``."""
 
+    def waits(self, job: int) -> bool:
+        """Tell whether a submitted job has not begun, since it is to run alone."""
+
+    def abandon(self, job: int) -> bool:
+        """End the worker of a job that hangs, so that its death is an event; False where that cannot be done."""
+
     def close(self) -> None:
         """End every job and worker at once."""
+
+
+_DISK = re.compile(r"No space left|File too large|Disk quota exceeded|Read-only file system")
 
 
 def failure_of(job: int, error: Exception) -> Failed:
@@ -112,6 +126,11 @@ def failure_of(job: int, error: Exception) -> Failed:
         return Failed(job, "diverged", str(error))
     if isinstance(error, OutOfMemoryError):
         return Failed(job, "out_of_memory", str(error))
+    if isinstance(error, DatasetError):
+        return Failed(job, "data_error", str(error))
+    if _DISK.search(str(error)):  # safetensors has errors of its own for what the disk does not take
+        where = getattr(error, "filename", None) or "what the trial leaves"
+        return Failed(job, "crashed", f"{where} cannot be written ({error}); make room and run the study again")
     trace = "" if isinstance(error, CaltechSweepError) else traceback.format_exc()
     return Failed(job, "crashed", str(error) or type(error).__name__, trace)
 
@@ -136,6 +155,10 @@ class InProcessExecutor:
         self._running: tuple[int, Epochs] | None = None
         self._stop = False
 
+    def has_room(self) -> bool:
+        """Tell whether no job runs."""
+        return self._running is None
+
     def submit(self, job: Job) -> None:
         """Start a job; it advances at each poll."""
         self._running = (job.number, self._runner(replace(job, device=job.device or self._device)))
@@ -158,6 +181,14 @@ class InProcessExecutor:
     def answer(self, job: int, go_on: bool) -> None:
         """Go on, or stop, at the next poll."""
         self._stop = not go_on
+
+    def waits(self, job: int) -> bool:
+        """Say no: one slot is always alone."""
+        return False
+
+    def abandon(self, job: int) -> bool:
+        """Say no: what hangs is this very process."""
+        return False
 
     def close(self) -> None:
         """Drop the running job."""
@@ -205,6 +236,7 @@ class _Worker:
     connection: Connection
     device: str | None
     job: int | None = None
+    alone: bool = False  # its job shares the device with no other
 
 
 class ProcessExecutor:
@@ -223,6 +255,8 @@ class ProcessExecutor:
         self._context = multiprocessing.get_context("spawn")
         chosen: list[str | None] = list(devices) if devices else [None]
         self._workers = [self._start(chosen[i % len(chosen)]) for i in range(workers)]
+        self._device_of: dict[int, str | None] = {}  # of every job, where it ran last
+        self._held: list[Job] = []  # jobs to run alone, until the others on their device have ended
 
     def _start(self, device: str | None) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -231,18 +265,49 @@ class ProcessExecutor:
         theirs.close()
         return _Worker(process, ours, device)
 
+    def _free(self) -> list[int]:
+        """Return the workers that may take a job: idle, on a device that no job has or awaits for itself."""
+        reserved = {worker.device for worker in self._workers if worker.job is not None and worker.alone}
+        reserved.update(self._device_of[job.number] for job in self._held)
+        return [i for i, w in enumerate(self._workers) if w.job is None and w.device not in reserved]
+
+    def has_room(self) -> bool:
+        """Tell whether a worker is free whose device is not reserved for a job alone."""
+        return bool(self._free())
+
     def submit(self, job: Job) -> None:
-        """Send a job to a free worker; one that died while idle is replaced first."""
-        index = next(i for i, worker in enumerate(self._workers) if worker.job is None)
+        """Send a job to a free worker; one to run alone waits until the others on its device have ended."""
+        if job.alone and job.number in self._device_of:
+            self._held.append(job)
+            self._release()
+        else:
+            self._send(job, self._free()[0])
+
+    def _release(self) -> None:
+        """Start the jobs whose device they now have for themselves."""
+        for job in list(self._held):
+            device = self._device_of[job.number]
+            there = [i for i, worker in enumerate(self._workers) if worker.device == device]
+            if all(self._workers[i].job is None for i in there):
+                self._held.remove(job)
+                # A new process: what the old ones keep on the device for themselves is given back.
+                for i in there:
+                    self._workers[i].process.kill()
+                    self._workers[i].process.join()
+                self._send(job, there[0])
+
+    def _send(self, job: Job, index: int) -> None:
         worker = self._workers[index]
-        if not worker.process.is_alive():
+        if not worker.process.is_alive():  # it died while idle
             self._workers[index] = worker = self._replace(worker)
-        worker.job = job.number
+        worker.job, worker.alone = job.number, job.alone
+        self._device_of[job.number] = worker.device
         with suppress(BrokenPipeError):  # it dies at this moment: the next poll says so
             worker.connection.send(replace(job, device=job.device or worker.device))
 
     def poll(self, timeout: float) -> list[Event]:
         """Return the events that have arrived."""
+        self._release()
         by_connection = {w.connection: i for i, w in enumerate(self._workers) if w.job is not None}
         return [self._receive(by_connection[ready]) for ready in wait(list(by_connection), timeout)]  # type: ignore[index]
 
@@ -270,6 +335,17 @@ class ProcessExecutor:
             if worker.job == job:
                 with suppress(BrokenPipeError):
                     worker.connection.send(go_on)
+
+    def waits(self, job: int) -> bool:
+        """Tell whether a job to run alone still waits for its device."""
+        return any(held.number == job for held in self._held)
+
+    def abandon(self, job: int) -> bool:
+        """Kill the worker of a job; its death is among the next events."""
+        found = [worker for worker in self._workers if worker.job == job]
+        for worker in found:
+            worker.process.kill()
+        return bool(found)
 
     @property
     def pids(self) -> list[int]:

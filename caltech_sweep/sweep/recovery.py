@@ -18,10 +18,10 @@ from caltech_sweep.sweep.study import end_trial, put_back
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong between the stores: a sentence, and what puts it right."""
+    """One thing that is wrong between the stores: a sentence, and what puts it right, if it can be put right."""
 
     text: str
-    mend: Callable[[], None]
+    mend: Callable[[], None] | None
 
 
 def records_by_trial(tracker: Tracker, name: str) -> dict[tuple[int, str], TrialRecord]:
@@ -48,10 +48,10 @@ def _running_trial(
             f"{name} ended as {outcome} in the tracking store, but the study store takes it for running: copied",
             partial(end_trial, study, trial._trial_id, outcome, value if outcome == "complete" else None),
         )
-    if current and "config" in trial.user_attrs:
+    if current:
         return f"{name} was left running: it waits again", partial(put_back, study, trial._trial_id)
     return (
-        f"{name} was left running without settings of use: it failed",
+        f"{name} was left running with settings that its row no longer has: it failed",
         partial(end_trial, study, trial._trial_id, "crashed", None),
     )
 

@@ -17,14 +17,15 @@ from caltech_sweep import paths, stores
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, UsageError
-from caltech_sweep.sweep.coordinator import Coordinator, Images, Summary
+from caltech_sweep.journal import Journal, JournalingTracker, journal_folder, journals
+from caltech_sweep.sweep.coordinator import Coordinator, Images, Limits, Summary
 from caltech_sweep.sweep.executors import Executor, InProcessExecutor, ProcessExecutor
 from caltech_sweep.sweep.rules import suggestion
 from caltech_sweep.sweep.runner import train
 from caltech_sweep.sweep.study import open_study
 from caltech_sweep.sweep.study_file import StudyDefinition, variants
 from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher
-from caltech_sweep.tracking import MlflowTracker, git_state
+from caltech_sweep.tracking import MlflowTracker, git_state, is_outage
 from caltech_sweep.training.reuse import StageUse
 
 Weights = dict[str, tuple[str, Path]]
@@ -44,6 +45,8 @@ class RunOptions:
     rows: tuple[str, ...] = ()  # these alone
     confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
+    hang_timeout: float = 1800.0  # seconds without a sign after which a worker is killed
+    max_failures: int = 5  # failed trials in a row that stop the study
     stage_budget: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 
@@ -179,12 +182,15 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         watcher: Watcher = PlainWatcher(write)
         if console.is_terminal:
             watcher = stack.enter_context(LiveWatcher(console))
+        journal = Journal(journal_folder(stores.journal_root(storage), definition.name, tracking))
+        journaling = JournalingTracker(tracker, journal, is_outage, watcher.note)
+        stack.callback(journaling.say_what_waits, definition.name, write)
         executor = make_executor(options)
         stack.callback(executor.close)
         coordinator = Coordinator(
             definition,
             study,
-            tracker,
+            journaling,
             executor,
             watcher,
             scratch,
@@ -195,9 +201,26 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             stages=stage_use(options),
             confirm=options.confirm,
             describe=partial(table_of, definition.name, tracking),
+            limits=Limits(options.hang_timeout, options.max_failures),
         )
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run()
+
+
+def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[str], None]) -> bool:
+    """Bring to a tracking store what waits for it in journals; return whether all of it is there."""
+    tracking, storage = stores.tracking_uri(tracking_uri), stores.storage_uri(storage_uri)
+    found = journals(stores.journal_root(storage), tracking)
+    if not found:
+        write("nothing waits to be replayed")
+        return True
+    tracker, complete = MlflowTracker(tracking), True
+    for study, folder in found.items():
+        with stores.only_one(storage, study):
+            journaling = JournalingTracker(tracker, Journal(folder), is_outage, write)
+            complete = journaling.replay() and complete
+            journaling.say_what_waits(study, write)
+    return complete
 
 
 def progress_line(what: str, write: Callable[[str], None]) -> Callable[[int, int], None]:

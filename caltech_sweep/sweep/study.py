@@ -9,18 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
+import sqlalchemy as sa
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.storages._rdb.models import TrialModel
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.records import OUTCOMES
-from caltech_sweep.stores import hide_secrets, sqlite_file, tune_sqlite
+from caltech_sweep.stores import cannot_open, check_file, make_whole, sqlite_file, tune_sqlite
 from caltech_sweep.sweep.space import all_branches, enqueue_params, make_pruner, make_sampler
 from caltech_sweep.sweep.study_file import Row, StudyDefinition, identity_difference
 
 HEARTBEAT_SECONDS = 60
+LOCK_SECONDS = 600  # that a write waits for a database that another holds; workers train on meanwhile
 MEMORY = "memory"  # the address of a store that ends with the process, for tests
+
+STORE_ERRORS = (optuna.exceptions.StorageInternalError, sa.exc.SQLAlchemyError)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -28,11 +33,12 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 def _open_storage(uri: str) -> BaseStorage:
     if uri == MEMORY:
         return InMemoryStorage()
+    make_whole(uri, lambda place: RDBStorage(place).engine.dispose())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = RDBStorage(uri, heartbeat_interval=HEARTBEAT_SECONDS)
     if sqlite_file(uri) is not None:
-        tune_sqlite(storage.engine)
+        tune_sqlite(storage.engine, LOCK_SECONDS)
     return storage
 
 
@@ -53,11 +59,38 @@ def open_study(definition: StudyDefinition, uri: str, identity: Mapping[str, Any
                 pruner=make_pruner(definition.pruner),
             )
     except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
-        raise StoreError(
-            f"the study store {hide_secrets(uri)} cannot be opened: {hide_secrets(str(error).splitlines()[0])}"
-        ) from error
+        raise cannot_open("study store", uri, error) from None  # the cause may hold secrets
     check_identity(study, definition.name, identity)
     return study
+
+
+def open_storage(uri: str) -> BaseStorage:
+    """Open a store that is there; raise StoreError when it cannot be used."""
+    check_file(uri, "study store", create=False)
+    try:
+        return _open_storage(uri)
+    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
+        raise cannot_open("study store", uri, error) from None
+
+
+def stored_studies(storage: BaseStorage) -> dict[str, optuna.Study]:
+    """Return every study of a store by its name."""
+    names = [study.study_name for study in storage.get_all_studies()]
+    return {name: optuna.load_study(study_name=name, storage=storage) for name in names}
+
+
+def disown(study: optuna.Study, trial_id: int) -> None:
+    """Let a trial that ended count for nothing, so that the next run trains its settings again.
+
+    Optuna lets nobody change a trial that ended, so its row is changed beside it.
+    """
+    storage = getattr(study._storage, "_backend", study._storage)
+    if isinstance(storage, RDBStorage):
+        with storage.engine.begin() as connection:
+            table = TrialModel.__table__
+            connection.execute(sa.update(table).where(table.c.trial_id == trial_id).values(state=TrialState.FAIL))
+    else:
+        study._storage._get_trial(trial_id).state = TrialState.FAIL  # type: ignore[attr-defined]
 
 
 def check_identity(study: optuna.Study, name: str, identity: Mapping[str, Any]) -> None:
@@ -184,10 +217,26 @@ def is_family_base(trial: FrozenTrial) -> bool:
 
 
 def ask(study: optuna.Study) -> optuna.Trial:
-    """Start a new trial. The heartbeats that Optuna would keep in ``optimize`` are the coordinator's to record."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Heartbeat of storage")
-        return study.ask()
+    """Start a new trial; ``study.ask`` would take one that waits, if there is any."""
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
+
+
+def is_unsampled(trial: FrozenTrial) -> bool:
+    """Tell whether a trial has no settings yet: its coordinator died while they were sampled."""
+    return "config" not in trial.user_attrs
+
+
+def take_unsampled(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:
+    """Start a waiting trial that has no settings yet, or the first of them.
+
+    What it has was drawn from the sampler one after the other, so the sampler draws it again before it goes on.
+    """
+    trial = take(study, waiting)
+    relative = trial.relative_params
+    for name, distribution in waiting.distributions.items():
+        if name not in relative and not distribution.single():
+            study.sampler.sample_independent(study, waiting, name, distribution)
+    return trial
 
 
 def take(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:

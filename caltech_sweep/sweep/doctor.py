@@ -1,0 +1,297 @@
+"""The two stores of every study, compared with each other and with the files that they name.
+
+A study that somebody runs is left alone. What is found is a :class:`Finding`; nothing is changed until it is mended,
+and what is mended is not found again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from caltech_sweep import paths, stores
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.journal import Journal, JournalingTracker, journals
+from caltech_sweep.records import OUTCOMES, StudyRecord, TrialRecord
+from caltech_sweep.sweep import study as studies
+from caltech_sweep.sweep.recovery import Finding, survey
+from caltech_sweep.sweep.rules import suggestion
+from caltech_sweep.sweep.soundness import artifact_problems
+from caltech_sweep.tracking import MlflowTracker, is_outage
+
+Key = tuple[int, str]  # a trial's number and fingerprint
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor has seen: how many studies, how many findings, and how many of these were mended."""
+
+    studies: int = 0
+    found: int = 0
+    mended: int = 0
+    skipped: int = 0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is left to mend."""
+        return self.found == self.mended
+
+
+def examine(
+    name: str | None, tracking_uri: str | None, storage: str | None, fix: bool, say: Callable[[str], None]
+) -> Diagnosis:
+    """Compare the stores of one study, or of all, and mend what is found if asked; ``say`` gets every sentence.
+
+    Raises UsageError for a study that is in neither store, StoreError when no store is there.
+    """
+    diagnosis = Diagnosis()
+    tracking, study_store = stores.tracking_uri(tracking_uri), stores.storage_uri(storage)
+    opened = _open(tracking, study_store, diagnosis, say)
+    if opened is None:
+        return diagnosis
+    tracker, known = opened
+    incomplete = _replay(tracker, tracking, study_store, fix, diagnosis, say)
+    tracked = {record.name: record for record in tracker.studies()}
+    names = list(dict.fromkeys([*tracked, *known]))
+    if name is not None and name not in names:
+        raise UsageError(f"there is no study {name!r} in either store{suggestion(name, names)}")
+    for chosen in names if name is None else [name]:
+        if chosen.replace("/", "_") in incomplete:
+            continue
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(stores.only_one(study_store, chosen))
+                if chosen in known:
+                    studies.check_alone(known[chosen])
+            except StoreError as error:
+                say(f"{chosen}: skipped, since {str(error).partition(';')[0]}")
+                diagnosis.skipped += 1
+                continue
+            diagnosis.studies += 1
+            findings = _findings(chosen, tracker, tracked.get(chosen), known.get(chosen), study_store)
+            _treat(chosen, findings, fix, diagnosis, say)
+    return diagnosis
+
+
+def _open(
+    tracking: str, study_store: str, diagnosis: Diagnosis, say: Callable[[str], None]
+) -> tuple[MlflowTracker, dict[str, optuna.Study]] | None:
+    """Open both stores; one that cannot be opened, such as one of another version, is a finding of its own."""
+    stores.check_file(tracking, "tracking store", create=False)
+    stores.check_file(study_store, "study store", create=False)
+    tracker: MlflowTracker | None = None
+    known: dict[str, optuna.Study] | None = None
+    try:
+        tracker = MlflowTracker(tracking)
+    except StoreError as error:
+        say(str(error))
+        diagnosis.found += 1
+    try:
+        known = studies.stored_studies(studies.open_storage(study_store))
+    except StoreError as error:
+        say(str(error))
+        diagnosis.found += 1
+    return (tracker, known) if tracker is not None and known is not None else None
+
+
+def _replay(
+    tracker: MlflowTracker, tracking: str, study_store: str, fix: bool, diagnosis: Diagnosis, say: Callable[[str], None]
+) -> set[str]:
+    """Bring results that wait in a journal first: without them the stores would seem to disagree.
+
+    Returns the studies that still lack some.
+    """
+    incomplete = set()
+    for study, folder in journals(stores.journal_root(study_store), tracking).items():
+        try:
+            with stores.only_one(study_store, study):
+                journaling = JournalingTracker(tracker, Journal(folder), is_outage, say)
+                text = f"{journaling.waiting} writes wait in {folder}: replayed"
+                if journaling.waiting:
+                    _treat(study, [Finding(text, partial(_bring, journaling))], fix, diagnosis, say)
+                if journaling.waiting:
+                    incomplete.add(study)
+        except StoreError as error:
+            say(f"{study}: {error}")
+            incomplete.add(study)
+    return incomplete
+
+
+def _bring(journaling: JournalingTracker) -> None:
+    if not journaling.replay():
+        raise StoreError(f"the tracking store does not take what waits in {journaling.journal.folder}")
+
+
+def _treat(name: str, findings: Iterable[Finding], fix: bool, diagnosis: Diagnosis, say: Callable[[str], None]) -> None:
+    for finding in findings:
+        diagnosis.found += 1
+        if finding.mend is None:
+            say(f"{name}: {finding.text}")
+        elif not fix:
+            say(f"{name}: would mend: {finding.text}")
+        else:
+            finding.mend()
+            diagnosis.mended += 1
+            say(f"{name}: mended: {finding.text}")
+
+
+def _findings(
+    name: str, tracker: MlflowTracker, record: StudyRecord | None, study: optuna.Study | None, study_store: str
+) -> Iterator[Finding]:
+    """Yield what is wrong with a study, in an order in which each mend leaves the later ones true."""
+    if record is None:
+        yield Finding(
+            "is in the study store alone; name its tracking store with --tracking-uri, or remove it with "
+            f"`optuna delete-study --study-name {name} --storage {stores.hide_secrets(study_store)}`",
+            None,
+        )
+        return
+    yield from _moved(tracker, record)
+    if study is None:
+        yield Finding("is in the tracking store alone; name its study store with --storage, or put its file back", None)
+        return
+    runs: dict[Key, list[TrialRecord]] = defaultdict(list)
+    for run in tracker.trials(record):
+        runs[run.number, run.fingerprint].append(run)
+    chosen = {key: max(same, key=_worth) for key, same in runs.items()}
+    yield from _surplus(tracker, study, runs, chosen)
+    numbers = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    chosen = {key: run for key, run in chosen.items() if key in numbers}
+    yield from survey(study, tracker, chosen, partial(_is_wanted, _wanted(record)))
+    for trial in study.get_trials(deepcopy=False):
+        yield from _compare(tracker, record, study, trial, chosen.get(_key(trial)))
+    if tracker.status(record.run_id) == "RUNNING":
+        yield Finding("is shown as running, but nobody runs it: stopped", partial(tracker.finish, record.run_id))
+
+
+def _key(trial: FrozenTrial) -> Key:
+    return trial.number, trial.user_attrs.get("fingerprint", "")
+
+
+def _worth(run: TrialRecord) -> tuple[bool, int]:
+    return run.outcome == "complete", run.start_time
+
+
+def _wanted(record: StudyRecord) -> set[tuple[str, str]] | None:
+    """Return what the study's rows train, as (name, fingerprint) with every seed; None where it is not known."""
+    wanted = set()
+    try:
+        for row in record.document["rows"]:
+            for replicate in range(max(1, int(record.document.get("replicates", 1)))):
+                config = {**row["config"], "seed": row["config"]["seed"] + replicate}
+                wanted.add((row["name"], TrialConfig.from_dict(config).fingerprint()))
+    except (KeyError, TypeError, ValueError):  # a study of another version
+        return None
+    return wanted
+
+
+def _is_wanted(wanted: set[tuple[str, str]] | None, trial: FrozenTrial) -> bool:
+    row = trial.user_attrs.get("row")
+    return wanted is None or row is None or (row, trial.user_attrs.get("fingerprint")) in wanted
+
+
+def _local(uri: str) -> Path | None:
+    parts = urlsplit(uri)
+    return Path(url2pathname(parts.path)) if parts.scheme in ("", "file") else None
+
+
+def _beside(tracker: MlflowTracker, study: str) -> Path | None:
+    file = stores.sqlite_file(tracker.uri)
+    return None if file is None else file.parent / paths.ARTIFACTS.name / study
+
+
+def _moved(tracker: MlflowTracker, record: StudyRecord) -> Iterator[Finding]:
+    """Artifact locations are absolute: find those that point nowhere while the artifacts lie beside the database."""
+    location = tracker.client.get_experiment(record.experiment_id).artifact_location
+    named, beside = _local(location), _beside(tracker, record.name)
+    if named is None or named.exists():
+        return
+    if beside is not None and beside.is_dir():
+        mend = partial(tracker.move_artifacts, record.experiment_id, location, beside.resolve().as_uri())
+        yield Finding(f"its artifacts are no longer in {named}, but in {beside}: their locations follow", mend)
+    elif tracker.trials(record):
+        yield Finding(f"its artifacts are not in {named}; put the folder back, or beside the tracking store", None)
+
+
+def _surplus(
+    tracker: MlflowTracker,
+    study: optuna.Study,
+    runs: Mapping[Key, list[TrialRecord]],
+    chosen: Mapping[Key, TrialRecord],
+) -> Iterator[Finding]:
+    """Runs that no trial of the study store has, and all but one of those that share a trial."""
+    keys = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    for key, same in runs.items():
+        for run in same:
+            if key not in keys:
+                text = (
+                    f"run {run.name} ({run.run_id}) belongs to no trial of the study store: moved to the deleted runs"
+                )
+            elif run is not chosen[key]:
+                text = f"run {run.name} ({run.run_id}) repeats another run of its trial: moved to the deleted runs"
+            else:
+                continue
+            yield Finding(text, partial(tracker.discard, run.run_id))
+
+
+def _compare(
+    tracker: MlflowTracker, record: StudyRecord, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None
+) -> Iterator[Finding]:
+    """Yield what is wrong with one trial that ended in the study store."""
+    name, counted = f"trial {trial.number}", trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    if not trial.state.is_finished():
+        return
+    if run is None:
+        if counted:
+            mend = partial(studies.disown, study, trial._trial_id)
+            yield Finding(f"{name} ended but has no run in the tracking store: the next run trains it again", mend)
+        return
+    ended = _ended(trial)
+    if trial.state == TrialState.COMPLETE and run.outcome == "complete":
+        problems = list(_damage(tracker, record, run))
+        if problems:
+            text = f"{name} ({run.name}): {'; '.join(problems)}: the next run trains it again"
+            yield Finding(text, partial(_give_up, tracker, study, trial, run, problems[0]))
+            return
+    if run.status == "RUNNING" and run.outcome in ("running", ended):
+        return  # the survey has it
+    if run.outcome != ended and counted:
+        text = f"{name} is {ended} in the study store, but its run {run.name} is {run.outcome}"
+        mend = partial(_give_up, tracker, study, trial, run, "the stores disagreed about its end")
+        yield Finding(f"{text}: the next run trains it again", mend)
+    elif run.status != OUTCOMES[ended].mlflow or run.outcome != ended:
+        text = f"run {run.name} is {run.outcome} and {run.status}, but its trial is {ended}: copied"
+        yield Finding(text, partial(tracker.finish_trial, run.run_id, ended, {}, {}, None))
+
+
+def _ended(trial: FrozenTrial) -> str:
+    """Return the outcome of a trial that ended."""
+    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
+    return names.get(trial.state) or str(trial.user_attrs.get("outcome", "crashed"))
+
+
+def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> Iterator[str]:
+    """Yield what is wrong with a run's artifacts, where they lie in a folder."""
+    root = _local(run.artifact_uri)
+    if root is None:
+        return
+    beside = _beside(tracker, record.name)
+    if not root.exists() and beside is not None:
+        root = beside / run.run_id / "artifacts"
+    yield from artifact_problems(run, root, record.document.get("images", {}))
+
+
+def _give_up(tracker: MlflowTracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord, reason: str) -> None:
+    """Let a trial count for nothing in both stores."""
+    tracker.finish_trial(run.run_id, "crashed", {}, {"reason": reason}, None)
+    studies.disown(study, trial._trial_id)

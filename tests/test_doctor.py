@@ -1,0 +1,247 @@
+"""The doctor on real stores that were hurt: what it says, that it changes nothing unasked, and that mending holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from caltech_sweep.records import TrialRecord
+from caltech_sweep.tracking import MlflowTracker
+from conftest import invoke
+
+RUN = ("run", "tiny", "--in-process", "--threads", "1")
+
+
+def clone(source: Path, target: Path) -> None:
+    """Copy a working folder; what is large and never changed in place is linked."""
+
+    def copy(one: str, other: str) -> None:
+        (os.link if one.endswith((".safetensors", "data")) else shutil.copy2)(one, other)
+
+    shutil.copytree(source, target, copy_function=copy)
+    tracker = MlflowTracker(str(target / "mlruns" / "mlflow.db"))
+    for record in tracker.studies():
+        old = tracker.client.get_experiment(record.experiment_id).artifact_location
+        tracker.move_artifacts(record.experiment_id, old, (target / "mlruns" / "artifacts" / record.name).as_uri())
+
+
+@pytest.fixture
+def hurt(finished_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished study of one's own."""
+    clone(finished_place, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def sql(place: Path, file: str, *statements: str) -> None:
+    with closing(sqlite3.connect(place / "mlruns" / file)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def trials() -> list[TrialRecord]:
+    tracker = MlflowTracker()
+    study = tracker.study("tiny")
+    assert study is not None
+    return tracker.trials(study)
+
+
+def artifacts(place: Path, name: str) -> Path:
+    (record,) = [record for record in trials() if record.name == name]
+    return place / "mlruns" / "artifacts" / "tiny" / record.run_id / "artifacts"
+
+
+def contents(place: Path) -> dict[str, list[str]]:
+    """Return all that the two databases hold."""
+    found = {}
+    for file in ("mlflow.db", "optuna.db"):
+        with closing(sqlite3.connect(place / "mlruns" / file)) as connection:
+            found[file] = list(connection.iterdump())
+    return found
+
+
+def test_a_healthy_store_is_left_alone(hurt: Path) -> None:
+    before = contents(hurt)
+    result = invoke("doctor")
+    assert (result.exit_code, result.output) == (0, "1 studies examined: 0 found, 0 mended\n")
+    assert invoke("doctor", "tiny", "--fix").exit_code == 0 and contents(hurt) == before
+    wrong = invoke("doctor", "tinny")
+    assert wrong.exit_code == 2 and "there is no study 'tinny' in either store; did you mean 'tiny'?" in wrong.output
+
+
+def left_running(place: Path) -> None:
+    sql(place, "optuna.db", "UPDATE trials SET state = 'RUNNING' WHERE number = 2")
+    sql(place, "mlflow.db", "UPDATE runs SET status = 'RUNNING' WHERE name = 'trial-002' OR name = 'A tiny study'")
+    sql(place, "mlflow.db", f"DELETE FROM tags WHERE key = 'outcome' AND run_uuid = '{trials()[2].run_id}'")
+
+
+def ended_in_one_store_alone(place: Path) -> None:
+    sql(place, "optuna.db", "UPDATE trials SET state = 'RUNNING' WHERE number = 2")
+
+
+def wrong_status(place: Path) -> None:
+    sql(place, "mlflow.db", "UPDATE runs SET status = 'KILLED' WHERE name = 'First'")
+
+
+def another_end(place: Path) -> None:
+    run = trials()[0].run_id
+    sql(place, "mlflow.db", f"UPDATE tags SET value = 'interrupted' WHERE key = 'outcome' AND run_uuid = '{run}'")
+
+
+def a_run_without_a_trial(place: Path) -> None:
+    tracker = MlflowTracker()
+    tracker.start_study("tiny", "A tiny study", dict(tracker.study("tiny").document))  # type: ignore[union-attr]
+    tracker.start_trial("tiny", "stray", {}, {"trial_number": "9", "fingerprint": "none"})
+    tracker.start_trial("tiny", "again", {}, {"trial_number": "0", "fingerprint": trials()[0].fingerprint})
+    tracker.finish_study("tiny", True)
+
+
+def a_trial_without_a_run(place: Path) -> None:
+    MlflowTracker().discard(trials()[2].run_id)
+
+
+def a_truncated_checkpoint(place: Path) -> None:
+    file = artifacts(place, "trial-002") / "checkpoints" / "best.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    file.write_bytes(whole[:-1000])
+
+
+def lines_lost(place: Path) -> None:
+    file = artifacts(place, "Views") / "predictions" / "test_tencrop.csv"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
+
+
+def a_prediction_changed(place: Path) -> None:
+    file = artifacts(place, "First") / "predictions" / "val.csv"
+    lines = [line.split(",") for line in file.read_text().splitlines()]
+    for line in lines[1:]:
+        line[2] = "nothing"
+    file.write_text("\n".join(",".join(line) for line in lines) + "\n")
+
+
+HURTS: list[tuple[list[Callable[[Path], None]], list[str], int]] = [
+    (
+        [left_running],
+        [
+            "trial 2 was left running: it waits again",
+            "run trial-002 is shown as running",
+            "shown as running, but nobody",
+        ],
+        1,
+    ),
+    (
+        [ended_in_one_store_alone, wrong_status, a_run_without_a_trial],
+        [
+            "trial 2 ended as complete in the tracking store",
+            "run First is complete and KILLED, but its trial is complete: copied",
+            *("run stray", "belongs to no trial", "run again", "repeats another run of its trial"),
+        ],
+        0,
+    ),
+    (
+        [a_truncated_checkpoint, lines_lost, a_prediction_changed],
+        [
+            *("trial 2 (trial-002): checkpoints/best.safetensors has", "bytes instead of"),
+            "trial 1 (Views): predictions/test_tencrop.csv has 21 rows instead of 24",
+            "trial 0 (First): predictions/val.csv gives an accuracy of 0.0000 instead of",
+        ],
+        3,
+    ),
+    (
+        [another_end, a_trial_without_a_run],
+        [
+            "trial 0 is complete in the study store, but its run First is interrupted",
+            "trial 2 ended but has no run in the tracking store",
+        ],
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize(("harms", "sentences", "again"), HURTS, ids=[harms[0].__name__ for harms, _, _ in HURTS])
+def test_what_is_hurt_is_named_then_mended_and_found_no_more(
+    hurt: Path, harms: list[Callable[[Path], None]], sentences: list[str], again: int
+) -> None:
+    for harm in harms:
+        harm(hurt)
+    before = contents(hurt)
+    looked = invoke("doctor")
+    assert looked.exit_code == 1 and "would mend" in looked.output and contents(hurt) == before
+    mended = invoke("doctor", "--fix")
+    assert mended.exit_code == 0, mended.output
+    for sentence in sentences:
+        assert sentence in looked.output and sentence in mended.output
+    assert invoke("doctor").output == "1 studies examined: 0 found, 0 mended\n"
+    run = invoke(*RUN)
+    assert (f"study tiny: {again} complete" if again else "nothing to do") in run.output, run.output
+    assert invoke("doctor").exit_code == 0
+    report = invoke("report", "tiny", "--format", "json").output
+    assert report.count('"state": "complete"') == 3 and '"state": "running"' not in report
+
+
+def test_a_moved_store_finds_its_artifacts_again(hurt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = hurt.parent / "a place with & and more"
+    hurt.rename(moved)
+    monkeypatch.chdir(moved)
+    looked = invoke("doctor")
+    assert looked.exit_code == 1 and looked.output.count("would mend") == 1
+    assert "its artifacts are no longer in" in looked.output and "their locations follow" in looked.output
+    assert invoke("doctor", "--fix").exit_code == 0
+    assert invoke("doctor").output == "1 studies examined: 0 found, 0 mended\n"
+    assert MlflowTracker().artifact(trials()[0].run_id, "config.yaml").is_file()
+    assert "nothing to do" in invoke(*RUN).output
+    shutil.rmtree(moved / "mlruns" / "artifacts")
+    lost = invoke("doctor", "--fix")
+    assert "its artifacts are not in" in lost.output and lost.exit_code == 1
+
+
+def test_stores_of_another_version_name_the_command_that_upgrades_them(
+    hurt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurt = hurt.rename(hurt.parent / "older")  # a place that this process has not opened yet
+    monkeypatch.chdir(hurt)
+    sql(hurt, "mlflow.db", "UPDATE alembic_version SET version_num = 'cfd24bdc0731'")
+    sql(hurt, "optuna.db", "UPDATE alembic_version SET version_num = 'v3.0.0.a'")
+    result = invoke("doctor", "--fix")
+    assert result.exit_code == 1 and "0 studies examined: 2 found, 0 mended" in result.output
+    assert f"run `mlflow db upgrade sqlite:///{hurt}/mlruns/mlflow.db`" in result.output
+    assert f"run `optuna storage upgrade --storage sqlite:///{hurt}/mlruns/optuna.db`" in result.output
+    again = invoke(*RUN)
+    assert again.exit_code == 2 and "mlflow db upgrade" in again.output and "Traceback" not in again.output
+
+
+def test_a_study_in_one_store_alone_is_said(hurt: Path) -> None:
+    (hurt / "mlruns" / "optuna.db").rename(hurt / "away.db")
+    assert "there is no study store" in invoke("doctor").output
+    shutil.copy(hurt / "away.db", hurt / "mlruns" / "optuna.db")
+    sql(hurt, "optuna.db", "UPDATE studies SET study_name = 'other'")
+    result = invoke("doctor", "--fix")
+    assert result.exit_code == 1 and "tiny: is in the tracking store alone" in result.output
+    assert "other: is in the study store alone" in result.output
+
+
+def test_a_study_that_is_being_run_is_skipped(hurt: Path) -> None:
+    left_running(hurt)
+    code = (
+        "import sys; from caltech_sweep.stores import only_one, storage_uri\n"
+        "with only_one(storage_uri(), 'tiny'): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=hurt
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        result = invoke("doctor", "--fix")
+        holder.kill()
+    assert result.exit_code == 0 and f"tiny: skipped, since study 'tiny' is being run by process {holder.pid}" in (
+        result.output
+    )
+    assert "0 studies examined, 1 skipped" in result.output

@@ -1,0 +1,176 @@
+"""What goes wrong in trials, workers and files, and what becomes of the study: real faults wherever there are any."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.report.build import build_report
+from caltech_sweep.sweep.coordinator import Limits
+from caltech_sweep.sweep.executors import Job
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from conftest import invoke
+from test_coordinator import DEFINITION, ROWS, new_study, records
+
+ONE_ROW = replace(DEFINITION, trials=1, rows=ROWS[:1])
+FOUR = [0.1, 0.2, 0.3, 0.4]
+
+
+# -- failure classes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fails", "outcome"), [(1, "complete"), (2, "out_of_memory")])
+def test_what_does_not_fit_is_tried_once_more_alone(fails: int, outcome: str) -> None:
+    executor, tracker = ScriptedExecutor(Script(FOUR, failure="out_of_memory", fails=fails)), MemoryTracker()
+    summary = run_scripted(ONE_ROW, executor, tracker)
+    assert summary.outcomes == {outcome: 1} and [job.alone for job in executor.jobs] == [False, True]
+    (run,) = tracker.runs.values()
+    assert [epoch for epoch, _, _ in run.history] == [1, 2, 3, 4] and run.tags["attempt"] == "2"
+
+
+@pytest.mark.parametrize(("hangs", "outcome"), [(2, "complete"), (3, "crashed")])
+def test_a_worker_that_gives_no_sign_is_killed_and_its_trial_tried_again(
+    tmp_path: Path, hangs: int, outcome: str
+) -> None:
+    executor, tracker = ScriptedExecutor(Script(FOUR, hangs=hangs)), MemoryTracker()
+    limits = Limits(hang_seconds=0.05)
+    summary = scripted_coordinator(ONE_ROW, executor, tracker, tmp_path, new_study(ONE_ROW), limits=limits).run()
+    assert summary.outcomes == {outcome: 1}
+    if outcome == "crashed":
+        (record,) = records(tracker)
+        assert record.tags["reason"] == "its worker process gave no sign for 0.05 seconds and was killed 3 times"
+
+
+def test_failures_in_a_row_stop_the_study_and_others_do_not(tmp_path: Path) -> None:
+    ends = iter(["crashed", "data_error", None, "crashed", "data_error", "out_of_memory", None])
+
+    def script(config: TrialConfig) -> Script:
+        return Script([0.5], failure=failure) if (failure := next(ends)) else Script()
+
+    tracker, study = MemoryTracker(), new_study()
+    scripts: dict[TrialConfig, Script] = {}
+
+    class Remembering(ScriptedExecutor):
+        def submit(self, job: Job) -> None:
+            scripts.setdefault(job.config, script(job.config))
+            super().submit(job)
+
+    executor = Remembering(lambda config: scripts[config])
+    limits = Limits(failures_in_a_row=3)
+    summary = scripted_coordinator(DEFINITION, executor, tracker, tmp_path, study, limits=limits).run()
+    assert not summary.complete and len(study.trials) == 6 and summary.failures == 5
+    assert summary.stopped == (
+        "the study stopped after 3 failed trials in a row, the last of them trial-005 (scripted to be out_of_memory); "
+        "mend the cause and run it again, or raise --max-failures"
+    )
+    assert tracker.statuses["s"] == "KILLED"
+
+
+def test_trials_that_diverge_by_their_settings_never_stop_a_study() -> None:
+    summary = run_scripted(DEFINITION, ScriptedExecutor(Script([0.5], failure="diverged")), MemoryTracker())
+    assert summary.complete and summary.outcomes == {"diverged": 6} and summary.failures == 0
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+def limited(place: Path, limit: int | None, arguments: tuple[str, ...]) -> None:
+    """Run a command in this process, none of whose files may grow beyond ``limit`` bytes: a full disk for each."""
+    from caltech_sweep.cli import main
+
+    os.chdir(place)
+    with (place / "log.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        main(list(arguments))
+
+
+Command = Callable[[Path, int | None], tuple[int, str]]
+
+
+@pytest.fixture
+def run_limited() -> Command:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["caltech_sweep.sweep.session", "caltech_sweep.report.build", "matplotlib.figure"])
+
+    def run(place: Path, limit: int | None) -> tuple[int, str]:
+        process = context.Process(
+            target=limited, args=(place, limit, ("run", "tiny", "--in-process", "--threads", "1"))
+        )
+        process.start()
+        process.join(120)
+        return process.exitcode or 0, (place / "log.txt").read_text()
+
+    return run
+
+
+def table(place: Path) -> list[tuple[object, ...]]:
+    """Return what the report says of each trial's numbers."""
+    rows = json.loads(build_report(["tiny"], "json", 9, str(place / "mlruns" / "mlflow.db")))[0]["rows"]
+    return [(row["model"], row["state"], row["val_accuracy"], row["test_accuracy"], row["best_epoch"]) for row in rows]
+
+
+def test_a_full_disk_is_named_wherever_it_is_met_and_room_mends_it(
+    place: Path, finished_place: Path, run_limited: Command
+) -> None:
+    code, said = run_limited(place, 400_000)  # the tables of the first store
+    assert (
+        code == 2 and "store" in said and "cannot be opened" in said and not (place / "mlruns" / "mlflow.db").exists()
+    )
+    code, said = run_limited(place, 20_000_000)  # the stages, then each checkpoint
+    assert code == 1 and said.count("cannot be written") == 3 and "make room and run the study again" in said
+    assert "study tiny: 3 crashed" in said
+    assert "Traceback" not in said and {state for _, state, *_ in table(place)} == {"crashed"}
+    code, said = run_limited(place, None)
+    assert code == 0 and "study tiny: 3 complete" in said
+    # The crashed sampled trial has a number of its own, so its successor samples other settings.
+    assert [row for row in table(place) if "trial" not in str(row[0])] == [
+        row for row in table(finished_place) if "trial" not in str(row[0])
+    ]
+
+
+def test_artifacts_that_neither_store_nor_journal_takes_wait_for_the_next_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Path
+) -> None:
+    """The tracking store's whole disk is full: the study stops with a sentence, and goes on when there is room."""
+    uri, storage = str(small_disk / "mlflow.db"), str(small_disk / "optuna.db")
+    run = ("run", "tiny", "--in-process", "--threads", "1", "--tracking-uri", uri, "--storage", storage)
+    result = invoke(*run)
+    assert result.exit_code == 2 and "its journal" in result.output and "make room" in result.output, result.output
+    assert "Traceback" not in result.output
+    subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
+    result = invoke(*run)
+    assert result.exit_code == 0 and "study tiny: 3 complete" in result.output, result.output
+    looked = invoke("doctor", "--tracking-uri", uri, "--storage", storage)
+    assert looked.exit_code == 0, looked.output
+
+
+def test_a_store_that_can_only_be_read_is_refused_before_anything_runs(place: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    uri = str(small_disk / "mlflow.db")
+    for stores in (("--tracking-uri", uri), ("--storage", str(small_disk / "optuna.db"))):
+        result = invoke("run", "tiny", "--in-process", "--threads", "1", *stores)
+        assert result.exit_code == 2 and f"{small_disk} cannot be written" in result.output, result.output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 30 MB; a test that asks for it is skipped where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

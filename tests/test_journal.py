@@ -1,0 +1,301 @@
+"""Stores that go away while a study runs: nothing is lost, nothing doubled, and no secret of an address is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caltech_sweep import stores, tracking
+from caltech_sweep.errors import StoreError
+from caltech_sweep.journal import Journal, JournalingTracker
+from caltech_sweep.records import TrialRecord
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, scripted_coordinator
+from caltech_sweep.tracking import MlflowTracker, is_outage
+from conftest import invoke
+from test_coordinator import DEFINITION, new_study
+
+THREE = replace(DEFINITION, trials=3)
+
+
+class Unreliable(MemoryTracker):
+    """Takes no write from number ``first`` on, ``count`` times; with ``after``, it does, but the answer is lost."""
+
+    def __init__(self, first: int = 10**9, count: int = 0, after: bool = False) -> None:
+        super().__init__()
+        self.first, self.count, self.after, self.calls = first, count, after, 0
+
+    def _call(self, method: str, /, *arguments: Any, **named: Any) -> Any:
+        self.calls += 1
+        fails = self.first <= self.calls < self.first + self.count
+        if fails and not self.after:
+            raise StoreError("the server is away")
+        answer = getattr(MemoryTracker, method)(self, *arguments, **named)
+        if fails:
+            raise StoreError("the answer was lost")
+        return answer
+
+
+def _unreliable(name: str) -> Any:
+    return lambda self, *arguments, **named: self._call(name, *arguments, **named)
+
+
+for _name in ("start_trial", "resume_trial", "log_dataset", "log_epochs", "finish_trial", "finish_study"):
+    setattr(Unreliable, _name, _unreliable(_name))
+
+
+def run(tracker: MemoryTracker, folder: Path) -> list[str]:
+    """Run a study of three trials, one of which loses its worker; every result is complete at its end."""
+    notes: list[str] = []
+    journaling = JournalingTracker(tracker, Journal(folder / "journal"), is_outage, notes.append)
+    executor = ScriptedExecutor(lambda config: Script([0.1, 0.3, 0.2], deaths=config.lr == 0.1))
+    (folder / "scratch").mkdir(parents=True)
+    coordinator = scripted_coordinator(THREE, executor, tracker, folder / "scratch", new_study())
+    coordinator.tracker = journaling
+    assert coordinator.run().complete
+    for _ in range(100):
+        if journaling.replay():
+            break
+    assert not journaling.waiting and not (folder / "journal").exists()
+    return notes
+
+
+def told(tracker: MemoryTracker) -> Any:
+    """Return all that a tracker was told, without times and ids."""
+    return [
+        (
+            run.name,
+            run.params,
+            {k: v for k, v in run.tags.items() if k != "journal.id"},
+            run.status,
+            [(epoch, dict(metrics)) for epoch, metrics, _ in run.history],
+            run.metrics,
+            run.artifacts,
+            tracker.datasets[run_id],
+        )
+        for run_id, run in tracker.runs.items()
+    ] + [tracker.statuses]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["away", "answers-lost"])
+@pytest.mark.parametrize("count", [1, 30])
+def test_whenever_the_store_goes_away_it_ends_with_every_result_once(tmp_path: Path, count: int, after: bool) -> None:
+    steady = Unreliable()
+    assert run(steady, tmp_path / "steady") == []
+    for first in range(1, steady.calls + 1, 2 if count == 1 else 5):
+        tracker = Unreliable(first, count, after)
+        notes = run(tracker, tmp_path / f"{first}")
+        assert told(tracker) == told(steady), first
+        assert "training goes on" in notes[0] and "is back" in notes[-1]
+
+
+def test_a_journal_survives_its_writer_and_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    tracker.start_study("s", "A study", {})
+    away = Unreliable(1, 10**9)
+    away.documents, away.runs, away.datasets = tracker.documents, tracker.runs, tracker.datasets
+    first = JournalingTracker(away, Journal(tmp_path / "j"), is_outage, lambda text: None)
+    local = first.start_trial("s", "One", {"lr": "1"}, {"trial_number": "0"})
+    assert first.resume_trial(local, {}) == 0
+    first.log_epochs(local, [(1, {"train/loss": 1.0}, 5)])
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file.txt").write_text("kept")
+    first.finish_trial(local, "complete", {"best/val_accuracy": float("nan")}, {}, tmp_path / "made")
+    (tmp_path / "made" / "file.txt").unlink()
+    with (tmp_path / "j" / "entries.jsonl").open("a") as file:
+        file.write('{"n": 99, "op": "log_ep')
+    second = JournalingTracker(tracker, Journal(tmp_path / "j"), is_outage, lambda text: None)
+    assert second.waiting == 4 and second.replay() and not (tmp_path / "j").exists()
+    (made,) = tracker.runs.values()
+    assert made.artifacts == {"file.txt": b"kept"} and len(made.history) == 1 and made.status == "FINISHED"
+
+
+def test_a_write_that_the_store_will_never_take_is_set_aside(tmp_path: Path) -> None:
+    tracker, notes = MlflowTracker(str(tmp_path / "mlflow.db"), create=True), []
+    tracker.start_study("s", "A study", {})
+    journal = Journal(tmp_path / "j")
+    journal.add("log_params", {"run_id": "no such run", "params": {"lr": "1"}})
+    assert JournalingTracker(tracker, journal, is_outage, notes.append).replay()
+    assert "refuses a write (log_params:" in notes[0] and str(tmp_path / "j" / "rejected.jsonl") in notes[0]
+    assert "no such run" in (tmp_path / "j" / "rejected.jsonl").read_text()
+    assert not Journal(tmp_path / "j").pending
+
+
+def trial(tracker: MlflowTracker, number: int) -> TrialRecord:
+    study = tracker.study("s")
+    assert study is not None
+    (found,) = [record for record in tracker.trials(study) if record.number == number]
+    return found
+
+
+def outage(tracker: JournalingTracker, folder: Path, run_id: str) -> str:
+    """Write while the store is away: the end of one trial, and all of another."""
+    (folder / "made").mkdir(exist_ok=True)
+    (folder / "made" / "file.txt").write_text("kept")
+    tracker.log_epochs(run_id, [(2, {"train/loss": 0.5}, 2)])
+    tracker.finish_trial(run_id, "complete", {"best/val_accuracy": 0.5}, {"a": "tag"}, folder / "made")
+    other = tracker.start_trial("s", "Other", {"lr": "1"}, {"trial_number": "1", "fingerprint": "f"})
+    tracker.log_dataset(other, "shapes", "digest", {"train": 3}, "drawn")
+    tracker.log_epochs(other, [(1, {"train/loss": 1.0}, 1)])
+    return other
+
+
+def check(tracker: MlflowTracker) -> None:
+    one, other = trial(tracker, 0), trial(tracker, 1)
+    assert (one.outcome, one.status, one.metrics["best/val_accuracy"], one.tags["a"]) == (
+        *("complete", "FINISHED"),
+        *(0.5, "tag"),
+    )
+    assert tracker.artifact(one.run_id, "file.txt").read_text() == "kept"
+    steps = [metric.step for metric in tracker.client.get_metric_history(one.run_id, "train/loss")]
+    assert steps == [1, 2] and other.params["lr"] == "1" and tracker.last_epoch(other.run_id) == 1
+
+
+def test_a_database_that_another_process_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0)
+    inner = MlflowTracker(str(tmp_path / "mlflow.db"), create=True)
+    notes: list[str] = []
+    tracker = JournalingTracker(inner, Journal(tmp_path / "j"), is_outage, notes.append)
+    tracker.start_study("s", "A study", {})
+    run_id = tracker.start_trial("s", "One", {}, {"trial_number": "0"})
+    tracker.log_epochs(run_id, [(1, {"train/loss": 1.0}, 1)])
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        other = outage(tracker, tmp_path, run_id)
+        assert other.startswith("local-") and "database is locked" in notes[0] and tracker.waiting == 5
+        assert not tracker.replay()
+    time.sleep(1.1)
+    tracker.keep_up()
+    assert not tracker.waiting and "is back" in notes[-1]
+    check(inner)
+    tracker.log_epochs(other, [(2, {"train/loss": 0.5}, 2)])
+    assert inner.last_epoch(trial(inner, 1).run_id) == 2
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[str]:
+    """A real MLflow server; killed at the end."""
+    arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    arguments += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "a")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1800):
+            try:
+                urllib.request.urlopen(address + "/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_server_that_goes_away_and_comes_back(tmp_path: Path) -> None:
+    port = free_port()
+    notes: list[str] = []
+    with server(tmp_path, port) as address:
+        inner = MlflowTracker(address)
+        tracker = JournalingTracker(inner, Journal(tmp_path / "j"), is_outage, notes.append)
+        tracker.start_study("s", "A study", {"rows": []})
+        run_id = tracker.start_trial("s", "One", {}, {"trial_number": "0"})
+        tracker.log_epochs(run_id, [(1, {"train/loss": 1.0}, 1)])
+    begun = time.monotonic()
+    outage(tracker, tmp_path, run_id)
+    assert time.monotonic() - begun < 20 and tracker.waiting == 5 and not tracker.replay()
+    said: list[str] = []
+    tracker.say_what_waits("s", said.append)
+    assert said == [
+        f"5 writes of study s are not in the tracking store yet, but in {tmp_path / 'j'}; "
+        "bring them there with: caltech-sweep replay"
+    ]
+    with server(tmp_path, port) as address:
+        again = JournalingTracker(MlflowTracker(address), Journal(tmp_path / "j"), is_outage, notes.append)
+        assert again.replay() and "is back" in notes[-1]
+        check(MlflowTracker(address))
+
+
+def test_replay_and_doctor_bring_what_waits(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from caltech_sweep.journal import journal_folder
+
+    assert "there is no" not in invoke("replay").output
+    assert invoke("run", "tiny", "--in-process", "--threads", "1", "--row", "First").exit_code == 0
+    root, uri = place.resolve() / "mlruns", stores.tracking_uri()
+    run_id = None
+    for command in (("replay",), ("doctor", "--fix")):
+        tracker = MlflowTracker()
+        study = tracker.study("tiny")
+        assert study is not None
+        run_id = tracker.trials(study)[0].run_id
+        Journal(journal_folder(root, "tiny", uri)).add("log_params", {"run_id": run_id, "params": {command[0]: "1"}})
+        looked = invoke("doctor")
+        assert looked.exit_code == 1 and "would mend: 1 writes wait in" in looked.output
+        assert invoke(*command).exit_code == 0
+        assert tracker.client.get_run(run_id).data.params[command[0]] == "1"
+    assert "nothing waits" in invoke("replay").output and invoke("doctor").exit_code == 0
+
+
+SECRET = "hunter2"
+ADDRESSES = (
+    f"http://user:{SECRET}@127.0.0.1:9",
+    f"http://127.0.0.1:9/?token={SECRET}",
+    f"postgresql://user:{SECRET}@127.0.0.1:9/db",
+    f"mysql+pymysql://user:p@{SECRET}@127.0.0.1:9/db",
+    f"no-such-kind://user:{SECRET}@host/db?password={SECRET}",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_secrets_of_addresses_are_never_told(finished: Path, caplog: pytest.LogCaptureFixture, address: str) -> None:
+    run = ("run", "tiny", "--in-process", "--threads", "1")
+    for command in (
+        ("plan", "tiny", "--tracking-uri", address),
+        ("report", "--tracking-uri", address),
+        ("doctor", "--tracking-uri", address),
+        ("replay", "--tracking-uri", address),
+        ("doctor", "--storage", address),
+        (*run, "--storage", address),
+        *([(*run, "--tracking-uri", address)] if address.startswith("http") else []),
+    ):
+        result = invoke(*command)
+        assert SECRET not in result.output, command
+        assert "Traceback" not in result.output
+    assert SECRET not in caplog.text
+
+
+def test_what_hides_secrets_hides_all_of_them() -> None:
+    for text, shown in {
+        "postgresql://me:a@b/c@host/db": "postgresql://***@host/db",
+        "cannot reach http://u:p@h:5000/x and s3://k:s@b": "cannot reach http://***@h:5000/x and s3://***@b",
+        "postgresql://host/db?user=me&password=pw&sslkey=k": "postgresql://host/db?user=me&password=***&sslkey=***",
+        "sqlite:///a/b.db": "sqlite:///a/b.db",
+        "mail someone@example.org about sqlite:///a/b.db": "mail someone@example.org about sqlite:///a/b.db",
+    }.items():
+        assert stores.hide_secrets(text) == shown
