@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,26 @@ def finished(finished_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in the folder of the finished study."""
     monkeypatch.chdir(finished_place)
     return finished_place
+
+
+def clone(source: Path, target: Path) -> None:
+    """Copy a working folder; what is large and never changed in place is linked."""
+
+    def copy(one: str, other: str) -> None:
+        (os.link if one.endswith((".safetensors", "data")) else shutil.copy2)(one, other)
+
+    shutil.copytree(source, target, copy_function=copy)
+    from caltech_sweep.tracking import MlflowTracker
+
+    tracker = MlflowTracker(str(target / "mlruns" / "mlflow.db"))
+    for record in tracker.studies():
+        old = tracker.client.get_experiment(record.experiment_id).artifact_location
+        tracker.move_artifacts(record.experiment_id, old, (target / "mlruns" / "artifacts" / record.name).as_uri())
+
+
+@pytest.fixture
+def copied(finished_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a copy of the finished study's folder, which a test may change."""
+    clone(finished_place, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"

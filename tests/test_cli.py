@@ -169,7 +169,7 @@ def test_a_changed_study_is_refused_under_its_old_name_with_the_difference(finis
     assert "overrides.momentum: was null, is 0.5" in result.output and "--name" in result.output
 
 
-def test_weights_of_another_study_are_transferred(finished: Path) -> None:
+def test_weights_of_another_study_are_transferred(copied: Path) -> None:
     result = invoke(*RUN, "--row", "First", "--set", "weights=study:tiny", "--name", "target")
     assert result.exit_code == 0, result.output
     from caltech_sweep.tracking import MlflowTracker

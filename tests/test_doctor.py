@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -18,27 +17,6 @@ from caltech_sweep.tracking import MlflowTracker
 from conftest import invoke
 
 RUN = ("run", "tiny", "--in-process", "--threads", "1")
-
-
-def clone(source: Path, target: Path) -> None:
-    """Copy a working folder; what is large and never changed in place is linked."""
-
-    def copy(one: str, other: str) -> None:
-        (os.link if one.endswith((".safetensors", "data")) else shutil.copy2)(one, other)
-
-    shutil.copytree(source, target, copy_function=copy)
-    tracker = MlflowTracker(str(target / "mlruns" / "mlflow.db"))
-    for record in tracker.studies():
-        old = tracker.client.get_experiment(record.experiment_id).artifact_location
-        tracker.move_artifacts(record.experiment_id, old, (target / "mlruns" / "artifacts" / record.name).as_uri())
-
-
-@pytest.fixture
-def hurt(finished_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished study of one's own."""
-    clone(finished_place, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
 
 
 def sql(place: Path, file: str, *statements: str) -> None:
@@ -68,11 +46,11 @@ def contents(place: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_a_healthy_store_is_left_alone(hurt: Path) -> None:
-    before = contents(hurt)
+def test_a_healthy_store_is_left_alone(copied: Path) -> None:
+    before = contents(copied)
     result = invoke("doctor")
     assert (result.exit_code, result.output) == (0, "1 studies examined: 0 found, 0 mended\n")
-    assert invoke("doctor", "tiny", "--fix").exit_code == 0 and contents(hurt) == before
+    assert invoke("doctor", "tiny", "--fix").exit_code == 0 and contents(copied) == before
     wrong = invoke("doctor", "tinny")
     assert wrong.exit_code == 2 and "there is no study 'tinny' in either store; did you mean 'tiny'?" in wrong.output
 
@@ -169,13 +147,13 @@ HURTS: list[tuple[list[Callable[[Path], None]], list[str], int]] = [
 
 @pytest.mark.parametrize(("harms", "sentences", "again"), HURTS, ids=[harms[0].__name__ for harms, _, _ in HURTS])
 def test_what_is_hurt_is_named_then_mended_and_found_no_more(
-    hurt: Path, harms: list[Callable[[Path], None]], sentences: list[str], again: int
+    copied: Path, harms: list[Callable[[Path], None]], sentences: list[str], again: int
 ) -> None:
     for harm in harms:
-        harm(hurt)
-    before = contents(hurt)
+        harm(copied)
+    before = contents(copied)
     looked = invoke("doctor")
-    assert looked.exit_code == 1 and "would mend" in looked.output and contents(hurt) == before
+    assert looked.exit_code == 1 and "would mend" in looked.output and contents(copied) == before
     mended = invoke("doctor", "--fix")
     assert mended.exit_code == 0, mended.output
     for sentence in sentences:
@@ -188,9 +166,9 @@ def test_what_is_hurt_is_named_then_mended_and_found_no_more(
     assert report.count('"state": "complete"') == 3 and '"state": "running"' not in report
 
 
-def test_a_moved_store_finds_its_artifacts_again(hurt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = hurt.parent / "a place with & and more"
-    hurt.rename(moved)
+def test_a_moved_store_finds_its_artifacts_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = copied.parent / "a place with & and more"
+    copied.rename(moved)
     monkeypatch.chdir(moved)
     looked = invoke("doctor")
     assert looked.exit_code == 1 and looked.output.count("would mend") == 1
@@ -205,32 +183,32 @@ def test_a_moved_store_finds_its_artifacts_again(hurt: Path, monkeypatch: pytest
 
 
 def test_stores_of_another_version_name_the_command_that_upgrades_them(
-    hurt: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hurt = hurt.rename(hurt.parent / "older")  # a place that this process has not opened yet
-    monkeypatch.chdir(hurt)
-    sql(hurt, "mlflow.db", "UPDATE alembic_version SET version_num = 'cfd24bdc0731'")
-    sql(hurt, "optuna.db", "UPDATE alembic_version SET version_num = 'v3.0.0.a'")
+    copied = copied.rename(copied.parent / "older")  # a place that this process has not opened yet
+    monkeypatch.chdir(copied)
+    sql(copied, "mlflow.db", "UPDATE alembic_version SET version_num = 'cfd24bdc0731'")
+    sql(copied, "optuna.db", "UPDATE alembic_version SET version_num = 'v3.0.0.a'")
     result = invoke("doctor", "--fix")
     assert result.exit_code == 1 and "0 studies examined: 2 found, 0 mended" in result.output
-    assert f"run `mlflow db upgrade sqlite:///{hurt}/mlruns/mlflow.db`" in result.output
-    assert f"run `optuna storage upgrade --storage sqlite:///{hurt}/mlruns/optuna.db`" in result.output
+    assert f"run `mlflow db upgrade sqlite:///{copied}/mlruns/mlflow.db`" in result.output
+    assert f"run `optuna storage upgrade --storage sqlite:///{copied}/mlruns/optuna.db`" in result.output
     again = invoke(*RUN)
     assert again.exit_code == 2 and "mlflow db upgrade" in again.output and "Traceback" not in again.output
 
 
-def test_a_study_in_one_store_alone_is_said(hurt: Path) -> None:
-    (hurt / "mlruns" / "optuna.db").rename(hurt / "away.db")
+def test_a_study_in_one_store_alone_is_said(copied: Path) -> None:
+    (copied / "mlruns" / "optuna.db").rename(copied / "away.db")
     assert "there is no study store" in invoke("doctor").output
-    shutil.copy(hurt / "away.db", hurt / "mlruns" / "optuna.db")
-    sql(hurt, "optuna.db", "UPDATE studies SET study_name = 'other'")
+    shutil.copy(copied / "away.db", copied / "mlruns" / "optuna.db")
+    sql(copied, "optuna.db", "UPDATE studies SET study_name = 'other'")
     result = invoke("doctor", "--fix")
     assert result.exit_code == 1 and "tiny: is in the tracking store alone" in result.output
     assert "other: is in the study store alone" in result.output
 
 
-def test_a_study_that_is_being_run_is_skipped(hurt: Path) -> None:
-    left_running(hurt)
+def test_a_study_that_is_being_run_is_skipped(copied: Path) -> None:
+    left_running(copied)
     code = (
         "import sys; from caltech_sweep.stores import only_one, storage_uri\n"
         "with only_one(storage_uri(), 'tiny'): print('held', flush=True); sys.stdin.read()"

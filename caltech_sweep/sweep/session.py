@@ -16,6 +16,7 @@ from types import FrameType
 from caltech_sweep import paths, stores
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
+from caltech_sweep.data.splits import PARTS
 from caltech_sweep.errors import DatasetError, UsageError
 from caltech_sweep.journal import Journal, JournalingTracker, journal_folder, journals
 from caltech_sweep.sweep.coordinator import Coordinator, Images, Limits, Summary
@@ -70,7 +71,7 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
     from caltech_sweep.training.models import count_parameters
 
     classes, images = len(data.split.classes), len(data.split.train)
-    for part in ("train", "val", "test"):
+    for part in PARTS:
         if not data.split.part(part):
             raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
     seen = set()
@@ -146,10 +147,19 @@ def _check_rows(definition: StudyDefinition, rows: tuple[str, ...]) -> None:
             raise UsageError(f"--row: study {definition.name!r} has no row {name!r}{suggestion(name, names)}")
 
 
-def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
-    """Check a study, then run it to its total; ``write`` prints a line."""
-    from rich.console import Console
+@dataclass(frozen=True)
+class _Checked:
+    """What a run starts from, once nothing that can be known before is wrong."""
 
+    tracking: str
+    storage: str
+    weights: Weights
+    data: LoadedData
+    images: Images
+
+
+def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> _Checked:
+    """Raise the error of whatever is wrong with a study, its data or the options; nothing is written but caches."""
     from caltech_sweep.training.trial import pick_device
 
     _check_rows(definition, options.rows)
@@ -161,28 +171,34 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
     dataset = definition.config({}).dataset
     data = load_dataset(dataset, progress_line("decoding images", write))
     check(definition, data, weights)
-    tracker = MlflowTracker(tracking, create=True)
-    stores.check_file(storage, "study store", create=True)
-    images = Images(
-        data.fingerprint,
-        {part: len(data.split.part(part)) for part in ("train", "val", "test")},
-        dataset.root or dataset.name,
-        len(data.split.classes),
-    )
+    parts = {part: len(data.split.part(part)) for part in PARTS}
+    images = Images(data.fingerprint, parts, dataset.root or dataset.name, len(data.split.classes))
+    return _Checked(tracking, storage, weights, data, images)
+
+
+def _watcher(stack: ExitStack, write: Callable[[str], None]) -> Watcher:
+    """Return a live table on a terminal, and plain lines elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return stack.enter_context(LiveWatcher(console)) if console.is_terminal else PlainWatcher(write)
+
+
+def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
+    """Check a study, then run it to its total; ``write`` prints a line."""
+    checked = _checked(definition, options, write)
+    tracker = MlflowTracker(checked.tracking, create=True)
+    stores.check_file(checked.storage, "study store", create=True)
     identity = {
         **definition.identity(),
-        "images": data.fingerprint,
-        "initial_weights": {name: run_id for name, (run_id, _) in weights.items()},
+        "images": checked.images.digest,
+        "initial_weights": {name: run_id for name, (run_id, _) in checked.weights.items()},
     }
     with ExitStack() as stack:
-        stack.enter_context(stores.only_one(storage, definition.name))
-        study = open_study(definition, storage, identity)
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="caltech-sweep-")))
-        console = Console(stderr=True)
-        watcher: Watcher = PlainWatcher(write)
-        if console.is_terminal:
-            watcher = stack.enter_context(LiveWatcher(console))
-        journal = Journal(journal_folder(stores.journal_root(storage), definition.name, tracking))
+        stack.enter_context(stores.only_one(checked.storage, definition.name))
+        study = open_study(definition, checked.storage, identity)
+        watcher = _watcher(stack, write)
+        journal = Journal(journal_folder(stores.journal_root(checked.storage), definition.name, checked.tracking))
         journaling = JournalingTracker(tracker, journal, is_outage, watcher.note)
         stack.callback(journaling.say_what_waits, definition.name, write)
         executor = make_executor(options)
@@ -193,14 +209,14 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             journaling,
             executor,
             watcher,
-            scratch,
-            images,
-            weights=weights,
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="caltech-sweep-"))),
+            checked.images,
+            weights=checked.weights,
             tags=git_state(),
             only=options.rows,
             stages=stage_use(options),
             confirm=options.confirm,
-            describe=partial(table_of, definition.name, tracking),
+            describe=partial(table_of, definition.name, checked.tracking),
             limits=Limits(options.hang_timeout, options.max_failures),
         )
         stack.enter_context(_stoppable(coordinator, watcher))
