@@ -214,7 +214,7 @@ def test_a_study_that_is_being_run_is_skipped(copied: Path) -> None:
         "with only_one(storage_uri(), 'tiny'): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=hurt
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=copied
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         result = invoke("doctor", "--fix")

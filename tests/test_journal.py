@@ -163,6 +163,7 @@ def check(tracker: MlflowTracker) -> None:
     assert steps == [1, 2] and other.params["lr"] == "1" and tracker.last_epoch(other.run_id) == 1
 
 
+@pytest.mark.slow  # MLflow waits 20 s for the lock at every write
 def test_a_database_that_another_process_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0)
     inner = MlflowTracker(str(tmp_path / "mlflow.db"), create=True)

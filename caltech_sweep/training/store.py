@@ -7,6 +7,7 @@ renamed, so that it is either absent or whole; any number of processes may share
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -165,7 +166,8 @@ class ReuseStore:
         try:
             source.rename(target)
         except OSError as error:
-            if target.exists():
+            # By its number, not by looking: the other entry may have been dropped since.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise FileExistsError(*error.args) from error
             raise
 
