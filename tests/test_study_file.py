@@ -198,7 +198,7 @@ keys = st.sampled_from(
 trees = st.recursive(values, lambda inner: st.dictionaries(keys, inner, max_size=5), max_leaves=25)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(tree=st.dictionaries(keys, trees, max_size=8))
 def test_any_file_is_read_or_refused_in_sentences(tmp_path_factory: pytest.TempPathFactory, tree: dict) -> None:
     import io
@@ -214,7 +214,7 @@ def test_any_file_is_read_or_refused_in_sentences(tmp_path_factory: pytest.TempP
         assert str(error)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     key=st.sampled_from(["lr", "epochs", "augment", "dataset.classes", "weights", "seed", "outputs"]),
     value=st.text(max_size=30),
