@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--scale", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=["transfer", "frozen"], help="one of the two pairs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dataset = DatasetConfig(classes=options.classes, images_per_class=options.images)
@@ -97,9 +98,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         rows, place = [config(*row) for row in TRANSFER], Path(name)
-        compare("transfer table", run_all(rows, data, place), run_all(rows, data, None))
-        ReuseStore(place, 0).clear()
+        if options.only != "frozen":
+            compare("transfer table", run_all(rows, data, place), run_all(rows, data, None))
+            ReuseStore(place, 0).clear()
         for title, lr in (("frozen conv, first trial", 0.01), ("frozen conv, second trial", 0.012)):
+            if options.only == "transfer":
+                break
             trial = [config(lr, 10, 30, freeze="conv")]
             compare(title, run_all(trial, data, place), run_all(trial, data, None))
 
