@@ -277,9 +277,9 @@ def data(context: click.Context, source: Path | None, url: str | None) -> None:
     if context.invoked_subcommand is not None:
         return
     from caltech_sweep.data.archive import fetch
-    from caltech_sweep.sweep.watch import byte_progress
+    from caltech_sweep.sweep.watch import progress_line
 
-    root = fetch(source, url, byte_progress(_say))
+    root = fetch(source, url, progress_line("downloading", _say, 1e6, " MB"))
     click.echo(f"Caltech-101 is in {root}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,7 @@ from caltech_sweep.sweep.rules import suggestion
 from caltech_sweep.sweep.runner import train
 from caltech_sweep.sweep.study import open_study
 from caltech_sweep.sweep.study_file import StudyDefinition, variants
-from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher
+from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher, progress_line
 from caltech_sweep.tracking import MlflowTracker, git_state, is_outage
 from caltech_sweep.training.reuse import StageUse
 
@@ -237,16 +236,3 @@ def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[s
             complete = journaling.replay() and complete
             journaling.say_what_waits(study, write)
     return complete
-
-
-def progress_line(what: str, write: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Return a progress callback: one rewritten line on a terminal, a line every tenth elsewhere."""
-    terminal = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        if terminal:
-            sys.stderr.write(f"\r{what}: {done:,} of {total:,}" + ("\n" if done == total else ""))
-        elif done == total or done % max(1, total // 10) == 0:
-            write(f"{what}: {done:,} of {total:,}")
-
-    return show

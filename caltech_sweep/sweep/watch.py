@@ -33,14 +33,19 @@ class Watcher(Protocol):
         """Something a person should know."""
 
 
-def byte_progress(write: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Return a progress callback of a download in bytes: one rewritten line on a terminal, a line a tenth elsewhere."""
+def progress_line(
+    what: str, write: Callable[[str], None], scale: float = 1, unit: str = ""
+) -> Callable[[int, int], None]:
+    """Return a progress callback: one rewritten line on a terminal, a line every tenth elsewhere.
+
+    What is done and the total, 0 when nobody knows it, are divided by ``scale`` and shown in ``unit``.
+    """
     last = -1
 
     def show(done: int, total: int) -> None:
         nonlocal last
         tenth = done * 10 // total if total else 0
-        text = f"downloading: {done / 1e6:.0f} of {total / 1e6:.0f} MB"
+        text = f"{what}: {done / scale:,.0f} of {total / scale:,.0f}{unit}"
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{text}" + ("\n" if done == total else ""))
         elif tenth != last:
