@@ -1,7 +1,8 @@
 """A folder of results worth keeping, by key: written atomically, checked when read, the longest unused dropped first.
 
-An entry is a folder of two files, a small header and its data. It is written beside its place, made durable and then
-renamed, so that it is either absent or whole; any number of processes may share the folder.
+An entry is a folder of two files, a small header and its data. It is written beside its place and then renamed, so
+that whatever dies meanwhile, it is either absent or whole; any number of processes may share the folder. Nothing waits
+for the disk: what a power cut tears is found by its checksum like any other damage, and can be computed again.
 """
 
 from __future__ import annotations
@@ -53,11 +54,6 @@ def _checksum(path: Path) -> int:
         while block := file.read(_BLOCK):
             value = zlib.crc32(block, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _try_lock(descriptor: int, wait: bool) -> bool:
@@ -145,7 +141,6 @@ class ReuseStore:
             self._make_room(size)
             with self._workplace() as place:
                 fill(place / _DATA)
-                _sync(place / _DATA)
                 self._write_header(place, header)
                 if not self.has(name):
                     self.drop(name)  # the remains of an entry that somebody has half removed
@@ -177,7 +172,6 @@ class ReuseStore:
         document = {"format": FORMAT, "bytes": data.stat().st_size, "crc32": _checksum(data), "header": dict(header)}
         text = json.dumps(document).encode()
         (place / _HEADER).write_bytes(b"%08x\n" % zlib.crc32(text) + text)
-        _sync(place / _HEADER)
 
     @contextlib.contextmanager
     def _workplace(self) -> Iterator[Path]:
