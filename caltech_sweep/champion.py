@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 
 import caltech_sweep
 from caltech_sweep import stores
+from caltech_sweep.checksums import file_digest
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.splits import IMAGE_SUFFIXES
 from caltech_sweep.errors import DatasetError, ModelError, StoreError, UsageError
@@ -71,7 +72,6 @@ from caltech_sweep.served_model import (  # noqa: E402
     WEIGHTS,
     Classifier,
     Ranking,
-    digest,
     read_card,
     read_weights,
 )
@@ -186,7 +186,7 @@ def _read_run(tracker: MlflowTracker, run_id: str, scratch: Path, allow_pickle: 
     names = {Path(file.path).name for file in tracker.client.list_artifacts(run_id, folder)}
     pickled = sorted(names.intersection(_PICKLED)) if Path(CHECKPOINT).name not in names else []
     if not pickled:
-        path = _fetch(tracker, uri, CHECKPOINT, scratch)
+        path = tracker.checked_artifact(run_id, CHECKPOINT)
         weights, classes = _read_checkpoint(path, run_id, run.data.tags.get("fingerprint", ""))
     elif not allow_pickle:
         raise ModelError(
@@ -262,7 +262,9 @@ def _save_model(folder: Path, trained: _Trained, metadata: Mapping[str, Any], ml
     """Write the MLflow model: code as text, weights as safetensors, everything else as JSON and YAML."""
     with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as temporary:
         card = Path(temporary) / CARD
-        card.write_text(json.dumps({**trained.card, "sha256": digest(trained.checkpoint), **metadata}, indent=2) + "\n")
+        card.write_text(
+            json.dumps({**trained.card, "sha256": file_digest(trained.checkpoint), **metadata}, indent=2) + "\n"
+        )
         weights = Path(temporary) / WEIGHTS
         shutil.copyfile(trained.checkpoint, weights)
         package = Path(caltech_sweep.__file__).parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ class _Group(click.Group):
         except CaltechSweepError as error:
             click.echo(f"Error: {error}", err=True)
             context.exit(error.exit_code)
+        except MemoryError as error:
+            click.echo(f"Error: the memory is full ({error}); use fewer or smaller images, or more memory", err=True)
+            context.exit(1)
 
 
 def _say(line: str) -> None:
@@ -56,6 +60,13 @@ threads_option = click.option(
 name_option = click.option("--name", help="Store the study under another name.")
 
 
+def study_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that change a study before it is used, and say where it is tracked."""
+    for option in (tracking_option, name_option, data_option, trials_option, set_option):
+        command = option(command)
+    return command
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="caltech-sweep")
 def main() -> None:
@@ -64,11 +75,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("study")
-@set_option
-@trials_option
-@data_option
-@name_option
-@tracking_option
+@study_options
 @click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
 @click.option("--workers", type=click.IntRange(1), help="Worker processes; default one a GPU, or one.")
 @click.option("--per-device", type=click.IntRange(1), default=1, help="Workers that share a GPU.")
@@ -132,11 +139,7 @@ def run(
 
 @main.command()
 @click.argument("study")
-@set_option
-@trials_option
-@data_option
-@name_option
-@tracking_option
+@study_options
 @device_option
 @threads_option
 def plan(

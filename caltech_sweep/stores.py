@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 _SQLITE = "sqlite:///"
+_RETRY_SECONDS = 1.0
 _ABANDONED = 3600.0  # seconds after which a store that is being made is taken for one that was given up
 
 
@@ -131,6 +132,28 @@ def tune_sqlite(engine: Engine, patience: int) -> None:
             connection.execute(f"PRAGMA {pragma}")
 
     engine.dispose()  # connections that are open already lack the settings
+
+
+def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -> None:
+    """Let whoever needs a new connection to a database server wait ``patience`` seconds for one that is away.
+
+    With ``pool_pre_ping`` every use of a connection that died needs a new one.
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+        end, told = time.monotonic() + patience, False
+        while True:
+            try:
+                return dialect.connect(*arguments, **options)
+            except dialect.loaded_dbapi.OperationalError as error:
+                if time.monotonic() > end:
+                    raise
+                if not told:
+                    note(f"the study store does not answer ({reason(error)}): waiting for it; training goes on")
+                told = True
+            time.sleep(_RETRY_SECONDS)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from caltech_sweep import paths, stores
+from caltech_sweep.checksums import SUMS, file_digest, read_sums
 from caltech_sweep.errors import StoreError
 from caltech_sweep.records import OUTCOMES, EpochLog, StudyRecord, TrialRecord
 
@@ -40,9 +41,12 @@ from mlflow import MlflowClient  # noqa: E402  (the settings above must come fir
 from mlflow.entities import Dataset as DatasetEntity  # noqa: E402
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode  # noqa: E402
 from mlflow.store.db.utils import _initialize_tables  # noqa: E402
 from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun  # noqa: E402
+from mlflow.tracking._tracking_service import utils as _tracking_utils  # noqa: E402
 
+_DATABASES = ("postgresql", "mysql", "mssql")  # the servers that MLflow stores in
 STUDY_FILE = "study.json"
 _LOCK_SECONDS = 5  # that a write waits for a database that another holds, before it goes to the journal
 _LARGEST_BATCH = 900  # metrics of one call; MLflow takes 1,000
@@ -80,12 +84,22 @@ def _check_server(uri: str) -> None:
         ) from error
 
 
+def _check_database(uri: str) -> None:
+    """Connect to a database server once, since MLflow would retry in silence for minutes."""
+    engine = sa.create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
 def _make_database(uri: str) -> None:
     engine = sa.create_engine(uri)
     _initialize_tables(engine)
     engine.dispose()
 
 
+_UNAVAILABLE = ErrorCode.Name(TEMPORARILY_UNAVAILABLE)
 _AWAY = re.compile(
     r"failed with exception|failed with error code 5\d\d|max retries exceeded|connection refused|database is locked"
     r"|disk i/o error|disk is full|unable to open database|readonly database|no space left",
@@ -97,9 +111,11 @@ def is_outage(error: Exception) -> bool:
     """Tell whether an error says that the store is away or cannot write now, rather than that a call is wrong."""
     if isinstance(error, OSError):  # those of requests are among these
         return not isinstance(error, FileNotFoundError)
-    return isinstance(error, (StoreError, MlflowException, sa.exc.SQLAlchemyError)) and (
-        isinstance(error, StoreError) or _AWAY.search(str(error)) is not None
-    )
+    if isinstance(error, MlflowException) and error.error_code == _UNAVAILABLE:  # what a database's driver said
+        return True
+    if isinstance(error, (StoreError, sa.exc.OperationalError, sa.exc.InterfaceError)):
+        return True
+    return isinstance(error, (MlflowException, sa.exc.SQLAlchemyError)) and _AWAY.search(str(error)) is not None
 
 
 class MlflowTracker:
@@ -115,6 +131,8 @@ class MlflowTracker:
         if file is not None and artifacts is None:
             self._artifacts = file.parent / paths.ARTIFACTS.name
         try:
+            if file is None and self.uri.startswith(_DATABASES):
+                _check_database(self.uri)
             if create:
                 stores.make_whole(self.uri, _make_database)
             self.client = MlflowClient(self.uri, self.uri)
@@ -295,6 +313,20 @@ class MlflowTracker:
         except (MlflowException, OSError) as error:
             raise StoreError(f"run {run_id} has no artifact {path}; was the store moved?") from error
 
+    def checked_artifact(self, run_id: str, path: str) -> Path:
+        """Return a file with an artifact whose checksum, if it was recorded, is right; else raise StoreError."""
+        file = self.artifact(run_id, path)
+        try:
+            known = read_sums(self.artifact(run_id, SUMS)).get(path)
+        except StoreError:  # a run that others have written
+            return file
+        if known is not None and file_digest(file) != known:
+            raise StoreError(
+                f"the artifact {path} of run {run_id} is damaged: its checksum is not the recorded one; "
+                "caltech-sweep doctor --fix lets the trial be trained again"
+            )
+        return file
+
     def _downloads(self) -> str:
         if self._copies is None:
             self._copies = TemporaryDirectory(prefix="caltech-sweep-", ignore_cleanup_errors=True)
@@ -327,6 +359,7 @@ class MlflowTracker:
                     .where(table.c.experiment_id == int(experiment_id), column.startswith(old, autoescape=True))
                     .values({column: new + sa.func.substr(column, len(old) + 1)})
                 )
+        getattr(_tracking_utils, "_artifact_repos_cache", {}).clear()  # where MLflow remembers each run's to be
 
     def best_trial(self, study: str) -> TrialRecord:
         """Return the complete trial with the highest validation accuracy, the earliest of equals."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,10 +91,10 @@ def finished(finished_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def clone(source: Path, target: Path) -> None:
-    """Copy a working folder; what is large and never changed in place is linked."""
+    """Copy a working folder; the stages, large and never changed in place, are linked."""
 
     def copy(one: str, other: str) -> None:
-        (os.link if one.endswith((".safetensors", "data")) else shutil.copy2)(one, other)
+        (os.link if one.endswith("data") else shutil.copy2)(one, other)
 
     shutil.copytree(source, target, copy_function=copy)
     from caltech_sweep.tracking import MlflowTracker
@@ -110,3 +111,15 @@ def copied(finished_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     clone(finished_place, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return tmp_path / "place"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 30 MB; a test that asks for it is skipped where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torchvision import transforms
 
 from caltech_sweep.champion import make_card, promote
+from caltech_sweep.checksums import SUMS
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data.shapes import shapes_split
@@ -291,6 +292,13 @@ def replaced(path: Path, content: bytes | None) -> Iterator[None]:
         path.write_bytes(kept)
 
 
+def flipped(path: Path) -> bytes:
+    """Return a file's content with one bit changed, near its end."""
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    return bytes(content)
+
+
 def test_missing_damaged_and_foreign_checkpoints_are_refused(store: Store, images: Path) -> None:
     run_id = store.best().run_id
     checkpoint = store.checkpoint(store.best())
@@ -298,14 +306,21 @@ def test_missing_damaged_and_foreign_checkpoints_are_refused(store: Store, image
     foreign = store.checkpoint(other).read_bytes()
     before = registry(store)
     for content, sentence in (
-        (None, f"there is no artifact {CHECKPOINT} in"),
+        (None, f"run {run_id} has no artifact {CHECKPOINT}"),
         (checkpoint.read_bytes()[:5000], f"of run {run_id} is damaged"),
         (b"", f"of run {run_id} is damaged"),
-        (foreign, f"is not of run {run_id}, but of another training"),
+        (flipped(checkpoint), f"of run {run_id} is damaged: its checksum is not the recorded one"),
+        (foreign, f"of run {run_id} is damaged: its checksum is not the recorded one"),
     ):
         with replaced(checkpoint, content):
             assert sentence in store.refuses("promote", "tiny")
             assert sentence in store.refuses("predict", images, "--model", run_id)
+    for content, sentence in (  # where no checksum is recorded
+        (checkpoint.read_bytes()[:5000], f"of run {run_id} is damaged"),
+        (foreign, f"is not of run {run_id}, but of another training"),
+    ):
+        with replaced(checkpoint, content), replaced(checkpoint.parent.parent / SUMS, None):
+            assert sentence in store.refuses("promote", "tiny")
     with replaced(checkpoint.parent.parent / "config.yaml", b"arch: {"):
         assert "config.yaml cannot be read as a trial's config" in store.refuses("promote", "tiny")
     assert registry(store) == before
@@ -441,9 +456,7 @@ def test_pickled_weights_are_refused_unless_the_flag_says_so(store: Store, image
 def test_a_damaged_or_foreign_registered_model_is_refused(store: Store, images: Path) -> None:
     promote("tiny", tracking_uri=store.uri)
     weights = model_folder(store) / "artifacts" / "model.safetensors"
-    flipped = bytearray(weights.read_bytes())
-    flipped[-100] ^= 1
-    with replaced(weights, bytes(flipped)):
+    with replaced(weights, flipped(weights)):
         assert "model.safetensors are damaged" in store.refuses("predict", images)
     with replaced(weights, None):
         assert "model.safetensors cannot be read" in store.refuses("predict", images)

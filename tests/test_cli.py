@@ -80,7 +80,7 @@ def test_every_artifact_of_a_trial_is_in_its_run(finished: Path) -> None:
     assert names == {
         *(f"confusion_matrix/{part}.{suffix}" for part in parts for suffix in ("png", "csv")),
         *(f"predictions/{part}.csv" for part in parts),
-        *("per_class.csv", "checkpoints/best.safetensors", "config.yaml", "environment.json"),
+        *("per_class.csv", "checkpoints/best.safetensors", "config.yaml", "environment.json", "SHA256SUMS"),
     }
     with Image.open(root / "confusion_matrix" / "test.png") as picture:
         assert picture.size[0] > 300

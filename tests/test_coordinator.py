@@ -35,6 +35,19 @@ def new_study(definition: StudyDefinition = DEFINITION) -> optuna.Study:
     return open_study(definition, MEMORY, definition.identity())
 
 
+class Killed(BaseException):
+    """Ends a coordinator on the spot, as SIGKILL does."""
+
+
+class Dying(ScriptedExecutor):
+    """Kills its coordinator at the third job."""
+
+    def poll(self, timeout: float) -> list:
+        if len(self.jobs) == 3:
+            raise Killed
+        return super().poll(timeout)
+
+
 def records(tracker: MemoryTracker, name: str = "s") -> list:
     study = tracker.study(name)
     assert study is not None
@@ -210,20 +223,12 @@ def test_a_dead_coordinator_s_trials_are_taken_over(tmp_path: Path) -> None:
     """What a kill leaves: both stores say running; or MLflow has the end and Optuna has not."""
     tracker, study = MemoryTracker(), new_study()
 
-    class Killed(BaseException):
-        pass
-
-    class Dying(ScriptedExecutor):
-        def poll(self, timeout: float) -> list:
-            if len(self.jobs) == 3:
-                raise Killed
-            return super().poll(timeout)
-
+    class Untidy(Dying):
         def close(self) -> None:
             raise Killed  # so that the coordinator cannot tidy up
 
     with pytest.raises(Killed):
-        scripted_coordinator(DEFINITION, Dying(), tracker, tmp_path, study).run()
+        scripted_coordinator(DEFINITION, Untidy(), tracker, tmp_path, study).run()
     assert study.trials[2].state == TrialState.RUNNING and records(tracker)[2].status == "RUNNING"
     tracker.finish_trial("run-2", "complete", {"best/val_accuracy": 0.75}, {}, None)
     executor = ScriptedExecutor()
@@ -259,10 +264,6 @@ def test_the_best_sampled_trials_are_confirmed_on_fresh_seeds(tmp_path: Path) ->
     assert sorted(confirmed) == sorted([sampled[0].number] * 3 + [sampled[1].number] * 3)
     assert {job.config.seed for job in executor.jobs[6:]} == {1, 2, 3}
     assert all(r.row is None for r in records(tracker)[6:])
-
-
-class Killed(BaseException):
-    """Ends a coordinator on the spot, as SIGKILL does."""
 
 
 @pytest.mark.parametrize("sampler", [Component("random", {"seed": 3}), Component("tpe", {"startup_trials": 2})])

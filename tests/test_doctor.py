@@ -93,6 +93,14 @@ def a_truncated_checkpoint(place: Path) -> None:
     file.write_bytes(whole[:-1000])
 
 
+def a_bit_flipped(place: Path) -> None:
+    file = artifacts(place, "trial-002") / "checkpoints" / "best.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.unlink()  # it may be linked into other copies of this store
+    file.write_bytes(content)
+
+
 def lines_lost(place: Path) -> None:
     file = artifacts(place, "Views") / "predictions" / "test_tencrop.csv"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
@@ -135,6 +143,11 @@ HURTS: list[tuple[list[Callable[[Path], None]], list[str], int]] = [
         3,
     ),
     (
+        [a_bit_flipped],
+        ["trial 2 (trial-002): checkpoints/best.safetensors is not what was written: its checksum differs"],
+        1,
+    ),
+    (
         [another_end, a_trial_without_a_run],
         [
             "trial 0 is complete in the study store, but its run First is interrupted",
@@ -161,7 +174,8 @@ def test_what_is_hurt_is_named_then_mended_and_found_no_more(
     assert invoke("doctor").output == "1 studies examined: 0 found, 0 mended\n"
     run = invoke(*RUN)
     assert (f"study tiny: {again} complete" if again else "nothing to do") in run.output, run.output
-    assert invoke("doctor").exit_code == 0
+    looked = invoke("doctor")
+    assert looked.exit_code == 0, looked.output
     report = invoke("report", "tiny", "--format", "json").output
     assert report.count('"state": "complete"') == 3 and '"state": "running"' not in report
 

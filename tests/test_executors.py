@@ -26,6 +26,7 @@ from caltech_sweep.sweep.executors import (
     Stopped,
     WorkerDied,
 )
+from caltech_sweep.testing import epoch_metrics
 
 
 def runner(job: Job) -> Epochs:
@@ -184,3 +185,42 @@ def test_bad_data_is_named_and_a_silent_worker_can_be_ended(tmp_path: Path) -> N
         assert not executor.abandon(1)
     finally:
         executor.close()
+
+
+def labelled(job: Job) -> Epochs:
+    """Give every trial an accuracy that is its alone."""
+    for epoch in range(1, job.config.epochs + 1):
+        yield Epoch(job.number, epoch, epoch_metrics(job.config.lr / epoch))
+    accuracy = {"best/val_accuracy": job.config.lr, "test/accuracy": job.config.lr, "test/loss": 1.0}
+    return Done(job.number, accuracy | {"best/epoch": 1.0}, {"pid": str(os.getpid())})
+
+
+def test_forty_rows_on_eight_workers_are_forty_trials_each_once_in_both_stores(tmp_path: Path) -> None:
+    """Eight processes that each ask Optuna, over one SQLite file, get the same rows again and again, and die."""
+    # Here, not above: the workers import this module, and need none of these.
+    from caltech_sweep.sweep.coordinator import Coordinator, Images
+    from caltech_sweep.sweep.study import open_study
+    from caltech_sweep.sweep.study_file import Row
+    from caltech_sweep.sweep.watch import PlainWatcher
+    from caltech_sweep.tracking import MlflowTracker
+    from test_coordinator import DEFINITION
+
+    rates = [(index + 1) / 100 for index in range(40)]
+    rows = tuple(Row(f"row {rate}", {"lr": rate}) for rate in rates)
+    definition = replace(DEFINITION, name="forty", trials=40, rows=rows)
+    stores = {name: f"sqlite:///{tmp_path}/{name}.db" for name in ("mlflow", "optuna")}
+    tracker = MlflowTracker(stores["mlflow"], create=True)
+    study = open_study(definition, stores["optuna"], definition.identity())
+    executor = ProcessExecutor(labelled, 8)
+    images = Images("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
+    arguments = definition, study, tracker, executor, PlainWatcher(lambda line: None), tmp_path / "scratch", images
+    summary = Coordinator(*arguments).run()
+    assert summary.complete and summary.outcomes == {"complete": 40}
+    record = tracker.study("forty")
+    assert record is not None
+    runs = tracker.trials(record)
+    assert sorted((run.row, run.metrics["test/accuracy"]) for run in runs) == sorted((f"row {r}", r) for r in rates)
+    assert sorted(run.number for run in runs) == list(range(40)) and len({run.tags["pid"] for run in runs}) == 8
+    assert {(trial.number, trial.value) for trial in study.trials} == {
+        (run.number, run.metrics["best/val_accuracy"]) for run in runs
+    }

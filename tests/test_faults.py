@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import resource
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,20 +83,30 @@ def test_trials_that_diverge_by_their_settings_never_stop_a_study() -> None:
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
-def limited(place: Path, limit: int | None, arguments: tuple[str, ...]) -> None:
-    """Run a command in this process, none of whose files may grow beyond ``limit`` bytes: a full disk for each."""
+def memory_in_use() -> int:
+    """Return this process's address space in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def limited(place: Path, file_size: int | None, memory: int | None, arguments: tuple[str, ...]) -> None:
+    """Run a command in this process.
+
+    None of its files may grow beyond ``file_size`` bytes, a full disk for each, and it gets ``memory`` more bytes.
+    """
     from caltech_sweep.cli import main
 
     os.chdir(place)
     with (place / "log.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (memory_in_use() + memory,) * 2)
         main(list(arguments))
 
 
-Command = Callable[[Path, int | None], tuple[int, str]]
+Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -104,10 +114,9 @@ def run_limited() -> Command:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["caltech_sweep.sweep.session", "caltech_sweep.report.build", "matplotlib.figure"])
 
-    def run(place: Path, limit: int | None) -> tuple[int, str]:
-        process = context.Process(
-            target=limited, args=(place, limit, ("run", "tiny", "--in-process", "--threads", "1"))
-        )
+    def run(place: Path, file_size: int | None, memory: int | None = None, *more: str) -> tuple[int, str]:
+        arguments = ("run", "tiny", "--in-process", "--threads", "1", *more)
+        process = context.Process(target=limited, args=(place, file_size, memory, arguments))
         process.start()
         process.join(120)
         return process.exitcode or 0, (place / "log.txt").read_text()
@@ -140,6 +149,15 @@ def test_a_full_disk_is_named_wherever_it_is_met_and_room_mends_it(
     ]
 
 
+def test_a_batch_that_does_not_fit_is_tried_once_more_and_named(place: Path, run_limited: Command) -> None:
+    size = [f"--set=dataset.{name}=64" for name in ("resize", "crop")]
+    arguments = ["--set=arch=alexnet", *size, "--set=epochs=1", "--row", "First", "--no-reuse"]
+    code, said = run_limited(place, None, 500_000_000, *arguments)
+    assert code == 1 and "Traceback" not in said, said
+    assert "a batch of 8 images did not fit on cpu; it is tried again alone on its device" in said
+    assert "study tiny: 1 out_of_memory" in said
+
+
 def test_artifacts_that_neither_store_nor_journal_takes_wait_for_the_next_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Path
 ) -> None:
@@ -162,15 +180,3 @@ def test_a_store_that_can_only_be_read_is_refused_before_anything_runs(place: Pa
     for stores in (("--tracking-uri", uri), ("--storage", str(small_disk / "optuna.db"))):
         result = invoke("run", "tiny", "--in-process", "--threads", "1", *stores)
         assert result.exit_code == 2 and f"{small_disk} cannot be written" in result.output, result.output
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 30 MB; a test that asks for it is skipped where none may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system may be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -17,7 +17,8 @@ from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.reuse import StageUse
 from caltech_sweep.training.store import ReuseStore
-from caltech_sweep.training.trial import TrialOutcome, run_trial
+from caltech_sweep.training.trial import TrialOutcome
+from test_stages import run as run_trial_to_its_end
 
 CPU = torch.device("cpu")
 SHAPES = DatasetConfig(name="shapes", resize=40, crop=32, classes=3, images_per_class=12)
@@ -35,13 +36,7 @@ def data() -> LoadedData:
 def run(
     config: TrialConfig, data: LoadedData, folder: Path | None = None, features: bool = True
 ) -> tuple[list[EpochResult], TrialOutcome]:
-    use = StageUse(folder, BUDGET, features=features) if folder else None
-    trial, epochs = run_trial(config, data, CPU, stages=use), []
-    while True:
-        try:
-            epochs.append(next(trial))
-        except StopIteration as end:
-            return epochs, end.value
+    return run_trial_to_its_end(config, data, StageUse(folder, BUDGET, features=features) if folder else None)
 
 
 def kept(folder: Path) -> list[str]:

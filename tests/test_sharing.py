@@ -15,6 +15,7 @@ from caltech_sweep.sweep.study import MEMORY, open_study
 from caltech_sweep.sweep.study_file import Choices, Component, Range, Row, StudyDefinition, load_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.training.reuse import learning_rates
+from test_coordinator import Dying, Killed
 
 schedules = st.builds(
     TrialConfig,
@@ -125,15 +126,6 @@ def test_every_sampled_setting_becomes_a_family_of_real_trials() -> None:
 def test_an_interrupted_family_is_completed() -> None:
     study = open_study(FAMILY, MEMORY, FAMILY.identity())
     tracker, executor = MemoryTracker(), ScriptedExecutor(Script())
-
-    class Killed(BaseException):
-        pass
-
-    class Dying(ScriptedExecutor):
-        def poll(self, timeout: float) -> list:
-            if len(self.jobs) == 3:
-                raise Killed
-            return super().poll(timeout)
 
     with pytest.raises(Killed):
         run_scripted(FAMILY, Dying(), tracker, study)

@@ -195,21 +195,26 @@ values = st.recursive(
 keys = st.sampled_from(
     ["title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows", "lr", "name", "low"]
 )
-trees = st.recursive(values, lambda inner: st.dictionaries(keys, inner, max_size=5), max_leaves=25)
+trees = st.recursive(values, lambda inner: st.dictionaries(keys, inner, max_size=5), max_leaves=12)
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose one study file is written again and again."""
+    return tmp_path_factory.mktemp("generated")
 
 
 @settings(max_examples=500, deadline=None)
 @given(tree=st.dictionaries(keys, trees, max_size=8))
-def test_any_file_is_read_or_refused_in_sentences(tmp_path_factory: pytest.TempPathFactory, tree: dict) -> None:
+def test_any_file_is_read_or_refused_in_sentences(generated: Path, tree: dict) -> None:
     import io
 
     from ruamel.yaml import YAML
 
     buffer = io.StringIO()
     YAML().dump(tree, buffer)
-    folder = write(tmp_path_factory.mktemp("generated"), buffer.getvalue())
     try:
-        load_study("x", folder=folder)
+        load_study("x", folder=write(generated, buffer.getvalue()))
     except CaltechSweepError as error:
         assert str(error)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as tvf
 
 from caltech_sweep.data.splits import PARTS, Item, Split
@@ -30,18 +32,51 @@ from caltech_sweep.errors import DatasetError
 Progress = Callable[[int, int], None]
 FORMAT = 1
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
+_LARGEST = 180_000_000  # pixels of a resized image; about what Pillow takes for a decompression bomb
 _WAVE = 256  # images decoded ahead of the writer; bounds the memory that a cache takes while it is built
 
+# Pillow warns of large images, odd palettes and broken EXIF data, none of which harms the pixels.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
-def decode(path: Path, resize: int) -> np.ndarray:
-    """Return one image as (H, W, 3) uint8 RGB, its short side ``resize`` pixels, as torchvision's Resize gives.
 
-    Sixteen-bit greyscale is scaled to eight bits, since Pillow's own conversion would clip it to white.
+def decode(content: bytes, resize: int) -> np.ndarray:
+    """Return an image file's content as (H, W, 3) uint8 RGB, its short side ``resize`` pixels, as torchvision's Resize.
+
+    Sixteen-bit greyscale is scaled to eight bits, since Pillow's own conversion would clip it to white. Raises
+    DatasetError with the reason for what is damaged, is no image, or has pixels that eight bits cannot show.
     """
-    with Image.open(path) as image:
-        if image.mode in _SIXTEEN_BIT:
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-        return np.asarray(tvf.resize(image.convert("RGB"), [resize]))
+    if not content:
+        raise DatasetError("it is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            _check_shape(image.size, resize)
+            return np.asarray(tvf.resize(_in_eight_bits(image).convert("RGB"), [resize]))
+    except DatasetError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DatasetError("it is of no kind that is known") from error
+    except Image.DecompressionBombError as error:
+        raise DatasetError(str(error).rstrip(".")) from error
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
+        raise DatasetError(f"{str(error) or type(error).__name__}; is it complete?") from error
+
+
+def _check_shape(size: tuple[int, int], resize: int) -> None:
+    """Refuse a ribbon that is a small file and would be gigabytes once its short side is resized."""
+    short, long = sorted(size)
+    if long * resize * resize > _LARGEST * short:
+        raise DatasetError(f"its {size[0]} x {size[1]} pixels are too long a ribbon to resize to {resize}; crop it")
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise DatasetError("its pixels are floats, whose range nobody knows; convert it to 8 or 16 bits")
+    if image.mode not in _SIXTEEN_BIT:
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise DatasetError("its pixels have more than 16 bits; convert it to 8 or 16")
+    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 
 def _content_digest(paths: Sequence[Path]) -> str:
@@ -57,9 +92,11 @@ def _decode_each(paths: Sequence[Path], resize: int, progress: Progress | None) 
 
     def attempt(path: Path) -> np.ndarray | str:
         try:
-            return decode(path, resize)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{path} ({'the file is empty' if path.stat().st_size == 0 else error})"
+            return decode(path.read_bytes(), resize)
+        except OSError as error:
+            return f"{path} ({error.strerror})"
+        except DatasetError as error:
+            return f"{path} ({error})"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), _WAVE):

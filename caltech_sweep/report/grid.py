@@ -10,6 +10,7 @@ NOTHING = "–"
 _STATES = {
     "diverged": "failed (diverged)",
     "out_of_memory": "failed (out of memory)",
+    "data_error": "failed (data error)",
     "crashed": "failed (crashed)",
 }
 

@@ -45,7 +45,7 @@ class TableRow:
     kind: Kind
     name: str
     settings: Mapping[str, float | int | None]  # by the keys of HEADINGS, shown or not
-    state: str  # complete | missing | running | interrupted | pruned | diverged | out_of_memory | crashed
+    state: str  # an outcome of caltech_sweep.records, or running, or missing
     detail: str = ""  # what else sets a sampled trial apart
     reason: str = ""  # of a state other than complete
     remarks: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ from caltech_sweep.sweep.coordinator import Coordinator, Images, Limits, Summary
 from caltech_sweep.sweep.executors import Executor, InProcessExecutor, ProcessExecutor
 from caltech_sweep.sweep.rules import suggestion
 from caltech_sweep.sweep.runner import train
-from caltech_sweep.sweep.study import open_study
+from caltech_sweep.sweep.study import await_outages, open_study
 from caltech_sweep.sweep.study_file import StudyDefinition, variants
 from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher, progress_line
 from caltech_sweep.tracking import MlflowTracker, git_state, is_outage
@@ -61,7 +61,7 @@ def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weigh
             continue
         tracker = MlflowTracker(tracking_uri)
         run_id = tracker.best_trial(name).run_id if kind == "study" else name
-        found[config.weights] = (run_id, tracker.artifact(run_id, CHECKPOINT))
+        found[config.weights] = (run_id, tracker.checked_artifact(run_id, CHECKPOINT))
     return found
 
 
@@ -197,6 +197,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         stack.enter_context(stores.only_one(checked.storage, definition.name))
         study = open_study(definition, checked.storage, identity)
         watcher = _watcher(stack, write)
+        await_outages(study, watcher.note)
         journal = Journal(journal_folder(stores.journal_root(checked.storage), definition.name, checked.tracking))
         journaling = JournalingTracker(tracker, journal, is_outage, watcher.note)
         stack.callback(journaling.say_what_waits, definition.name, write)

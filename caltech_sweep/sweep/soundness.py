@@ -1,4 +1,4 @@
-"""Whether the artifacts of a completed trial are whole: sizes and counts against what was recorded, nothing loaded."""
+"""Whether the artifacts of a completed trial are whole: sizes, counts and checksums against what was recorded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from caltech_sweep.checksums import changed
 from caltech_sweep.records import TrialRecord
 
 CHECKPOINT = "checkpoints/best.safetensors"
@@ -19,8 +20,16 @@ _LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself accepts
 def artifact_problems(record: TrialRecord, root: Path, images: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for every artifact of a completed trial that is missing or cut short.
 
-    ``images`` holds how many images each part has, and how many classes there are, as the study recorded them.
+    ``images`` holds how many images each part has, and how many classes there are, as the study recorded them. The
+    checksums, for which everything is read, come last: what is short has been found by then.
     """
+    problems = list(_shortcomings(record, root, images))
+    yield from problems
+    if not problems:
+        yield from (f"{path} is not what was written: its checksum differs" for path in changed(root))
+
+
+def _shortcomings(record: TrialRecord, root: Path, images: Mapping[str, Any]) -> Iterator[str]:
     tests = ["test", *(["test_tencrop"] if "test_tencrop/accuracy" in record.metrics else [])]
     for name in ("val", *tests):
         part = "val" if name == "val" else "test"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.records import OUTCOMES
-from caltech_sweep.stores import cannot_open, check_file, make_whole, sqlite_file, tune_sqlite
+from caltech_sweep.stores import await_server, cannot_open, check_file, make_whole, sqlite_file, tune_sqlite
 from caltech_sweep.sweep.space import all_branches, enqueue_params, make_pruner, make_sampler
 from caltech_sweep.sweep.study_file import Row, StudyDefinition, identity_difference
 
 HEARTBEAT_SECONDS = 60
-LOCK_SECONDS = 600  # that a write waits for a database that another holds; workers train on meanwhile
+PATIENCE = 600  # seconds that a write waits for a database that is held or away; workers train on meanwhile
 MEMORY = "memory"  # the address of a store that ends with the process, for tests
 
 STORE_ERRORS = (optuna.exceptions.StorageInternalError, sa.exc.SQLAlchemyError)
@@ -34,11 +34,12 @@ def _open_storage(uri: str) -> BaseStorage:
     if uri == MEMORY:
         return InMemoryStorage()
     make_whole(uri, lambda place: RDBStorage(place).engine.dispose())
+    local = sqlite_file(uri) is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = RDBStorage(uri, heartbeat_interval=HEARTBEAT_SECONDS)
-    if sqlite_file(uri) is not None:
-        tune_sqlite(storage.engine, LOCK_SECONDS)
+        storage = RDBStorage(uri, {"pool_pre_ping": not local}, heartbeat_interval=HEARTBEAT_SECONDS)
+    if local:
+        tune_sqlite(storage.engine, PATIENCE)
     return storage
 
 
@@ -64,6 +65,18 @@ def open_study(definition: StudyDefinition, uri: str, identity: Mapping[str, Any
     return study
 
 
+def _database(study: optuna.Study) -> RDBStorage | None:
+    storage = getattr(study._storage, "_backend", study._storage)  # Optuna wraps it in a cache
+    return storage if isinstance(storage, RDBStorage) else None
+
+
+def await_outages(study: optuna.Study, note: Callable[[str], None]) -> None:
+    """Let a study wait for its database server when that goes away, rather than end; ``note`` is told."""
+    storage = _database(study)
+    if storage is not None and sqlite_file(str(storage.url)) is None:
+        await_server(storage.engine, PATIENCE, note)
+
+
 def open_storage(uri: str) -> BaseStorage:
     """Open a store that is there; raise StoreError when it cannot be used."""
     check_file(uri, "study store", create=False)
@@ -84,8 +97,8 @@ def disown(study: optuna.Study, trial_id: int) -> None:
 
     Optuna lets nobody change a trial that ended, so its row is changed beside it.
     """
-    storage = getattr(study._storage, "_backend", study._storage)
-    if isinstance(storage, RDBStorage):
+    storage = _database(study)
+    if storage is not None:
         with storage.engine.begin() as connection:
             table = TrialModel.__table__
             connection.execute(sa.update(table).where(table.c.trial_id == trial_id).values(state=TrialState.FAIL))
@@ -109,10 +122,8 @@ def check_identity(study: optuna.Study, name: str, identity: Mapping[str, Any]) 
 
 def check_alone(study: optuna.Study) -> None:
     """Raise StoreError while another coordinator shows signs of life in a store that has no lock of ours."""
-    storage = study._storage
-    if not isinstance(storage, RDBStorage):
-        storage = getattr(storage, "_backend", storage)
-    if not isinstance(storage, RDBStorage) or sqlite_file(str(storage.url)) is not None:
+    storage = _database(study)
+    if storage is None or sqlite_file(str(storage.url)) is not None:
         return
     stale = set(storage._get_stale_trial_ids(study._study_id))
     alive = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if t._trial_id not in stale]

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from caltech_sweep import __version__
+from caltech_sweep.checksums import write_sums
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.training.evaluate import Evaluation
@@ -145,3 +146,4 @@ def write_artifacts(
     with (folder / "config.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(json.loads(json.dumps(config.to_dict())), file)
     (folder / "environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+    write_sums(folder)

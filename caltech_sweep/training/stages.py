@@ -8,7 +8,6 @@ from, and the model a trial starts from has them.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from caltech_sweep.checksums import file_digest
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
@@ -48,12 +48,8 @@ class Stage:
 
 
 @lru_cache(maxsize=64)
-def _file_digest(path: Path, size: int, changed: int) -> str:
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            content.update(block)
-    return content.hexdigest()
+def _known_digest(path: Path, size: int, changed: int) -> str:
+    return file_digest(path)
 
 
 def initial_weights(config: TrialConfig, weights_file: Path | None) -> str:
@@ -71,7 +67,7 @@ def initial_weights(config: TrialConfig, weights_file: Path | None) -> str:
         if path is None:
             raise FileNotFoundError
         status = path.stat()
-        return f"file {_file_digest(path, status.st_size, status.st_mtime_ns)}"
+        return f"file {_known_digest(path, status.st_size, status.st_mtime_ns)}"
     except OSError as error:
         raise ModelError(f"weights: there is no file {path} for {config.weights}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from caltech_sweep.training.models import build_model
 from caltech_sweep.training.reuse import StageUse
 from caltech_sweep.training.stages import TrialStages
 from caltech_sweep.training.store import open_store
+
+_NO_MEMORY = re.compile(  # what torch, CUDA, cuDNN and oneDNN say
+    r"out of memory|allocate memory|not enough memory|ALLOC_FAILED|could not create a (primitive|memory)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,13 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out; on the CPU torch has no type of its own for that."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
 def _train(training: Training, stages: TrialStages | None) -> Iterator[EpochResult]:
     """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept."""
     if stages is not None:
@@ -97,7 +109,9 @@ def run_trial(
         training.model.load_state_dict(training.best_weights)
         test = training.evaluate("test")
         tencrop = training.evaluate("test", "tencrop") if config.test_views == "tencrop" else None
-    except torch.cuda.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemoryError(f"a batch of {config.batch_size} images did not fit on {device}") from error
     reused = sum(epoch.reused for epoch in training.history)
     warnings = store.take_warnings() if store else ()
