@@ -172,9 +172,13 @@ class Coordinator:
 
     def _describe(self) -> None:
         """Keep the table that is the study's description in the tracking store current."""
-        if self.describe is not None:
-            with suppress(StoreError):  # a store that is away has no table either
+        try:
+            if self.describe is not None:
                 self.tracker.describe_study(self.definition.name, self.describe())
+        except StoreError:  # a store that is away has no table either
+            pass
+        except Exception as error:  # no table is worth a study
+            self.watcher.note(f"the study's description cannot be written: {reason(error)}")
         self._described, self._undescribed = time.monotonic(), False
 
     # -- what is to do ---------------------------------------------------------------------------------------------
@@ -278,6 +282,7 @@ class Coordinator:
     def _submit(self, running: _Running) -> None:
         config, number = running.config, running.trial.number
         self._running[number] = running
+        studies.record_heartbeats(self.study, [running.trial])
         self._open_run(running)
         shutil.rmtree(running.folder, ignore_errors=True)
         running.folder.mkdir(parents=True)

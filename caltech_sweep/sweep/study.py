@@ -6,12 +6,13 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
-from optuna.storages._rdb.models import TrialModel
+from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
@@ -126,8 +127,17 @@ def check_alone(study: optuna.Study) -> None:
     if storage is None or sqlite_file(str(storage.url)) is not None:
         return
     stale = set(storage._get_stale_trial_ids(study._study_id))
-    alive = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if t._trial_id not in stale]
-    if alive:
+    with storage.engine.connect() as connection:
+        signed = set(connection.scalars(sa.select(TrialHeartbeatModel.trial_id)))
+    patience = timedelta(seconds=2 * HEARTBEAT_SECONDS)
+
+    def alive(trial: FrozenTrial) -> bool:
+        if trial._trial_id in signed:
+            return trial._trial_id not in stale
+        # Whoever started it died before its first sign, unless that is only just now.
+        return trial.datetime_start is not None and datetime.now() - trial.datetime_start < patience
+
+    if any(map(alive, study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))):
         raise StoreError(
             f"study {study.study_name!r} is being run by another process, or was {2 * HEARTBEAT_SECONDS} seconds ago; "
             "wait for it, stop it, or choose --name"
@@ -135,11 +145,11 @@ def check_alone(study: optuna.Study) -> None:
 
 
 def record_heartbeats(study: optuna.Study, trials: Sequence[optuna.Trial]) -> None:
-    """Sign that this process still runs some trials."""
-    for trial in trials:
-        record = getattr(study._storage, "record_heartbeat", None)
-        if record is not None:
-            record(trial._trial_id)
+    """Sign in a database server that this process still runs some trials; a local store has a lock for that."""
+    storage = _database(study)
+    if storage is not None and sqlite_file(str(storage.url)) is None:
+        for trial in trials:
+            storage.record_heartbeat(trial._trial_id)
 
 
 def is_finished(trial: FrozenTrial) -> bool:
