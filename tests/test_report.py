@@ -313,6 +313,32 @@ def test_a_moved_store_keeps_its_tables(store: str, tmp_path: Path) -> None:
         hidden.rename(source)
 
 
+@pytest.mark.parametrize("damage", ["lost", "cut short", "changed", "no table"])
+def test_damaged_predictions_are_said_and_compare_nothing(store: str, tmp_path: Path, damage: str) -> None:
+    source = Path(store.removeprefix("sqlite:///")).parent
+    moved = shutil.copytree(source, tmp_path / "copy")
+    uri = str(moved / "mlflow.db")
+    with sqlite3.connect(moved / "mlflow.db") as connection:
+        connection.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?)", (str(source), str(moved)))
+    connection.close()
+
+    def third() -> Any:
+        return next(row for row in load_tables(["transfer"], 3, uri)[0].rows if row.name == "Third model")
+
+    assert third().standing == "best"
+    (file,) = (moved / "artifacts" / "transfer" / third().run_id).rglob("predictions/*.csv")
+    lines = file.read_text().splitlines(keepends=True)
+    wrong = next(index for index, line in enumerate(lines) if ",nothing," in line)
+    lines[wrong] = lines[wrong].replace("nothing", lines[wrong].split(",")[1])
+    content = {"cut short": file.read_text()[:-3000], "changed": "".join(lines), "no table": "\x00"}.get(damage)
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    (table,) = load_tables(["transfer"], 3, uri)
+    assert third().remarks == ("not compared: its predictions are lost or damaged",)
+    assert {row.standing for row in table.rows} == {None}  # nobody else becomes the best
+
+
 def test_a_study_without_its_document_shows_its_runs(store: str, tmp_path: Path) -> None:
     source = Path(store.removeprefix("sqlite:///")).parent
     moved = shutil.copytree(source, tmp_path / "copy")

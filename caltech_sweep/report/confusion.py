@@ -76,6 +76,10 @@ def read_confusion(read: ReadText, run: TrialRecord) -> Confusion | None:
         return None
     if not classes or [len(row) for row in counts] != [len(classes)] * len(classes):
         return None
+    right, images = sum(row[i] for i, row in enumerate(counts)), sum(map(sum, counts))
+    recorded = run.metrics.get(f"{reported_part(run)}/accuracy")
+    if not images or (recorded is not None and abs(right / images - recorded) > 1e-6):
+        return None
     cells = tuple((i, j, n) for i, row in enumerate(counts) for j, n in enumerate(row) if n > 0)
     return Confusion(classes, cells, tuple(map(sum, counts))) if cells else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -117,19 +118,29 @@ def _row(entry: Entry, images: Mapping[str, int], link: Link) -> TableRow:
 
 
 def _read_predictions(entry: Entry, read: ReadText) -> _Predictions | None:
-    """Read a row's predictions of the test images, or return None when its run has none."""
+    """Read a row's predictions of the test images; None when its run has none, or they are not what it recorded."""
     if not entry.runs:
         return None
-    part = "test_tencrop" if _is_tencrop(entry) else "test"
+    run, part = entry.runs[0], "test_tencrop" if _is_tencrop(entry) else "test"
     try:
-        header, *lines = csv.reader(io.StringIO(read(entry.runs[0], f"predictions/{part}.csv")))
+        header, *lines = csv.reader(io.StringIO(read(run, f"predictions/{part}.csv")))
         image, label, prediction = map(header.index, ("image", "label", "prediction"))
         ((name, count),) = Counter(line[label] for line in lines).most_common(1)
         images = tuple(line[image] for line in lines)
         correct = tuple(line[prediction] == line[label] for line in lines)
     except (StoreError, ValueError, IndexError):  # no such file, or not a table of predictions
         return None
+    recorded = metric(run, f"{part}/accuracy")
+    if recorded is None or not math.isclose(statistics.fmean(correct), recorded, abs_tol=1e-6):
+        return None
     return _Predictions(images, correct, name, count / len(lines))
+
+
+def _with_what_is_lost(row: TableRow, own: _Predictions | None) -> TableRow:
+    """Say of a row that has scores why it was compared with no other."""
+    if row.test is None or own is not None:
+        return row
+    return replace(row, remarks=(*row.remarks, "not compared: its predictions are lost or damaged"))
 
 
 def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -> int:
@@ -138,12 +149,11 @@ def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -
     The best row has the highest validation accuracy, so that the test set, on which rows are compared, takes no part
     in choosing it.
     """
-    scored = [index for index, row in enumerate(rows) if row.val is not None and predictions[index] is not None]
-    if len(scored) < 2:
+    scored = [index for index, row in enumerate(rows) if row.val is not None]
+    best = max(scored, key=lambda index: (rows[index].val.value, -index), default=None)  # type: ignore[union-attr]
+    top = predictions[best] if best is not None else None
+    if best is None or top is None:
         return 0
-    best = max(scored, key=lambda index: (rows[index].val.value, -index))  # type: ignore[union-attr]
-    top = predictions[best]
-    assert top is not None
     others = {i: other for i in scored if i != best and (other := predictions[i]) and other.images == top.images}
     corrected = holm([mcnemar_exact(other.correct, top.correct) for other in others.values()])
     if others:
@@ -250,6 +260,8 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
     rows = [_row(entry, images, link) for entry in entries]
     predictions = [_read_predictions(entry, read) for entry in entries]
     comparisons = _compare(rows, predictions)
+    if any(predictions):  # mocked trials have none
+        rows = [_with_what_is_lost(row, own) for row, own in zip(rows, predictions, strict=True)]
     majority = next(filter(None, predictions), None)
     rows = [
         replace(row, majority=own is not None and _floor(row.test) <= own.majority_share)
