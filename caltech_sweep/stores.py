@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from caltech_sweep import paths
 from caltech_sweep.errors import StoreError
@@ -85,6 +86,11 @@ def check_file(uri: str, what: str, create: bool) -> None:
     file = sqlite_file(uri)
     if file is None:
         return
+    if "?" in str(file) or unquote(str(file)) != str(file):
+        raise StoreError(
+            f"the {what} cannot be {file}, since ? and % mean something else in the address of a store; rename the "
+            "folder, or choose another place"
+        )
     if not file.exists() and not create:
         raise StoreError(f"there is no {what} {file} yet; run a study first, such as `make sweep STUDY=demo`")
     try:
