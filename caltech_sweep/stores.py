@@ -6,12 +6,14 @@ import contextlib
 import os
 import re
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from caltech_sweep import paths
 from caltech_sweep.errors import StoreError
@@ -66,13 +68,38 @@ def cannot_open(what: str, uri: str, error: BaseException) -> StoreError:
     elif "pip install -U optuna" in text:
         how = "update Optuna, which is older than the store"
     else:
-        return StoreError(f"the {what} {shown} cannot be opened: {reason(error)}")
+        return StoreError(f"the {what} {shown} cannot be opened: {reason(error)}{_why(uri)}")
     return StoreError(f"the {what} {shown} was made by another version of its library; {how}")
+
+
+def _why(uri: str) -> str:
+    file = sqlite_file(uri)
+    if file is None or os.access(file.parent, os.W_OK):
+        return ""
+    return f"; its folder {file.parent} cannot be written, and must be for this: copy it to another place"
 
 
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of an SQLite store, or None for another kind."""
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def connect_read_only(uri: str) -> Callable[[], sqlite3.Connection] | None:
+    """Return what connects to an SQLite store in a folder that cannot be written; None for any other store.
+
+    A store with a write-ahead log is opened by writing beside it, unless SQLite is told that nobody changes it
+    (SQLite, "Write-Ahead Logging", on read-only databases). Raises StoreError when its log still holds changes.
+    """
+    file = sqlite_file(uri)
+    if file is None or os.access(file.parent, os.W_OK):
+        return None
+    log = file.with_name(f"{file.name}-wal")
+    if log.exists() and log.stat().st_size:
+        raise StoreError(
+            f"the store {file} has changes in {log.name} that its folder, which cannot be written, keeps SQLite from "
+            "reading; copy the folder to another place"
+        )
+    return partial(sqlite3.connect, f"file:{quote(str(file))}?mode=ro&immutable=1", uri=True)
 
 
 def journal_root(storage: str) -> Path:

@@ -196,7 +196,9 @@ class SqlReader:
         self.uri = uri
         stores.check_file(uri, "tracking store", create=False)
         try:
-            self._engine = sa.create_engine(uri, poolclass=sa.NullPool)
+            connect = stores.connect_read_only(uri)
+            creator = {"creator": connect} if connect is not None else {}
+            self._engine = sa.create_engine(uri, poolclass=sa.NullPool, **creator)
         except (sa.exc.SQLAlchemyError, ImportError) as error:  # no address, or no driver for it
             raise StoreError(
                 f"the tracking store {stores.hide_secrets(uri)} cannot be opened: {error}; "

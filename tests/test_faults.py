@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +175,24 @@ def test_artifacts_that_neither_store_nor_journal_takes_wait_for_the_next_run(
     assert result.exit_code == 0 and "study tiny: 3 complete" in result.output, result.output
     looked = invoke("doctor", "--tracking-uri", uri, "--storage", storage)
     assert looked.exit_code == 0, looked.output
+
+
+def test_a_store_that_can_only_be_read_still_has_its_tables(finished: Path, small_disk: Path) -> None:
+    with closing(sqlite3.connect(finished / "mlruns" / "mlflow.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copy(finished / "mlruns" / "mlflow.db", small_disk / "mlflow.db")
+    uri = ("--tracking-uri", str(small_disk / "mlflow.db"))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    told = invoke("report", "tiny", *uri)
+    assert told.exit_code == 0, told.output
+    assert told.output == invoke("report", "tiny").output
+    refused = invoke("predict", "x.png", *uri)
+    assert refused.exit_code == 2 and f"its folder {small_disk} cannot be written" in refused.output, refused.output
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    (small_disk / "mlflow.db-wal").write_bytes(b"changes")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    refused = invoke("report", "tiny", *uri)
+    assert refused.exit_code == 2 and "has changes in mlflow.db-wal" in refused.output, refused.output
 
 
 def test_a_store_that_can_only_be_read_is_refused_before_anything_runs(place: Path, small_disk: Path) -> None:
