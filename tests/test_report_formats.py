@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from caltech_sweep.report.render import latex_text, markdown_text
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS = {"markdown": "md", "html": "html", "latex": "tex", "csv": "csv", "json": "json"}
 SETTINGS = {"lr": 0.01, "test_batch_size": 32, "batch_size": 256, "step_size": 10, "epochs": 30}
+STATES = ("missing", "running", "interrupted", "pruned", "diverged", "out_of_memory", "data_error", "crashed")
 HOSTILE = [
     "a|b || c\\|d",
     "<script>alert(1)</script> & &amp; </td></table>",
@@ -59,10 +62,7 @@ def hostile_table() -> Table:
         )
         for index, text in enumerate(HOSTILE)
     ]
-    rows += [
-        TableRow("row", state, {"lr": None, "epochs": 30}, state, reason="a | reason")
-        for state in ("missing", "running", "interrupted", "pruned", "diverged", "out_of_memory", "crashed")
-    ]
+    rows += [TableRow("row", state, {"lr": None, "epochs": 30}, state, reason="a | reason") for state in STATES]
     title = "T | <b>&amp;_%\"'\n\\end{table}</section>"
     return Table("study/1", title, tuple(SETTINGS), tuple(rows), tuple(HOSTILE), tuple(HOSTILE), {"test": 9}, {"lr": 1})
 
@@ -217,5 +217,20 @@ def test_figures_are_those_of_the_report() -> None:
         "pruned: a | reason",
         "failed (diverged): a | reason",
         "failed (out of memory): a | reason",
+        "failed (data error): a | reason",
         "failed (crashed): a | reason",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["report", "hostile"])
+def test_latex_takes_the_tables(name: str, tmp_path: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("needs LaTeX: apt-get install texlive-latex-recommended")
+    tables = (GOLDEN / f"{name}.tex").read_text(encoding="utf-8")
+    packages = r"\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx,hyperref}"
+    body = tables.replace("猫", "")  # pdfLaTeX has no fonts for it; LuaLaTeX does
+    (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}{packages}\begin{{document}}{body}\end{{document}}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0 and (tmp_path / "t.pdf").stat().st_size > 10_000, done.stdout[-2000:]
