@@ -9,6 +9,8 @@ import resource
 import shutil
 import sqlite3
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -175,6 +177,19 @@ def test_artifacts_that_neither_store_nor_journal_takes_wait_for_the_next_run(
     assert result.exit_code == 0 and "study tiny: 3 complete" in result.output, result.output
     looked = invoke("doctor", "--tracking-uri", uri, "--storage", storage)
     assert looked.exit_code == 0, looked.output
+
+
+def test_a_study_store_that_another_process_holds_is_waited_for(copied: Path) -> None:
+    """MLflow's is in tests/test_journal.py: what it does not take goes to the journal."""
+    run = ("run", "tiny", "--in-process", "--threads", "1")
+    with closing(sqlite3.connect("mlruns/optuna.db", isolation_level=None, check_same_thread=False)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        timer, begun = threading.Timer(4, holder.rollback), time.monotonic()
+        timer.start()
+        result = invoke(*run, "--trials", "4")
+        timer.join()
+    assert result.exit_code == 0 and "study tiny: 1 complete" in result.output, result.output
+    assert time.monotonic() - begun > 4
 
 
 def test_a_store_that_can_only_be_read_still_has_its_tables(finished: Path, small_disk: Path) -> None:
