@@ -51,6 +51,7 @@ rows:
 LEARNING = "sampler: {name: tpe, seed: 0, startup_trials: 2}\npruner: {name: median, startup_trials: 3}"
 INDEPENDENT = "sampler: {name: random, seed: 0}"
 VICTIMS = ("coordinator", "worker", "both")
+A_ROUND = 25  # kills that one study meets at most
 LAST_CHANCE = 600  # seconds that an undisturbed run may take
 
 
@@ -266,7 +267,8 @@ def one_round(
     """Kill a new study until it is complete or there were ``kills`` kills in all, finish it, and compare."""
     place = furnish(folder, kind.search)
     tally.rounds += 1
-    while tally.count < kills and not tally.problems:
+    enough = min(kills, tally.count + A_ROUND)
+    while tally.count < enough and not tally.problems:
         if disturb(place, kind.workers, reference[1], chance, tally):
             break
     failed = finish(place, kind.workers)
