@@ -3,9 +3,9 @@
     python tests/chaos.py --kills 100 --seed 0
 
 Every kill is a SIGKILL: of the coordinator, of a worker, or of the whole process group. The same command then goes
-on. A round ends when its study is complete; rounds follow each other until there were enough kills. Two studies take
-turns: one worker with a sampler and a pruner that learn from history, and two workers with settings that do not
-depend on who is faster.
+on. A round ends when its study is complete or has met its share of the kills; it is then finished undisturbed and its
+report compared. Rounds follow each other until there were enough kills. Two studies take turns: one worker with a
+sampler and a pruner that learn from history, and two workers with settings that do not depend on who is faster.
 """
 
 from __future__ import annotations
