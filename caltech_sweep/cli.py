@@ -385,10 +385,12 @@ def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str 
     Example: caltech-sweep doctor --fix
     """
     from caltech_sweep.sweep.doctor import examine
+    from caltech_sweep.words import counted
 
     diagnosis = examine(study, tracking_uri, storage, fix, click.echo)
     skipped = f", {diagnosis.skipped} skipped" if diagnosis.skipped else ""
-    click.echo(f"{diagnosis.studies} studies examined{skipped}: {diagnosis.found} found, {diagnosis.mended} mended")
+    examined = counted(diagnosis.studies, "study", "studies")
+    click.echo(f"{examined} examined{skipped}: {diagnosis.found} found, {diagnosis.mended} mended")
     if not diagnosis.healthy:
         if not fix:
             _say("mend what can be mended with: caltech-sweep doctor --fix")

@@ -23,6 +23,7 @@ from typing import Any
 from caltech_sweep import stores
 from caltech_sweep.errors import StoreError
 from caltech_sweep.records import EpochLog, StudyRecord, Tracker, TrialRecord
+from caltech_sweep.words import counted
 
 LOCAL = "local-"  # what the id of a run begins with that the store does not know yet
 ID_TAG = "journal.id"  # on a run that was replayed: its local id, by which it is found again
@@ -163,7 +164,7 @@ class JournalingTracker:
             except OSError:  # a disk without room for the mark: the entry is replayed again, which changes nothing
                 return self._later()
         if count:
-            self._note(f"the tracking store is back: {count} writes were replayed")
+            self._note(f"the tracking store is back: {counted(count, 'write')} replayed")
         self._wait = FIRST_WAIT
         return True
 
@@ -290,7 +291,7 @@ class JournalingTracker:
         """Try once more, then say what the store does not have and how it gets there."""
         if self.waiting and not self.replay():
             write(
-                f"{self.waiting} writes of study {study} are not in the tracking store yet, but in "
+                f"{counted(self.waiting, 'write')} of study {study} not in the tracking store yet, but in "
                 f"{self.journal.folder}; bring them there with: caltech-sweep replay"
             )
 

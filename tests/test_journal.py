@@ -233,7 +233,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path) -> None:
     said: list[str] = []
     tracker.say_what_waits("s", said.append)
     assert said == [
-        f"5 writes of study s are not in the tracking store yet, but in {tmp_path / 'j'}; "
+        f"5 writes of study s not in the tracking store yet, but in {tmp_path / 'j'}; "
         "bring them there with: caltech-sweep replay"
     ]
     with server(tmp_path, port) as address:
@@ -256,7 +256,7 @@ def test_replay_and_doctor_bring_what_waits(place: Path, monkeypatch: pytest.Mon
         run_id = tracker.trials(study)[0].run_id
         Journal(journal_folder(root, "tiny", uri)).add("log_params", {"run_id": run_id, "params": {command[0]: "1"}})
         looked = invoke("doctor")
-        assert looked.exit_code == 1 and "would mend: 1 writes wait in" in looked.output
+        assert looked.exit_code == 1 and "would mend: 1 write in" in looked.output
         assert invoke(*command).exit_code == 0
         assert tracker.client.get_run(run_id).data.params[command[0]] == "1"
     assert "nothing waits" in invoke("replay").output and invoke("doctor").exit_code == 0

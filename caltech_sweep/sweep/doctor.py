@@ -28,6 +28,7 @@ from caltech_sweep.sweep.recovery import Finding, survey
 from caltech_sweep.sweep.rules import suggestion
 from caltech_sweep.sweep.soundness import artifact_problems
 from caltech_sweep.tracking import MlflowTracker, is_outage
+from caltech_sweep.words import counted
 
 Key = tuple[int, str]  # a trial's number and fingerprint
 
@@ -116,7 +117,7 @@ def _replay(
         try:
             with stores.only_one(study_store, study):
                 journaling = JournalingTracker(tracker, Journal(folder), is_outage, say)
-                text = f"{journaling.waiting} writes wait in {folder}: replayed"
+                text = f"{counted(journaling.waiting, 'write')} in {folder}, not in the tracking store: replayed"
                 if journaling.waiting:
                     _treat(study, [Finding(text, partial(_bring, journaling))], fix, diagnosis, say)
                 if journaling.waiting:
