@@ -9,6 +9,7 @@ import resource
 import shutil
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -154,9 +155,10 @@ def test_a_full_disk_is_named_wherever_it_is_met_and_room_mends_it(
     ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
 def test_a_batch_that_does_not_fit_is_tried_once_more_and_named(place: Path, run_limited: Command) -> None:
     size = [f"--set=dataset.{name}=64" for name in ("resize", "crop")]
-    arguments = ["--set=arch=alexnet", *size, "--set=epochs=1", "--row", "First", "--no-reuse"]
+    arguments = ["--set=arch=alexnet", *size, "--set=epochs=1", "--row", "First", "--no-reuse", "--device", "cpu"]
     code, said = run_limited(place, None, 500_000_000, *arguments)
     assert code == 1 and "Traceback" not in said, said
     assert "a batch of 8 images did not fit on cpu; it is tried again alone on its device" in said
