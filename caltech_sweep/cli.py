@@ -130,7 +130,7 @@ def run(
         _say(summary.stopped)
         sys.exit(1)
     if not summary.complete:
-        _say(f"stopped; go on with: caltech-sweep run {study}")
+        _say("stopped; the same command goes on with it")
         sys.exit(130)
     _say(f"see the tables with: caltech-sweep report {definition.name}")
     if summary.failures:

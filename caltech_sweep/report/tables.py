@@ -128,7 +128,7 @@ def _read_predictions(entry: Entry, read: ReadText) -> _Predictions | None:
         ((name, count),) = Counter(line[label] for line in lines).most_common(1)
         images = tuple(line[image] for line in lines)
         correct = tuple(line[prediction] == line[label] for line in lines)
-    except (StoreError, ValueError, IndexError):  # no such file, or not a table of predictions
+    except (StoreError, ValueError, IndexError, csv.Error):  # no such file, or not a table of predictions
         return None
     recorded = metric(run, f"{part}/accuracy")
     if recorded is None or not math.isclose(statistics.fmean(correct), recorded, abs_tol=1e-6):
