@@ -89,7 +89,7 @@ def main() -> None:
 @click.option(
     "--hang-timeout",
     type=click.FloatRange(0, min_open=True),
-    default=1800,
+    default=600,
     show_default=True,
     metavar="SECONDS",
     help="Kill a worker that has given no sign for so long, and try its trial again.",

@@ -14,6 +14,7 @@ import pytest
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.sweep.executors import (
+    Alive,
     Done,
     Epoch,
     Epochs,
@@ -27,6 +28,7 @@ from caltech_sweep.sweep.executors import (
     WorkerDied,
 )
 from caltech_sweep.testing import epoch_metrics
+from caltech_sweep.training.pulse import beat
 
 
 def runner(job: Job) -> Epochs:
@@ -40,6 +42,9 @@ def runner(job: Job) -> Epochs:
     if job.config.seed == 6:
         raise DatasetError("image 7 is gone")
     for epoch in range(1, job.config.epochs + 1):
+        for _ in range(12 if job.config.seed == 8 else 0):  # a long epoch
+            beat()
+            time.sleep(0.1)
         yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10})
         if job.config.seed == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -77,7 +82,7 @@ def drain(executor: Executor, until: int = 1, seconds: float = 30) -> list[Event
     """Poll until so many jobs ended."""
     events: list[Event] = []
     end = time.monotonic() + seconds
-    while sum(not isinstance(event, Epoch) for event in events) < until:
+    while sum(not isinstance(event, (Epoch, Alive)) for event in events) < until:
         assert time.monotonic() < end, events
         events += executor.poll(0.2)
     return events
@@ -113,6 +118,17 @@ def test_a_lockstep_job_waits_for_its_answer(executor: Executor, tmp_path: Path)
     executor.answer(0, False)
     assert isinstance(drain(executor)[-1], Stopped)
     assert [event.epoch for event in events] == [1, 2]
+
+
+def test_a_worker_gives_signs_of_life_within_an_epoch(tmp_path: Path) -> None:
+    executor = processes(1)
+    try:
+        executor.submit(job(tmp_path, 4, seed=8, epochs=1))
+        events = drain(executor)
+    finally:
+        executor.close()
+    assert events[0] == Alive(4) and events.count(Alive(4)) == 2  # one a second, at once at first
+    assert [type(event) for event in events[2:]] == [Epoch, Done]
 
 
 def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.report.build import build_report
 from caltech_sweep.sweep.coordinator import Limits
-from caltech_sweep.sweep.executors import Job
+from caltech_sweep.sweep.executors import Alive, Job
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
 from conftest import invoke
 from test_coordinator import DEFINITION, ROWS, new_study, records
@@ -54,6 +54,23 @@ def test_a_worker_that_gives_no_sign_is_killed_and_its_trial_tried_again(
     if outcome == "crashed":
         (record,) = records(tracker)
         assert record.tags["reason"] == "its worker process gave no sign for 0.05 seconds and was killed 3 times"
+
+
+def test_a_long_epoch_with_signs_of_life_is_no_hang(tmp_path: Path) -> None:
+    class Slow(ScriptedExecutor):
+        def poll(self, timeout: float) -> list:
+            if time.monotonic() > ends:
+                return super().poll(timeout)
+            time.sleep(0.01)
+            return [Alive(job.number) for job in self.jobs]
+
+        def abandon(self, job: int) -> bool:
+            pytest.fail("it was taken for hanging")
+
+    ends = time.monotonic() + 0.5
+    limits, executor = Limits(hang_seconds=0.2), Slow(Script(FOUR))
+    summary = scripted_coordinator(ONE_ROW, executor, MemoryTracker(), tmp_path, new_study(), limits=limits).run()
+    assert summary.outcomes == {"complete": 1}
 
 
 def test_failures_in_a_row_stop_the_study_and_others_do_not(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, DivergedError, ModelError
-from caltech_sweep.training import augment
+from caltech_sweep.training import augment, pulse
 from caltech_sweep.training.fit import learning_rate
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.trial import TrialOutcome, pick_device, run_trial
@@ -136,6 +136,20 @@ def test_divergence_names_epoch_and_step(data: LoadedData) -> None:
 def test_a_batch_larger_than_the_data_is_refused(data: LoadedData) -> None:
     with pytest.raises(DatasetError, match="batch_size: 999 is more than the 32 training images"):
         run(replace(CONFIG, batch_size=999), data)
+
+
+def test_every_step_of_training_and_evaluation_gives_a_sign_of_life(
+    data: LoadedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "EVERY", 0.0)
+    signs: list[int] = []
+    config = replace(CONFIG, epochs=1, batch_size=5, test_batch_size=3, drop_last=False)
+    with pulse.beating(lambda: signs.append(1)):
+        run(config, data)
+    steps = [-(-len(data.split.part(part)) // size) for part, size in (("train", 5), ("val", 5), ("test", 3))]
+    assert len(signs) == sum(steps)
+    pulse.beat()  # to nobody
+    assert len(signs) == sum(steps)
 
 
 def test_a_tiny_set_is_learnt_by_heart_and_tencrop_is_evaluated(data: LoadedData) -> None:

@@ -21,7 +21,7 @@ from caltech_sweep.errors import StoreError
 from caltech_sweep.records import FAILURES, EpochLog, Tracker, TrialRecord
 from caltech_sweep.stores import reason
 from caltech_sweep.sweep import study as studies
-from caltech_sweep.sweep.executors import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
+from caltech_sweep.sweep.executors import Alive, Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.recovery import records_by_trial, survey
 from caltech_sweep.sweep.sharing import branch_epochs, next_index
 from caltech_sweep.sweep.space import make_sampler, own_branch, reachable, sample
@@ -86,7 +86,7 @@ class Summary:
 class Limits:
     """When patience ends: with a worker that gives no sign, and with trials that fail one after the other."""
 
-    hang_seconds: float = 1800.0  # without an event; an epoch may take long
+    hang_seconds: float = 600.0  # without a sign of life, which every step of a training gives
     failures_in_a_row: int = 5  # then the study stops
 
 
@@ -330,6 +330,8 @@ class Coordinator:
     def _handle(self, event: Event) -> None:
         running = self._running[event.job]
         running.heard = time.monotonic()
+        if isinstance(event, Alive):
+            return
         if isinstance(event, Epoch):
             self._epoch(running, event)
         elif isinstance(event, Done):

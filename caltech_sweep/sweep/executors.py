@@ -22,6 +22,7 @@ from typing import Protocol
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
+from caltech_sweep.training.pulse import beating
 from caltech_sweep.training.reuse import StageUse
 
 
@@ -47,6 +48,13 @@ class Epoch:
     epoch: int
     metrics: Mapping[str, float]
     reused: bool = False  # not trained by this job
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A sign of life from within an epoch."""
+
+    job: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class WorkerDied:
     exit_code: int | None
 
 
-Event = Epoch | Done | Stopped | Failed | WorkerDied
+Event = Epoch | Alive | Done | Stopped | Failed | WorkerDied
 Epochs = Generator[Epoch, None, Done]
 Runner = Callable[[Job], Epochs]
 
@@ -220,7 +228,8 @@ def _work(connection: Connection, runner: Runner, threads: int | None) -> None:
 def _serve(connection: Connection, job: Job, runner: Runner) -> None:
     epochs = runner(job)
     while True:
-        event = _advance(job.number, epochs)
+        with beating(lambda: connection.send(Alive(job.number))):
+            event = _advance(job.number, epochs)
         connection.send(event)
         if not isinstance(event, Epoch):
             return
@@ -321,7 +330,7 @@ class ProcessExecutor:
             event = WorkerDied(worker.job, worker.process.exitcode)
             self._workers[index] = self._replace(worker)
             return event
-        if not isinstance(event, Epoch):
+        if not isinstance(event, (Epoch, Alive)):
             worker.job = None
         return event
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from caltech_sweep.training.pulse import beat
+
 Views = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -37,6 +39,7 @@ def evaluate(
     model.eval()
     predictions, confidences, losses = [], [], []
     for index in torch.arange(len(labels)).split(batch_size):
+        beat()
         batch = views(index)
         count, number = batch.shape[:2]
         logits = forward(batch.flatten(0, 1)).float().view(count, number, -1)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from caltech_sweep.training.pulse import beat
 from caltech_sweep.training.reuse import digest
 from caltech_sweep.training.store import ReuseStore
 
@@ -145,6 +146,7 @@ class FrozenFeatures:
             mirrored = None if flip is None else flip.split(CHUNK)[number]
             images = self._images(part, chosen, mirrored)
             missing = CHUNK - len(chosen)
+            beat()
             if missing:
                 images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
             with self._autocast():

@@ -21,6 +21,7 @@ from caltech_sweep.training import augment
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.models import train_mode
+from caltech_sweep.training.pulse import beat
 from caltech_sweep.training.reuse import learning_rate, surroundings, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.store import ReuseStore
 
@@ -218,6 +219,7 @@ class Training:
         sums: list[list[float]] = []
         fresh: list[torch.Tensor] = []
         for number, index in enumerate(batches, start=1):
+            beat()
             fresh.append(self._step(epoch, number, index, params))
             if number % _CHECK_EVERY and number < len(batches):
                 continue

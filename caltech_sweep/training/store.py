@@ -22,12 +22,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from caltech_sweep.training.pulse import beat
+
 FORMAT = 1
 KINDS = ("stage", "features")
 DEFAULT_BUDGET = 20 * 10**9  # bytes
 _HEADER, _DATA = "header.json", "data"
 _WRITING, _DROPPED = ".writing-", ".dropped-"
 _BLOCK = 1 << 22  # bytes read at once for a checksum
+_LOOK_AGAIN = 0.05  # seconds between two attempts to take a lock
 _STALE = 60.0  # seconds; younger folders without a lock may be about to take it
 
 
@@ -56,16 +59,21 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _try_lock(descriptor: int, wait: bool) -> bool:
-    """Lock an open file or folder until it is closed or its process dies; where there are no locks, say yes."""
+def _try_lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder until it is closed or its process dies.
+
+    Returns False when another holds it, None on a file system without locks, and True on a system without them.
+    """
     if os.name != "posix":
         return True
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -179,7 +187,7 @@ class ReuseStore:
         place = Path(tempfile.mkdtemp(dir=self.folder, prefix=_WRITING))
         descriptor = os.open(place, os.O_RDONLY)
         try:
-            _try_lock(descriptor, wait=True)
+            _try_lock(descriptor)  # nobody else knows it yet
             yield place
         finally:
             os.close(descriptor)
@@ -196,7 +204,9 @@ class ReuseStore:
             yield
             return
         try:
-            _try_lock(descriptor, wait=True)
+            while _try_lock(descriptor) is False:
+                beat()  # whoever computes it may take long
+                time.sleep(_LOOK_AGAIN)
             yield
         finally:
             os.close(descriptor)
@@ -250,7 +260,7 @@ class ReuseStore:
                     continue
                 descriptor = os.open(place, os.O_RDONLY)
                 try:
-                    if _try_lock(descriptor, wait=False):
+                    if _try_lock(descriptor):
                         shutil.rmtree(place, ignore_errors=True)
                 finally:
                     os.close(descriptor)

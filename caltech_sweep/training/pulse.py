@@ -1,0 +1,35 @@
+"""Signs of life from deep inside a trial, by which a long epoch is told from a worker that hangs.
+
+The loops that take long call :func:`beat` each time round; whoever runs the trial says with :func:`beating` where
+the signs go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EVERY = 1.0  # seconds between two signs
+
+_sign: Callable[[], None] | None = None  # of this process, which runs one trial at a time
+_last = 0.0
+
+
+def beat() -> None:
+    """Give a sign, unless the last one is only just past, or nobody asked for any."""
+    global _last
+    if _sign is not None and time.monotonic() - _last >= EVERY:
+        _last = time.monotonic()
+        _sign()
+
+
+@contextmanager
+def beating(sign: Callable[[], None]) -> Iterator[None]:
+    """Send the signs that are given meanwhile to ``sign``."""
+    global _sign
+    before, _sign = _sign, sign
+    try:
+        yield
+    finally:
+        _sign = before
