@@ -15,6 +15,7 @@ import torchvision
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.training.models import build_model
+from conftest import invoke
 from server import FileServer, serve
 
 ARCH = "squeezenet1_1"
@@ -119,3 +120,14 @@ def test_pickled_code_is_refused(server: FileServer, tmp_path: Path, monkeypatch
         with pytest.raises(ModelError, match="holds more than tensors and is not loaded"):
             build_model(CONFIG, 101)
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_study_says_that_it_downloads_before_anything_runs(
+    server: FileServer, state: dict[str, torch.Tensor], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(server, saved(state), monkeypatch)
+    options = (f"--set=arch={ARCH}", "--set=weights=imagenet", "--set=epochs=1", "--row", "First")
+    result = invoke("run", "tiny", "--in-process", "--threads", "1", *options)
+    assert result.exit_code == 0 and "study tiny: 1 complete" in result.output, result.output
+    assert result.output.index("downloading ImageNet weights: ") < result.output.index("First: started")
+    assert len(server.asked) == 1

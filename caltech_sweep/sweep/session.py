@@ -65,9 +65,14 @@ def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weigh
     return found
 
 
-def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> None:
-    """Raise the error that the first trial would meet: a model that cannot be built, a batch that cannot be filled."""
-    from caltech_sweep.training.models import count_parameters
+def check(
+    definition: StudyDefinition, data: LoadedData, weights: Weights, progress: Callable[[int, int], None]
+) -> None:
+    """Raise the error that the first trial would meet: a model that cannot be built, a batch that cannot be filled.
+
+    ImageNet weights that are not there are downloaded, of which ``progress`` is told.
+    """
+    from caltech_sweep.training.models import count_parameters, fetch_imagenet
 
     classes, images = len(data.split.classes), len(data.split.train)
     for part in PARTS:
@@ -85,6 +90,8 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
         model = (config.arch, config.weights, config.outputs, config.freeze)
         if model not in seen:
             seen.add(model)
+            if config.weights == "imagenet":
+                fetch_imagenet(config.arch, progress)
             count_parameters(config, classes, weights.get(config.weights, ("", None))[1])
 
 
@@ -169,7 +176,7 @@ def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[
     weights = find_weights(definition, options.tracking_uri)
     dataset = definition.config({}).dataset
     data = load_dataset(dataset, progress_line("decoding images", write))
-    check(definition, data, weights)
+    check(definition, data, weights, progress_line("downloading ImageNet weights", write, 1e6, " MB"))
     parts = {part: len(data.split.part(part)) for part in PARTS}
     images = Images(data.fingerprint, parts, dataset.root or dataset.name, len(data.split.classes))
     return _Checked(tracking, storage, weights, data, images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.download import download
 from caltech_sweep.errors import DatasetError, ModelError
 from caltech_sweep.keys import derive
+from caltech_sweep.training.pulse import beat
 
 _HEADS = ("classifier", "fc", "heads", "head")  # what torchvision calls everything after the backbone
 
@@ -59,12 +61,13 @@ def _replace_last(model: nn.Module, outputs: int) -> str:
     return name
 
 
-def _imagenet(arch: str) -> dict[str, torch.Tensor]:
-    """Return the first published ImageNet weights, which the reference report used, from a checked download.
+def fetch_imagenet(arch: str, progress: Callable[[int, int], None]) -> Path:
+    """Return the file of the first published ImageNet weights, which the reference report used.
 
-    The digits in the file's name begin its SHA-256; a file that was there is compared with them too. Raises
-    ModelError offline and for a damaged file; pickled code is refused.
+    Where it is not there it is downloaded; ``progress`` gets the bytes done and in all. The digits in the file's name
+    begin its SHA-256; a file that was there is compared with them too. Raises ModelError offline.
     """
+    check_arch(arch)
     weights = list(torchvision.models.get_model_weights(arch))
     if not weights:
         raise ModelError(f"weights: torchvision has no ImageNet weights for {arch!r}")
@@ -74,10 +77,10 @@ def _imagenet(arch: str) -> dict[str, torch.Tensor]:
     digits = re.search(r"-([0-9a-f]{8,64})\.", name)
     checksums = [f"sha256:{digits[1]}"] if digits else []
     try:
-        download(url, target, checksums, lambda done, total: None, mend=f"or put {name} into {target.parent}")
+        download(url, target, checksums, progress, mend=f"or put {name} into {target.parent}")
     except DatasetError as error:
         raise ModelError(f"weights: the ImageNet weights of {arch} are not available: {error}") from error
-    return read_weights(target)
+    return target
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -160,7 +163,8 @@ def build_model(config: TrialConfig, num_classes: int, weights_file: Path | None
             setattr(model, auxiliary, None)
             model.aux_logits = False
     if config.weights == "imagenet":
-        state = {k: v for k, v in _imagenet(config.arch).items() if not k.lower().startswith("aux")}
+        published = read_weights(fetch_imagenet(config.arch, lambda done, total: beat()))
+        state = {k: v for k, v in published.items() if not k.lower().startswith("aux")}
         _load(model, state, last, "the ImageNet weights")
     elif config.weights.startswith("file:"):
         path = Path(config.weights[5:])
