@@ -28,7 +28,7 @@ def test_plain_lines_are_at_most_ten_a_trial() -> None:
     story(PlainWatcher(lines.append))
     assert lines[0] == "study transfer: 1 of 3 trials done"
     assert lines[1] == "[7] Fourth [model]: started, 20 epochs"
-    assert lines[2] == "[7] Fourth [model]: epoch 2/20, train loss 1.250, val accuracy 0.500, 0 s left"
+    assert lines[2] == "[7] Fourth [model]: epoch 2/20, train loss 1.250, val accuracy 0.500"
     assert sum("epoch" in line and "/20" in line for line in lines) == 10
     assert lines[-4:] == [
         "something to know",
@@ -36,6 +36,15 @@ def test_plain_lines_are_at_most_ten_a_trial() -> None:
         "[8] trial-008: started, 4 epochs",
         "[8] trial-008: pruned",
     ]
+
+
+def test_the_time_left_is_told_by_the_last_epoch_though_earlier_ones_were_reused() -> None:
+    lines: list[str] = []
+    watcher = PlainWatcher(lines.append)
+    watcher.trial_started(7, "Row", 20)
+    for epoch in (2, 4):
+        watcher.epoch(7, epoch, {**METRICS, "epoch_seconds": 4.0})
+    assert lines[1].endswith(", 1 min 12 s left") and lines[2].endswith(", 1 min 4 s left")
 
 
 def test_the_live_table_shows_what_runs_and_keeps_what_ended() -> None:

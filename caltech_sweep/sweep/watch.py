@@ -69,14 +69,20 @@ def duration(seconds: float) -> str:
 class _Trial:
     name: str
     epochs: int
-    started: float
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    heard: float = 0.0  # when the last epoch ended
 
-    def left(self, now: float) -> str:
-        if not self.epoch:
+    def ended(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Take an epoch that has just ended."""
+        self.epoch, self.metrics, self.heard = epoch, metrics, time.monotonic()
+
+    def left(self) -> str:
+        """Return how long the trial still takes; by its last epoch, since the first ones may have been reused."""
+        seconds = self.metrics.get("epoch_seconds")
+        if seconds is None:
             return ""
-        return duration((now - self.started) / self.epoch * (self.epochs - self.epoch))
+        return duration(max(0.0, seconds * (self.epochs - self.epoch) - (time.monotonic() - self.heard)))
 
 
 class PlainWatcher:
@@ -92,19 +98,20 @@ class PlainWatcher:
 
     def trial_started(self, number: int, name: str, epochs: int) -> None:
         """Say which trial starts."""
-        self._trials[number] = _Trial(name, epochs, time.monotonic())
+        self._trials[number] = _Trial(name, epochs)
         self._write(f"[{number}] {name}: started, {epochs} epochs")
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Say how an epoch went, at most ten times a trial."""
         trial = self._trials[number]
-        trial.epoch = epoch
+        trial.ended(epoch, metrics)
         every = max(1, trial.epochs // 10)
         if epoch % every and epoch != trial.epochs:
             return
+        left = trial.left()
         self._write(
             f"[{number}] {trial.name}: epoch {epoch}/{trial.epochs}, train loss {metrics.get('train/loss', 0):.3f}, "
-            f"val accuracy {metrics.get('val/accuracy', 0):.3f}, {trial.left(time.monotonic())} left"
+            f"val accuracy {metrics.get('val/accuracy', 0):.3f}{f', {left} left' if left else ''}"
         )
 
     def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
@@ -150,7 +157,7 @@ class LiveWatcher:
                 f"{trial.epoch}/{trial.epochs}",
                 "" if loss is None else f"{loss:.3f}",
                 "" if accuracy is None else f"{accuracy:.3f}",
-                trial.left(now),
+                trial.left(),
             )
         return table
 
@@ -160,12 +167,11 @@ class LiveWatcher:
 
     def trial_started(self, number: int, name: str, epochs: int) -> None:
         """Add a line to the table."""
-        self._trials[number] = _Trial(name, epochs, time.monotonic())
+        self._trials[number] = _Trial(name, epochs)
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Update a line of the table."""
-        trial = self._trials[number]
-        trial.epoch, trial.metrics = epoch, metrics
+        self._trials[number].ended(epoch, metrics)
 
     def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
         """Move a line from the table to the log above it."""
