@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from caltech_sweep.sweep import watch
 from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher, duration
 
 METRICS = {"train/loss": 1.25, "val/accuracy": 0.5}
@@ -38,7 +39,10 @@ def test_plain_lines_are_at_most_ten_a_trial() -> None:
     ]
 
 
-def test_the_time_left_is_told_by_the_last_epoch_though_earlier_ones_were_reused() -> None:
+def test_the_time_left_is_told_by_the_last_epoch_though_earlier_ones_were_reused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch.time, "monotonic", lambda: 100.0)
     lines: list[str] = []
     watcher = PlainWatcher(lines.append)
     watcher.trial_started(7, "Row", 20)
