@@ -88,7 +88,7 @@ def main() -> None:
 @click.option("--stage-budget", type=click.FloatRange(0), metavar="GB", help="Disk for what is shared.")
 @click.option(
     "--hang-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(30),
     default=600,
     show_default=True,
     metavar="SECONDS",

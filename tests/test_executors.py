@@ -42,9 +42,8 @@ def runner(job: Job) -> Epochs:
     if job.config.seed == 6:
         raise DatasetError("image 7 is gone")
     for epoch in range(1, job.config.epochs + 1):
-        for _ in range(12 if job.config.seed == 8 else 0):  # a long epoch
+        for _ in range(1000 if job.config.seed == 8 else 0):  # a long epoch
             beat()
-            time.sleep(0.1)
         yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10})
         if job.config.seed == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -127,8 +126,7 @@ def test_a_worker_gives_signs_of_life_within_an_epoch(tmp_path: Path) -> None:
         events = drain(executor)
     finally:
         executor.close()
-    assert events[0] == Alive(4) and events.count(Alive(4)) == 2  # one a second, at once at first
-    assert [type(event) for event in events[2:]] == [Epoch, Done]
+    assert [type(event) for event in events] == [Alive, Epoch, Done]  # far fewer signs than steps
 
 
 def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:

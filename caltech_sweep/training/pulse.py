@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-EVERY = 1.0  # seconds between two signs
+EVERY = 10.0  # seconds between two signs; seldom, since a pipe holds few until they are read
 
 _sign: Callable[[], None] | None = None  # of this process, which runs one trial at a time
 _last = 0.0
