@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from caltech_sweep.report.build import build_report
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors import Alive, Job
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from caltech_sweep.workplaces import try_lock
 from conftest import invoke
 from test_coordinator import DEFINITION, ROWS, new_study, records
 
@@ -196,6 +198,27 @@ def test_artifacts_that_neither_store_nor_journal_takes_wait_for_the_next_run(
     assert result.exit_code == 0 and "study tiny: 3 complete" in result.output, result.output
     looked = invoke("doctor", "--tracking-uri", uri, "--storage", storage)
     assert looked.exit_code == 0, looked.output
+
+
+def test_what_a_killed_run_left_in_the_temporary_folder_goes_with_the_next(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, working, fresh = (tmp_path / f"caltech-sweep-run-{name}" for name in ("left", "working", "fresh"))
+    for folder in (left, working, fresh):
+        (folder / "3").mkdir(parents=True)
+    for folder in (left, working):
+        os.utime(folder, (0, 0))
+    descriptor = os.open(working, os.O_RDONLY)
+    try:
+        assert try_lock(descriptor)
+        assert invoke("run", "tiny", "--in-process", "--threads", "1").exit_code == 0
+    finally:
+        os.close(descriptor)
+    assert sorted(tmp_path.glob("caltech-sweep-run-*")) == sorted([working, fresh])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    refused = invoke("run", "tiny", "--in-process", "--threads", "1")
+    assert refused.exit_code == 2 and "no room for temporary files" in refused.output, refused.output
 
 
 def test_a_study_store_that_another_process_holds_is_waited_for(copied: Path) -> None:

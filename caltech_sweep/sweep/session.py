@@ -16,7 +16,7 @@ from caltech_sweep import paths, stores
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import PARTS
-from caltech_sweep.errors import DatasetError, UsageError
+from caltech_sweep.errors import DatasetError, StoreError, UsageError
 from caltech_sweep.journal import Journal, JournalingTracker, journal_folder, journals
 from caltech_sweep.sweep.coordinator import Coordinator, Images, Limits, Summary
 from caltech_sweep.sweep.executors import Executor, InProcessExecutor, ProcessExecutor
@@ -27,7 +27,9 @@ from caltech_sweep.sweep.study_file import StudyDefinition, variants
 from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher, progress_line
 from caltech_sweep.tracking import MlflowTracker, git_state, is_outage
 from caltech_sweep.training.reuse import StageUse
+from caltech_sweep.workplaces import remove_abandoned, workplace
 
+_SCRATCH = "caltech-sweep-run-"  # the folder of what trials leave, until the tracking store has it
 Weights = dict[str, tuple[str, Path]]
 
 
@@ -190,6 +192,19 @@ def _watcher(stack: ExitStack, write: Callable[[str], None]) -> Watcher:
     return stack.enter_context(LiveWatcher(console)) if console.is_terminal else PlainWatcher(write)
 
 
+def _scratch(stack: ExitStack) -> Path:
+    """Return a folder for what trials leave; those of runs that were killed are removed."""
+    try:
+        place = Path(tempfile.gettempdir())
+        remove_abandoned(place.glob(f"{_SCRATCH}*"))
+        return stack.enter_context(workplace(place, _SCRATCH))
+    except OSError as error:
+        raise StoreError(
+            f"there is no room for temporary files ({error.strerror or error}); make some, or name another folder with "
+            "the environment variable TMPDIR"
+        ) from error
+
+
 def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
     """Check a study, then run it to its total; ``write`` prints a line."""
     checked = _checked(definition, options, write)
@@ -208,6 +223,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         journal = Journal(journal_folder(stores.journal_root(checked.storage), definition.name, checked.tracking))
         journaling = JournalingTracker(tracker, journal, is_outage, watcher.note)
         stack.callback(journaling.say_what_waits, definition.name, write)
+        scratch = _scratch(stack)
         executor = make_executor(options)
         stack.callback(executor.close)
         coordinator = Coordinator(
@@ -216,7 +232,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             journaling,
             executor,
             watcher,
-            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="caltech-sweep-"))),
+            scratch,
             checked.images,
             weights=checked.weights,
             tags=git_state(),

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import time
 import uuid
 import zlib
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from caltech_sweep.training.pulse import beat
+from caltech_sweep.workplaces import remove_abandoned, try_lock, workplace
 
 FORMAT = 1
 KINDS = ("stage", "features")
@@ -31,7 +31,6 @@ _HEADER, _DATA = "header.json", "data"
 _WRITING, _DROPPED = ".writing-", ".dropped-"
 _BLOCK = 1 << 22  # bytes read at once for a checksum
 _LOOK_AGAIN = 0.05  # seconds between two attempts to take a lock
-_STALE = 60.0  # seconds; younger folders without a lock may be about to take it
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,6 @@ def _checksum(path: Path) -> int:
         while block := file.read(_BLOCK):
             value = zlib.crc32(block, value)
     return value
-
-
-def _try_lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder until it is closed or its process dies.
-
-    Returns False when another holds it, None on a file system without locks, and True on a system without them.
-    """
-    if os.name != "posix":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 class ReuseStore:
@@ -147,7 +128,7 @@ class ReuseStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            with self._workplace() as place:
+            with workplace(self.folder, _WRITING) as place:
                 fill(place / _DATA)
                 self._write_header(place, header)
                 if not self.has(name):
@@ -182,18 +163,6 @@ class ReuseStore:
         (place / _HEADER).write_bytes(b"%08x\n" % zlib.crc32(text) + text)
 
     @contextlib.contextmanager
-    def _workplace(self) -> Iterator[Path]:
-        """Yield a locked folder to write in; whatever is still there at the end is removed."""
-        place = Path(tempfile.mkdtemp(dir=self.folder, prefix=_WRITING))
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            _try_lock(descriptor)  # nobody else knows it yet
-            yield place
-        finally:
-            os.close(descriptor)
-            shutil.rmtree(place, ignore_errors=True)
-
-    @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Let one process at a time compute an entry; the others wait and then find it."""
         place = self.folder / "locks"
@@ -204,7 +173,7 @@ class ReuseStore:
             yield
             return
         try:
-            while _try_lock(descriptor) is False:
+            while try_lock(descriptor) is False:
                 beat()  # whoever computes it may take long
                 time.sleep(_LOOK_AGAIN)
             yield
@@ -254,16 +223,7 @@ class ReuseStore:
 
     def _sweep(self) -> None:
         """Remove what processes that died have left half written."""
-        for place in [*self.folder.glob(f"{_WRITING}*"), *self.folder.glob(f"{_DROPPED}*")]:
-            with contextlib.suppress(OSError):
-                if time.time() - place.stat().st_mtime < _STALE:
-                    continue
-                descriptor = os.open(place, os.O_RDONLY)
-                try:
-                    if _try_lock(descriptor):
-                        shutil.rmtree(place, ignore_errors=True)
-                finally:
-                    os.close(descriptor)
+        remove_abandoned([*self.folder.glob(f"{_WRITING}*"), *self.folder.glob(f"{_DROPPED}*")])
 
 
 @cache
