@@ -76,7 +76,7 @@ def test_a_study_killed_at_random_instants_reports_what_an_undisturbed_one_does(
     process.join(120)
     took = time.monotonic() - begun
     assert process.exitcode == 0, (whole / "log.txt").read_text()
-    for number in range(6):
+    for number in range(5):
         process = start(killed)
         if number:  # the first kill meets the stores as they are made
             wait_for_a_line(process, killed)

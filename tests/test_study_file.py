@@ -204,7 +204,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("generated")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(tree=st.dictionaries(keys, trees, max_size=8))
 def test_any_file_is_read_or_refused_in_sentences(generated: Path, tree: dict) -> None:
     import io
@@ -219,7 +219,7 @@ def test_any_file_is_read_or_refused_in_sentences(generated: Path, tree: dict) -
         assert str(error)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(
     key=st.sampled_from(["lr", "epochs", "augment", "dataset.classes", "weights", "seed", "outputs"]),
     value=st.text(max_size=30),

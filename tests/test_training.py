@@ -154,8 +154,8 @@ def test_every_step_of_training_and_evaluation_gives_a_sign_of_life(
 
 def test_a_tiny_set_is_learnt_by_heart_and_tencrop_is_evaluated(data: LoadedData) -> None:
     epochs, outcome = run(
-        replace(CONFIG, epochs=40, lr=0.02, step_size=30, augment=(), test_views="tencrop", drop_last=False), data
+        replace(CONFIG, epochs=24, lr=0.02, step_size=18, augment=(), test_views="tencrop", drop_last=False), data
     )
-    assert epochs[-1].train_accuracy > 0.9
+    assert epochs[-1].train_accuracy > 0.85
     assert outcome.test_tencrop is not None
     assert set(outcome.metrics()) >= {"best/val_accuracy", "test/accuracy", "test_tencrop/accuracy"}
