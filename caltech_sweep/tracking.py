@@ -10,13 +10,15 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -141,7 +143,7 @@ class MlflowTracker:
             self.client.search_experiments(max_results=1)  # the first use creates the tables, once, here
         except Exception as error:  # SQLAlchemy, MLflow and HTTP errors have no common base
             raise stores.cannot_open("tracking store", self.uri, error) from None  # the cause may hold secrets
-        self._copies: TemporaryDirectory[str] | None = None
+        self._copies: str | None = None  # a folder for downloads, which goes with this tracker
         self._experiment: dict[str, str] = {}
         self._parent: dict[str, str] = {}
 
@@ -329,8 +331,9 @@ class MlflowTracker:
 
     def _downloads(self) -> str:
         if self._copies is None:
-            self._copies = TemporaryDirectory(prefix="caltech-sweep-", ignore_cleanup_errors=True)
-        return self._copies.name
+            self._copies = tempfile.mkdtemp(prefix="caltech-sweep-")
+            weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
+        return self._copies
 
     # -- mending ---------------------------------------------------------------------------------------------------
 
