@@ -19,7 +19,7 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.sweep.executors import Job
 from caltech_sweep.sweep.runner import train
-from caltech_sweep.training import reuse
+from caltech_sweep.training import reuse, stages
 from caltech_sweep.training.fit import EpochResult, learning_rate
 from caltech_sweep.training.reuse import StageUse, learning_rates, stage_key, trunk_key
 from caltech_sweep.training.stages import identity, stored_epochs
@@ -175,6 +175,29 @@ def test_a_damaged_stage_is_trained_again(harm: str, data: LoadedData, tmp_path:
 def test_saves_for_resuming_wait_until_they_are_cheap(data: LoadedData, tmp_path: Path) -> None:
     run(CONFIG, data, replace(use_of(tmp_path, frozenset()), every_seconds=0.0))
     assert len(ReuseStore(tmp_path, 0).entries()) == 1  # a second of training does not pay for one in the midst of it
+
+
+def test_what_only_serves_resuming_gives_way_to_what_is_later(
+    data: LoadedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "SAVING_SHARE", math.inf)
+    use = replace(use_of(tmp_path, frozenset({2})), every_seconds=0.0)
+    store = ReuseStore(tmp_path, 0)
+
+    def epochs() -> list[int]:
+        return sorted(len(store.open(entry.name)[0]["history"]) for entry in store.entries())
+
+    config = replace(CONFIG, epochs=6)
+    kill_after(1, config, data, use)
+    assert epochs() == [1]
+    kill_after(4, config, data, use)
+    assert epochs() == [2, 4]
+    kill_after(5, replace(config, epochs=7), data, use)  # another trial goes on from there: it is not its own to drop
+    assert epochs() == [2, 4, 5]
+    store.clear()
+    kill_after(4, config, data, use)
+    run(config, data, use)
+    assert epochs() == [2, 6]
 
 
 FULL_DISK = """

@@ -170,11 +170,13 @@ class TrialStages:
         self._use, self._training = use, training
         self._store: ReuseStore = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features)
+        self._trial = config.fingerprint()
         self._base, self._rates = digest(self._identity), learning_rates(config)
         self._saved = time.monotonic()
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained
         self._cost: float | None = None  # seconds of the last save
+        self._passing: str | None = None  # the last stage that only serves resuming, until there is a later one
 
     def resume(self) -> None:
         """Put the training into its longest sound stored state, if there is one."""
@@ -183,6 +185,8 @@ class TrialStages:
         stage = next((stage for stage in map(self._load, names) if stage is not None), None)
         if stage is not None:
             restore(self._training, stage)
+            if stage.header.get("trial") == self._trial:
+                self._supersede(self._training.epoch)
         self.seconds += time.monotonic() - start
 
     def _load(self, name: str) -> Stage | None:
@@ -210,13 +214,24 @@ class TrialStages:
             except SafetensorError as error:  # how it reports a disk that is full
                 raise OSError(str(error)) from error
 
-        self._store.write(name, {**stage.header, "identity": self._identity}, _size(stage), fill)
+        header = {**stage.header, "identity": self._identity, "trial": self._trial}
+        if self._store.write(name, header, _size(stage), fill):
+            self._supersede(result.epoch)
         self._saved = time.monotonic()
         self._cost = self._saved - start
         self.seconds += self._cost
 
+    def _supersede(self, epoch: int) -> None:
+        """Drop the stage that served resuming until there was a later one: it would push out what others need."""
+        if self._passing is not None:
+            self._store.drop(self._passing)
+        self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
+
+    def _is_needed(self, epoch: int) -> bool:
+        return epoch in self._use.save_at or epoch == len(self._rates)
+
     def _is_due(self, epoch: int) -> bool:
-        if epoch in self._use.save_at or epoch == len(self._rates):
+        if self._is_needed(epoch):
             return True
         if time.monotonic() - self._saved < self._use.every_seconds:
             return False
