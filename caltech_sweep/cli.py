@@ -44,6 +44,7 @@ def _emit(text: str, out: Path | None) -> None:
 
 
 tracking_option = click.option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI or mlruns/mlflow.db.")
+storage_option = click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Fix a setting for this run, such as lr=0.01."
 )
@@ -76,7 +77,7 @@ def main() -> None:
 @main.command()
 @click.argument("study")
 @study_options
-@click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
+@storage_option
 @click.option("--workers", type=click.IntRange(1), help="Worker processes; default one a GPU, or one.")
 @click.option("--per-device", type=click.IntRange(1), default=1, help="Workers that share a GPU.")
 @device_option
@@ -376,7 +377,7 @@ def predict(
 @click.argument("study", required=False)
 @click.option("--fix", is_flag=True, help="Mend what can be mended; without it nothing is changed.")
 @tracking_option
-@click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
+@storage_option
 def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str | None) -> None:
     """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and mend it.
 

@@ -47,6 +47,10 @@ def _is_tencrop(entry: Entry) -> bool:
     return entry.settings.get("test_views") == "tencrop"
 
 
+def _reported_part(entry: Entry) -> str:
+    return "test_tencrop" if _is_tencrop(entry) else "test"
+
+
 def _columns(document: Mapping[str, Any], name: str, rows: Sequence[Entry]) -> tuple[str, ...]:
     """Return the settings that a table shows: the report's own for its six studies, else what sets the rows apart."""
     if name in REPORT_COLUMNS:
@@ -92,7 +96,7 @@ def _remarks(entry: Entry) -> tuple[str, ...]:
 
 
 def _row(entry: Entry, images: Mapping[str, int], link: Link) -> TableRow:
-    part = "test_tencrop" if _is_tencrop(entry) else "test"
+    part = _reported_part(entry)
     val = _score(entry.runs, "best/val_accuracy", images.get("val"))
     test = _score(entry.runs, f"{part}/accuracy", images.get("test"))
     epochs = [epoch for run in entry.runs if (epoch := metric(run, "best/epoch")) is not None]
@@ -121,7 +125,7 @@ def _read_predictions(entry: Entry, read: ReadText) -> _Predictions | None:
     """Read a row's predictions of the test images; None when its run has none, or they are not what it recorded."""
     if not entry.runs:
         return None
-    run, part = entry.runs[0], "test_tencrop" if _is_tencrop(entry) else "test"
+    run, part = entry.runs[0], _reported_part(entry)
     try:
         header, *lines = csv.reader(io.StringIO(read(run, f"predictions/{part}.csv")))
         image, label, prediction = map(header.index, ("image", "label", "prediction"))

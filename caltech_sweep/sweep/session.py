@@ -47,8 +47,8 @@ class RunOptions:
     rows: tuple[str, ...] = ()  # these alone
     confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
-    hang_timeout: float = 600.0  # seconds without a sign after which a worker is killed
-    max_failures: int = 5  # failed trials in a row that stop the study
+    hang_timeout: float = Limits.hang_seconds  # seconds without a sign after which a worker is killed
+    max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
     stage_budget: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 
