@@ -18,12 +18,13 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from caltech_sweep.sweep.coordinator import Coordinator, Images
-from caltech_sweep.sweep.study import open_study
-from caltech_sweep.sweep.study_file import Component, Range, StudyDefinition
-from caltech_sweep.sweep.watch import PlainWatcher
+from caltech_sweep.study.definition import Component, Range, StudyDefinition
+from caltech_sweep.sweep.coordinator import Coordinator
+from caltech_sweep.sweep.optuna_store import open_study
+from caltech_sweep.sweep.progress import PlainWatcher
+from caltech_sweep.sweep.recorder import Images
 from caltech_sweep.testing import ScriptedExecutor, epoch_metrics
-from caltech_sweep.tracking import MlflowTracker
+from caltech_sweep.tracking.writer import MlflowTracker
 
 EPOCHS = 30
 DEFINITION = StudyDefinition(

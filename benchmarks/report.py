@@ -21,8 +21,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from caltech_sweep.sweep.study_file import StudyDefinition, load_study
-from caltech_sweep.tracking import MlflowTracker
+from caltech_sweep.study.definition import StudyDefinition
+from caltech_sweep.study.file import load_study
+from caltech_sweep.tracking.writer import MlflowTracker
 
 STUDIES = ("scratch", "transfer", "freeze", "augment", "tencrop", "resnet")
 IMAGES = {"train": 3856, "val": 1928, "test": 2893, "classes": 101}

@@ -22,8 +22,9 @@ import torch
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.training.reuse import StageUse, learning_rates, shared_epochs
-from caltech_sweep.training.store import ReuseStore
+from caltech_sweep.training.cache import ReuseStore
+from caltech_sweep.training.keys import StageUse
+from caltech_sweep.training.schedule import learning_rates, shared_epochs
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 
 TRANSFER = ((0.03, 24, 30), (0.03, 27, 30), (0.01, 10, 20), (0.01, 10, 30), (0.01, 15, 20))  # lr, step size, epochs

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
+from caltech_sweep.training.device import pick_device
 from caltech_sweep.training.fit import Training
 from caltech_sweep.training.models import build_model
-from caltech_sweep.training.trial import pick_device
 
 
 def bare(config: TrialConfig, training: Training, batches: int, fused: bool) -> Callable[[], None]:

@@ -26,6 +26,14 @@ class _Group(click.Group):
         except MemoryError as error:
             click.echo(f"Error: the memory is full ({error}); use fewer or smaller images, or more memory", err=True)
             context.exit(1)
+        except Exception as error:
+            from caltech_sweep.stores import failure
+
+            told = failure(error)
+            if told is None:
+                raise
+            click.echo(f"Error: {told}", err=True)
+            context.exit(told.exit_code)
 
 
 def _say(line: str) -> None:
@@ -58,6 +66,10 @@ device_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores."
 )
+row_option = click.option("--row", "rows", multiple=True, metavar="NAME", help="Run only this row; may be repeated.")
+replicates_option = click.option(
+    "--replicates", type=click.IntRange(1), help="Seeds that every row is trained on; default the file's."
+)
 name_option = click.option("--name", help="Store the study under another name.")
 
 
@@ -78,12 +90,17 @@ def main() -> None:
 @click.argument("study")
 @study_options
 @storage_option
+@click.option(
+    "--adopt",
+    is_flag=True,
+    help="Take the study over from another study store, such as a lost one: rebuild it from its runs.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Worker processes; default one a GPU, or one.")
 @click.option("--per-device", type=click.IntRange(1), default=1, help="Workers that share a GPU.")
 @device_option
 @threads_option
-@click.option("--row", "rows", multiple=True, metavar="NAME", help="Run this row alone; may be repeated.")
-@click.option("--replicates", type=click.IntRange(1), help="Seeds that every row is trained on; default the file's.")
+@row_option
+@replicates_option
 @click.option("--confirm", type=click.IntRange(0), default=0, metavar="K", help="Repeat the K best on fresh seeds.")
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option("--stage-budget", type=click.FloatRange(0), metavar="GB", help="Disk for what is shared.")
@@ -119,10 +136,11 @@ def run(
 
     Example: caltech-sweep run transfer --trials 20 --workers 2
     """
-    from caltech_sweep.sweep.study_file import load_study
+    from caltech_sweep.study.file import load_study
 
     definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates)
-    from caltech_sweep.sweep.session import RunOptions, run_study
+    from caltech_sweep.sweep.preflight import RunOptions
+    from caltech_sweep.sweep.session import run_study
 
     summary = run_study(definition, RunOptions(**options), _say)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(summary.outcomes.items())) or "nothing to do"
@@ -141,28 +159,39 @@ def run(
 @main.command()
 @click.argument("study")
 @study_options
+@storage_option
 @device_option
 @threads_option
+@row_option
+@replicates_option
 def plan(
     study: str,
     overrides: tuple[str, ...],
     trials: int | None,
     data: str | None,
     name: str | None,
-    tracking_uri: str | None,
-    device: str | None,
-    threads: int | None,
+    replicates: int | None,
+    **options: Any,
 ) -> None:
-    """Say what running STUDY would train, without training.
+    """Say what running STUDY would train, without training, downloading or writing anything.
+
+    The exit code is 0 when run with the same options would start. Else it is 2, and standard error says why: what can
+    be planned without the images is printed all the same. Only run finds an image that is damaged behind its header.
 
     Example: caltech-sweep plan transfer
     """
-    from caltech_sweep.sweep.study_file import load_study
+    from caltech_sweep.study.file import load_study
 
-    definition = load_study(study, overrides, trials=trials, data=data, name=name)
+    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates)
     from caltech_sweep.sweep.plan import plan_study
+    from caltech_sweep.sweep.preflight import RunOptions
 
-    click.echo(plan_study(definition, tracking_uri, device, threads))
+    done = plan_study(definition, RunOptions(**options))
+    click.echo(done.text)
+    for problem in done.problems:
+        _say(f"Error: run would not start: {problem}")
+    if done.problems:
+        sys.exit(done.problems[0].exit_code)
 
 
 @main.command()
@@ -171,7 +200,7 @@ def studies() -> None:
 
     Example: caltech-sweep studies
     """
-    from caltech_sweep.sweep.study_file import list_studies, load_study
+    from caltech_sweep.study.file import list_studies, load_study
 
     for study in list_studies():
         try:
@@ -219,10 +248,11 @@ def report(
     from caltech_sweep.report.check import outside
 
     if kind == "html":
-        from caltech_sweep.report.page import Options, build_page
-        from caltech_sweep.sweep.importance import importances
+        from caltech_sweep.report.page.assemble import build_page
+        from caltech_sweep.report.page.importance import weigh
+        from caltech_sweep.report.page.section import Options
 
-        page = build_page(studies, Options(best, compare, data, importances), tracking_uri)
+        page = build_page(studies, Options(best, compare, data, weigh), tracking_uri)
         tables, text = list(page.tables), page.html
     else:
         tables = load_tables(studies, best, tracking_uri)
@@ -244,7 +274,7 @@ def ui(port: int, host: str, tracking_uri: str | None) -> None:
 
     Example: caltech-sweep ui --port 5001
     """
-    from caltech_sweep.ui import serve
+    from caltech_sweep.tracking.ui import serve
 
     serve(host, port, tracking_uri)
 
@@ -257,7 +287,7 @@ def cache(clear: bool) -> None:
     Example: caltech-sweep cache --clear
     """
     from caltech_sweep import paths
-    from caltech_sweep.training.store import ReuseStore, default_budget
+    from caltech_sweep.training.cache import ReuseStore, default_budget
 
     folder = paths.reuse_store()
     store = ReuseStore(folder, 0)
@@ -280,32 +310,45 @@ def data(context: click.Context, source: Path | None, url: str | None) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from caltech_sweep.data.archive import fetch
-    from caltech_sweep.sweep.watch import progress_line
+    from caltech_sweep.data.fetch.archive import fetch
+    from caltech_sweep.text import progress_line
 
-    root = fetch(source, url, progress_line("downloading", _say, 1e6, " MB"))
+    with progress_line("downloading", _say, 1e6, " MB") as progress:
+        root = fetch(source, url, progress)
     click.echo(f"Caltech-101 is in {root}")
 
 
 @data.command("list")
+@click.argument("study", required=False)
 @click.option("--split", "part", type=click.Choice(["train", "val", "test"]), required=True)
 @click.option("--format", "kind", type=click.Choice(["csv"]), default="csv", show_default=True)
-@click.option("--data", "folder", metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/.")
-def data_list(part: str, kind: str, folder: str | None) -> None:
-    """Print the images of one part as path,class lines.
+@set_option
+@data_option
+def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...], data: str | None) -> None:
+    """Print the images of one part as path,class lines: of STUDY's dataset, or without it of a folder.
 
-    Example: caltech-sweep data list --split test > test.csv
+    A folder is Caltech-101 where it has a BACKGROUND_Google, and else any folder of class folders; --set sets another
+    part of a dataset, such as dataset.name=shapes or dataset.val_fraction=0.2.
+
+    Example: caltech-sweep data list --split test --data photos > test.csv
     """
     import csv
+    import io
+    import os
 
-    from caltech_sweep.config import DatasetConfig
     from caltech_sweep.data import dataset_root, load_split
+    from caltech_sweep.study.file import dataset_of
 
-    config = DatasetConfig(root=folder)
-    root = dataset_root(config)
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    for item in load_split(config).part(part):
-        writer.writerow([item.path.relative_to(root).as_posix(), item.class_name])
+    config = dataset_of(study, overrides, data)
+    root = None if config.name == "shapes" else dataset_root(config)
+    split = load_split(config)
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    for item in split.part(part):
+        writer.writerow([(item.path.relative_to(root) if root else item.path).as_posix(), item.class_name])
+    sys.stdout.buffer.write(os.fsencode(lines.getvalue()))  # names as the file system has them
+    if split.passed_over:
+        _say(f"passed over: {split.passed_over}")
 
 
 @main.command()
@@ -319,7 +362,7 @@ def promote(study: str, run_id: str | None, name: str | None, alias: str, tracki
 
     Example: caltech-sweep promote transfer
     """
-    from caltech_sweep.champion import promote as promote_study
+    from caltech_sweep.serving.promote import promote as promote_study
 
     done = promote_study(study, run_id, name, alias, tracking_uri)
     accuracy = done.trial.metrics.get("best/val_accuracy", float("nan"))
@@ -357,7 +400,8 @@ def predict(
 
     Example: caltech-sweep predict photo.jpg --model transfer@champion
     """
-    from caltech_sweep.champion import find_images, format_predictions, open_model, predict_files
+    from caltech_sweep.serving.predict import find_images, format_predictions, predict_files
+    from caltech_sweep.serving.registry import open_model
 
     files = list(find_images(images))
     classifier = open_model(model, tracking_uri, device, allow_pickle)
@@ -381,12 +425,13 @@ def predict(
 def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str | None) -> None:
     """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and mend it.
 
-    The exit code is 0 when nothing is left to mend, else 1. A study that is being run is skipped.
+    The exit code is 0 when nothing is left to mend, else 1. A study that is being run, or that belongs
+    to another study store, is skipped.
 
     Example: caltech-sweep doctor --fix
     """
     from caltech_sweep.sweep.doctor import examine
-    from caltech_sweep.words import counted
+    from caltech_sweep.text import counted
 
     diagnosis = examine(study, tracking_uri, storage, fix, click.echo)
     skipped = f", {diagnosis.skipped} skipped" if diagnosis.skipped else ""

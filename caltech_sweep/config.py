@@ -5,14 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 FREEZE_CHOICES = ("none", "conv", "fc", "fc_but_last")
 AUGMENT_CHOICES = ("hflip", "color_jitter", "rotation")
 OPTIMIZER_CHOICES = ("sgd", "adam", "adamw")
 
+_HALF_NORMALIZED = ("efficientnet_v2_l",)  # its published weights were trained on other statistics than all others'
+
 Freeze = Literal["none", "conv", "fc", "fc_but_last"]
+
+
+# The fields that count at their default, too, since the first fingerprints were made of them. A new field does not
+# belong here: it counts where it is not at its default, which must then never change.
+FIRST_DATASET_FIELDS = frozenset({
+    "name", "root", "classes", "images_per_class", "resize", "crop", "val_fraction", "test_fraction", "split_seed",
+})  # fmt: skip
+FIRST_TRIAL_FIELDS = frozenset({
+    "dataset", "arch", "weights", "outputs", "freeze", "optimizer", "lr", "momentum", "weight_decay", "step_size",
+    "gamma", "epochs", "batch_size", "drop_last", "augment", "augment_probability", "rotation_degrees", "normalize",
+    "test_views", "test_batch_size", "seed", "precision", "channels_last",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,8 @@ class DatasetConfig:
     val_fraction: float = 1 / 3  # of train, class by class
     test_fraction: float = 1 / 3  # for "folder" alone; Caltech-101 has its official rule
     split_seed: int = 0
+    background: str = "white"  # what transparent pixels show
+    exif: str = "apply"  # turn an image as its EXIF orientation says, or ignore that as torchvision does
 
 
 @dataclass(frozen=True)
@@ -78,10 +94,8 @@ class TrialConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
         """Build a config from :meth:`to_dict` output or its JSON round trip."""
-        values = dict(values)
-        dataset = dict(values.pop("dataset", {}))
-        if isinstance(dataset.get("classes"), list):
-            dataset["classes"] = tuple(dataset["classes"])
+        values = _with_tuples(values)
+        dataset = _with_tuples(values.pop("dataset", {}))
         if "augment" in values:
             chosen = set(values["augment"])
             values["augment"] = tuple(name for name in AUGMENT_CHOICES if name in chosen)
@@ -89,21 +103,45 @@ class TrialConfig:
             values[name] = float(values[name])  # 1 and 1.0 are one learning rate
         return cls(dataset=DatasetConfig(**dataset), **values)
 
+    def counted(self) -> dict[str, Any]:
+        """Return the settings that tell this training from others, as a nested dict that JSON can hold.
+
+        The dataset's root is left out: a copy of the images elsewhere is the same training. So is a setting at its
+        default that earlier versions did not have: they trained as that default says.
+        """
+        values = _counted(self, FIRST_TRIAL_FIELDS)
+        values["dataset"] = _counted(self.dataset, FIRST_DATASET_FIELDS)
+        del values["dataset"]["root"]
+        return values
+
     def fingerprint(self) -> str:
         """Return 16 hex digits that are equal exactly when every field is equal, where the images lie aside.
 
-        The dataset's root is left out: a copy of the images elsewhere is the same training.
+        A field that a later version adds changes no fingerprint while it has its default.
         """
-        values = self.to_dict()
-        del values["dataset"]["root"]
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.counted(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def resolved_normalize(self) -> str:
         """Return "imagenet" or "half"; ``auto`` follows the initial weights (reference report)."""
         if self.normalize != "auto":
             return self.normalize
-        return "imagenet" if self.weights == "imagenet" else "half"
+        return "imagenet" if self.weights == "imagenet" and self.arch not in _HALF_NORMALIZED else "half"
+
+
+def _counted(config: TrialConfig | DatasetConfig, always: frozenset[str]) -> dict[str, Any]:
+    """Return the fields that count ``always``, and those others whose value is not their default."""
+    values = asdict(config)
+    for field_ in fields(config):
+        default = field_.default if field_.default_factory is MISSING else field_.default_factory()
+        if field_.name not in always and getattr(config, field_.name) == default:
+            del values[field_.name]
+    return values
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping with tuples for JSON's lists, so that a config can be hashed."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _as_text(value: Any) -> str:

@@ -6,8 +6,10 @@
     ├── DatasetError           a missing, incomplete or damaged dataset
     ├── ModelError             an unknown model, or weights that do not fit it
     ├── StoreError             a tracking or study store that cannot be read or written
+    ├── ForeignStudyError      a study in the tracking store that another study store runs
+    ├── LostStudyError         a study that another process has taken over while this one ran it
     └── TrialError             one trial failed; the study goes on
-        ├── DivergedError      the loss became NaN or infinite
+        ├── DivergedError      the training loss, or another number of the trial, became NaN or infinite
         └── OutOfMemoryError   the batch did not fit on the device
 
 Each message is a sentence: what is wrong, where, and the mend.
@@ -44,6 +46,23 @@ class StoreError(CaltechSweepError):
     """A tracking or study store that cannot be read or written."""
 
 
+class ForeignStudyError(CaltechSweepError):
+    """A study in the tracking store that another study store runs; ``where`` is the tracking store, without secrets."""
+
+    def __init__(self, study: str, where: str) -> None:
+        super().__init__(
+            f"study {study!r} in {where} belongs to another study store, such as a colleague's or one that was lost; "
+            "give yours a name of its own with --name, or take that study over on purpose with `run --adopt`, which "
+            "rebuilds it in this study store from its runs"
+        )
+
+
+class LostStudyError(CaltechSweepError):
+    """A study that another process has taken over while this one ran it; nothing was written since."""
+
+    exit_code = 1
+
+
 class TrialError(CaltechSweepError):
     """One trial failed; the study goes on."""
 
@@ -56,6 +75,13 @@ class DivergedError(TrialError):
     def __init__(self, epoch: int, step: int, loss: float) -> None:
         self.epoch, self.step, self.loss = epoch, step, loss
         super().__init__(f"the training loss became {loss} in epoch {epoch}, step {step}; try a lower learning rate")
+
+
+class NotFiniteError(DivergedError):
+    """Another number of a trial than its training loss became NaN or infinite; the message says which."""
+
+    def __init__(self, message: str) -> None:
+        TrialError.__init__(self, message)
 
 
 class OutOfMemoryError(TrialError):

@@ -13,6 +13,11 @@ ARTIFACTS = STORES / "artifacts"
 CALTECH_FOLDER = "101_ObjectCategories"
 
 
+def closest(folder: Path) -> Path:
+    """Return a folder, or the closest place above it that is there: what must be written to make it."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
 def data_home() -> Path:
     """Return where datasets and decoded caches live: ``CALTECH_SWEEP_DATA`` or ``./data``."""
     return Path(os.environ.get("CALTECH_SWEEP_DATA", "data"))

@@ -12,17 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from caltech_sweep import paths
 from caltech_sweep.errors import StoreError
+from caltech_sweep.files import try_lock
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
+T = TypeVar("T")
 _SQLITE = "sqlite:///"
 _RETRY_SECONDS = 1.0
+_ATTEMPTS = 30  # to open a database whose tables another process is creating
+_MADE_TWICE = re.compile("duplicate key|duplicate entry|already exists", re.I)
 _ABANDONED = 3600.0  # seconds after which a store that is being made is taken for one that was given up
 
 
@@ -43,19 +47,53 @@ def storage_uri(named: str | None = None) -> str:
     return absolute(named or str(paths.OPTUNA_DB))
 
 
-def hide_secrets(text: str) -> str:
-    """Return an address, or a sentence with addresses in it, without users, passwords and keys."""
-    text = re.sub(r"(?<=://)[^\s'\"<>]*@", "***@", text)
-    return re.sub(r"([?&;](?:password|passwd|pwd|token|secret|[\w-]*key)=)[^&;\s'\"]*", r"\1***", text, flags=re.I)
+_USER = re.compile(r"(?<=://)([^\s'\"<>]*)@")
+_PARAMETER = re.compile(
+    r"((?:^|(?<=[^\w-]))[\w-]*(?:password|passwd|pwd|token|secret|credential|signature|key|sig)=)([^&;,\s'\"<>]*)", re.I
+)
+_HEADER = re.compile(r"\b(Basic|Bearer) [\w+/=.~-]{6,}")
+_SHORTEST = 3  # characters of what is looked for without its surroundings
 
 
-def reason(error: BaseException) -> str:
-    """Return the first line of the original error in a sentence's form, without secrets."""
+def _secrets_of(address: str) -> list[str]:
+    """Return an address's secrets as drivers may tell them: whole, decoded, and cut where a reader may cut them."""
+    users = [user.partition(":")[2] or user for user in _USER.findall(address)]
+    found = users + [value for _, value in _PARAMETER.findall(address)]
+    found += [unquote(secret) for secret in found]
+    parts = {part for secret in found for part in (secret, *re.split(r"[/:@?#&%]", secret)) if len(part) >= _SHORTEST}
+    return sorted(parts, key=len, reverse=True)
+
+
+def hide_secrets(text: str, address: str = "") -> str:
+    """Return an address, or a sentence with addresses in it, without users, passwords, tokens and keys.
+
+    What a sentence tells of ``address`` is hidden even where it is cut out of it, as in a driver's own words.
+    """
+    text = _USER.sub("***@", text)
+    text = _PARAMETER.sub(r"\1***", _HEADER.sub(r"\1 ***", text))
+    for secret in _secrets_of(address):
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
+    return text
+
+
+def reason(error: BaseException, address: str = "") -> str:
+    """Return the first line of the original error in a sentence's form, without secrets, those of ``address`` too."""
     cause = error.__cause__ if type(error).__name__ == "StorageInternalError" else None  # Optuna's own says nothing
     error = cause or error
-    text = str(getattr(error, "orig", None) or error) or type(error).__name__
+    text = str(getattr(error, "orig", None) or getattr(error, "reason", None) or error) or type(error).__name__
     driver = re.search(r"^\(\w+\.\w+\) (.+)$", text, re.M)  # what the database itself said, in a longer story
-    return hide_secrets(driver[1] if driver else text.splitlines()[0])
+    return hide_secrets(driver[1] if driver else text.splitlines()[0], address)
+
+
+def failure(error: Exception) -> StoreError | None:
+    """Return the sentence about what a store's library raised while it was used; None for any other error."""
+    origins = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if not origins & {"mlflow", "optuna", "requests", "sqlalchemy", "urllib3"}:
+        return None
+    return StoreError(
+        f"a store does not do what it is asked ({reason(error)}); look into its log, or choose another one with "
+        "--tracking-uri or --storage"
+    )
 
 
 def cannot_open(what: str, uri: str, error: BaseException) -> StoreError:
@@ -68,7 +106,7 @@ def cannot_open(what: str, uri: str, error: BaseException) -> StoreError:
     elif "pip install -U optuna" in text:
         how = "update Optuna, which is older than the store"
     else:
-        return StoreError(f"the {what} {shown} cannot be opened: {reason(error)}{_why(uri)}")
+        return StoreError(f"the {what} {shown} cannot be opened: {reason(error, uri)}{_why(uri)}")
     return StoreError(f"the {what} {shown} was made by another version of its library; {how}")
 
 
@@ -115,8 +153,8 @@ def check_file(uri: str, what: str, create: bool) -> None:
         return
     if "?" in str(file) or unquote(str(file)) != str(file):
         raise StoreError(
-            f"the {what} cannot be {file}, since ? and % mean something else in the address of a store; rename the "
-            "folder, or choose another place"
+            f"the {what} cannot be {hide_secrets(str(file))}, since ? and % mean something else in the address of a "
+            "store; rename the folder, or choose another place"
         )
     if not file.exists() and not create:
         raise StoreError(f"there is no {what} {file} yet; run a study first, such as `make sweep STUDY=demo`")
@@ -125,10 +163,30 @@ def check_file(uri: str, what: str, create: bool) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"the folder {file.parent} cannot be created: {error.strerror}") from error
-    if create and not os.access(file.parent, os.W_OK):
-        raise StoreError(f"the folder {file.parent} cannot be written; choose another place for the {what}")
-    if file.exists() and not os.access(file, os.R_OK | (os.W_OK if create else 0)):
-        raise StoreError(f"the {what} {file} cannot be {'written' if create else 'read'}; check its permissions")
+    if create:
+        check_writable(uri, what)
+    elif not os.access(file, os.R_OK):
+        raise StoreError(f"the {what} {file} cannot be read; check its permissions")
+
+
+def is_missing(uri: str) -> bool:
+    """Tell whether a store is an SQLite file that is yet to be made, or that is empty."""
+    file = sqlite_file(uri)
+    return file is not None and not (file.exists() and file.stat().st_size)
+
+
+def check_writable(uri: str, what: str) -> None:
+    """Raise StoreError when an SQLite store could not be written, or made where it is missing; nothing is made."""
+    file = sqlite_file(uri)
+    if file is None:
+        return
+    place = paths.closest(file.parent)
+    if not place.is_dir():
+        raise StoreError(f"the folder {file.parent} cannot be created: {place} is a file")
+    if not os.access(place, os.W_OK):
+        raise StoreError(f"the folder {place} cannot be written; choose another place for the {what}")
+    if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+        raise StoreError(f"the {what} {file} cannot be written; check its permissions")
 
 
 def make_whole(uri: str, make: Callable[[str], None]) -> None:
@@ -147,6 +205,21 @@ def make_whole(uri: str, make: Callable[[str], None]) -> None:
         make(f"{_SQLITE}{made}")
         with contextlib.suppress(FileExistsError):  # another process was faster, and its store is as good
             os.link(made, file)
+
+
+def make_tables(uri: str, make: Callable[[], T]) -> T:
+    """Return what ``make`` does, which creates a server's tables when they are missing.
+
+    It is done again when another process creates them at the same moment, for libraries let the slower one fail.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return make()
+        except Exception as error:  # SQLAlchemy's, or MLflow's about it
+            if sqlite_file(uri) is not None or attempt + 1 == _ATTEMPTS or not _MADE_TWICE.search(str(error)):
+                raise
+            time.sleep(_RETRY_SECONDS)
+    raise AssertionError
 
 
 def tune_sqlite(engine: Engine, patience: int) -> None:
@@ -189,6 +262,26 @@ def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -
             time.sleep(_RETRY_SECONDS)
 
 
+def _lock_file(file: Path, study: str) -> Path:
+    return file.parent / "locks" / f"{study.replace('/', '_')}.lock"
+
+
+def _take(lock: IO[str], study: str, shared: bool = False) -> None:
+    if try_lock(lock.fileno(), shared) is False:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        raise StoreError(f"study {study!r} is being run by {owner}; wait for it, stop it, or choose --name")
+
+
+def check_free(uri: str, study: str) -> None:
+    """Raise the StoreError of :func:`only_one` while another process runs a study; nothing is written."""
+    file = sqlite_file(uri)
+    if file is None or not _lock_file(file, study).is_file():
+        return
+    with contextlib.suppress(PermissionError), _lock_file(file, study).open() as lock:
+        _take(lock, study, shared=True)
+
+
 @contextlib.contextmanager
 def only_one(uri: str, study: str) -> Iterator[None]:
     """Hold the lock of a study in a local store while it runs; the lock of a process that died is free.
@@ -196,26 +289,19 @@ def only_one(uri: str, study: str) -> Iterator[None]:
     Raises StoreError while another process runs the study.
     """
     file = sqlite_file(uri)
-    if file is None or os.name != "posix":
+    if file is None:
         yield
         return
-    import fcntl
-
-    folder = file.parent / "locks"
+    place = _lock_file(file, study)
     try:
-        folder.mkdir(exist_ok=True)
-        opened = (folder / f"{study.replace('/', '_')}.lock").open("a+")
+        place.parent.mkdir(exist_ok=True)
+        opened = place.open("a+")
     except OSError as error:
-        raise StoreError(f"the folder {folder} cannot be written: {error.strerror}; check its permissions") from error
+        raise StoreError(
+            f"the folder {place.parent} cannot be written: {error.strerror}; check its permissions"
+        ) from error
     with opened as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            raise StoreError(
-                f"study {study!r} is being run by {owner}; wait for it, stop it, or choose --name"
-            ) from error
+        _take(lock, study)
         lock.truncate(0)
         lock.write(f"process {os.getpid()}")
         lock.flush()

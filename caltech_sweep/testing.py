@@ -10,7 +10,6 @@ The coordinator behind it is the real one, in milliseconds a study.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.records import OUTCOMES, EpochLog, StudyRecord, TrialRecord
-from caltech_sweep.sweep.executors import Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
+from caltech_sweep.sweep.executors.base import HANG_SECONDS, Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
+from caltech_sweep.tracking.records import OUTCOMES, EpochLog, StudyRecord, Tracker, TrialRecord
 
 if TYPE_CHECKING:
     import optuna
 
-    from caltech_sweep.sweep.coordinator import Coordinator, Summary
-    from caltech_sweep.sweep.study_file import StudyDefinition
+    from caltech_sweep.study.definition import StudyDefinition
+    from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
+    from caltech_sweep.sweep.executors.base import Executor
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,17 @@ class ScriptedExecutor:
     """An executor whose trials follow scripts, by a function of the config or by one for all."""
 
     def __init__(self, script: Script | Callable[[TrialConfig], Script] | None = None, slots: int = 1) -> None:
-        self.slots = slots
+        self._slots = slots
         self.jobs: list[Job] = []  # every job handed out, in order
         self._script = script or Script()
         self._events: dict[int, list[Event]] = {}
         self._lockstep: dict[int, bool] = {}
         self._waits: set[int] = set()
         self._tries: dict[int, int] = {}
-        self._silent: set[int] = set()
 
-    def has_room(self) -> bool:
-        """Say yes: a job that is to run alone is not told from another."""
-        return True
+    def free(self) -> int:
+        """Return how many slots are free; a job that is to run alone is not told from another."""
+        return self._slots - len(self._events)
 
     def submit(self, job: Job) -> None:
         """Lay out the events of a job."""
@@ -71,7 +70,7 @@ class ScriptedExecutor:
         if tries <= script.deaths:
             events.append(WorkerDied(job.number, -9))
         elif tries <= script.hangs:
-            self._silent.add(job.number)
+            events.append(WorkerDied(job.number, -9, HANG_SECONDS))
         elif script.failure and (script.fails is None or tries <= script.fails):
             events.append(Failed(job.number, script.failure, f"scripted to be {script.failure}", "scripted"))
         else:
@@ -91,8 +90,6 @@ class ScriptedExecutor:
         """Return the next event of every running job that does not wait for an answer."""
         happened = []
         for number in [number for number in self._events if number not in self._waits]:
-            if not self._events[number] and number in self._silent:
-                continue
             event = self._events[number].pop(0)
             happened.append(event)
             if not isinstance(event, Epoch):
@@ -106,16 +103,6 @@ class ScriptedExecutor:
         self._waits.discard(job)
         if not go_on:
             self._events[job] = [Stopped(job)]
-
-    def waits(self, job: int) -> bool:
-        """Say no."""
-        return False
-
-    def abandon(self, job: int) -> bool:
-        """Let a job that fell silent die."""
-        self._silent.discard(job)
-        self._events[job] = [WorkerDied(job, -9)]
-        return True
 
     def close(self) -> None:
         """Drop every job."""
@@ -192,6 +179,11 @@ class MemoryTracker:
         """Return the last epoch of a run."""
         return max((epoch for epoch, _, _ in self.runs[run_id].history), default=0)
 
+    def has_ended(self, run_id: str) -> bool:
+        """Tell whether a run has its final end."""
+        run = self.runs[run_id]
+        return run.status != "RUNNING" and run.tags.get("outcome") not in (None, "interrupted")
+
     def keep_up(self) -> None:
         """Nothing waits."""
 
@@ -246,33 +238,35 @@ class MemoryTracker:
 
 def scripted_coordinator(
     definition: StudyDefinition,
-    executor: ScriptedExecutor,
-    tracker: MemoryTracker,
+    executor: Executor,
+    tracker: Tracker,
     scratch: Path,
     study: optuna.Study | None = None,
     only: tuple[str, ...] = (),
-    confirm: int = 0,
-    **options: Any,
+    limits: Limits | None = None,
+    write: Callable[[str], None] = lambda line: None,
 ) -> Coordinator:
     """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker."""
-    from caltech_sweep.sweep.coordinator import Coordinator, Images
-    from caltech_sweep.sweep.study import MEMORY, open_study
-    from caltech_sweep.sweep.watch import PlainWatcher
+    from caltech_sweep.sweep.coordinator import Coordinator, Limits
+    from caltech_sweep.sweep.optuna_store import MEMORY, open_study
+    from caltech_sweep.sweep.progress import PlainWatcher
+    from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
+    from caltech_sweep.sweep.recorder import DatasetInfo, Recorder
+
+    def make_job(queued: QueuedTrial) -> Job:
+        return Job(queued.number, queued.config, scratch / str(queued.number), lockstep=queued.prunable)
 
     study = study or open_study(definition, MEMORY, definition.identity())
-    images = Images("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
-    watcher = PlainWatcher(lambda line: None)
-    return Coordinator(
-        definition, study, tracker, executor, watcher, scratch, images, only=only, confirm=confirm, **options
-    )
+    data = DatasetInfo("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
+    progress = PlainWatcher(write)
+    recorder = Recorder(tracker, definition, data, progress.note)
+    queue = TrialQueue(definition, study, only)
+    return Coordinator(queue, recorder, executor, progress, make_job, limits or Limits())
 
 
 def run_scripted(
-    definition: StudyDefinition, executor: ScriptedExecutor, tracker: MemoryTracker, study: optuna.Study | None = None
+    definition: StudyDefinition, executor: Executor, tracker: Tracker, study: optuna.Study | None = None
 ) -> Summary:
     """Run a study with scripted trials to its end."""
     with TemporaryDirectory(prefix="caltech-sweep-") as folder:
-        try:
-            return scripted_coordinator(definition, executor, tracker, Path(folder), study).run()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return scripted_coordinator(definition, executor, tracker, Path(folder), study).run()

@@ -14,7 +14,7 @@ import click
 
 from caltech_sweep.cli import main
 from caltech_sweep.config import DATASET_FIELDS, TRIAL_FIELDS
-from caltech_sweep.sweep.rules import DATASET_RULES, TRIAL_RULES
+from caltech_sweep.rules import DATASET_RULES, TRIAL_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 _MADE = "<!-- Made by docs/build.py; do not edit. -->\n\n"

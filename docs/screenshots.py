@@ -17,9 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from browser import Browser, chromium, missing, mlflow_server
-from caltech_sweep.report.page import Options, build_page
-from caltech_sweep.sweep.importance import importances
-from caltech_sweep.tracking_read import open_reader
+from caltech_sweep.report.page.assemble import build_page
+from caltech_sweep.report.page.importance import importances
+from caltech_sweep.report.page.section import Options
+from caltech_sweep.tracking.reader import open_reader
 
 
 def page_pictures(browser: Browser, store: str, study: str, out: Path) -> None:

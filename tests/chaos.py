@@ -3,9 +3,11 @@
     python tests/chaos.py --kills 100 --seed 0
 
 Every kill is a SIGKILL: of the coordinator, of a worker, or of the whole process group. The same command then goes
-on. A round ends when its study is complete or has met its share of the kills; it is then finished undisturbed and its
-report compared. Rounds follow each other until there were enough kills. Two studies take turns: one worker with a
-sampler and a pruner that learn from history, and two workers with settings that do not depend on who is faster.
+on. Now and then the whole group is stopped for a moment and wakes, or a second user runs the same study from another
+study store into the same tracking store, and must be refused. A round ends when its study is complete or has met its
+share of the kills; it is then finished undisturbed and its report compared. Rounds follow each other until there were
+enough kills. Two studies take turns: one worker with a sampler and a pruner that learn from history, and two workers
+with settings that do not depend on who is faster.
 """
 
 from __future__ import annotations
@@ -168,6 +170,8 @@ class Tally:
     launches: int = 0
     rounds: int = 0
     mended: Counter[str] = field(default_factory=Counter)
+    stops: int = 0
+    refused: int = 0  # runs of the second user
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -226,6 +230,30 @@ def _wait(process: subprocess.Popen[bytes], seconds: float, until: Callable[[], 
         time.sleep(0.01)
 
 
+def stop_for_a_moment(process: subprocess.Popen[bytes], chance: random.Random, tally: Tally) -> None:
+    """Stop a process group, and let it wake."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(chance.uniform(0.1, 2))
+        os.killpg(process.pid, signal.SIGCONT)
+        tally.stops += 1
+
+
+def intrude(place: Path, tally: Tally) -> None:
+    """Run the study of another study store into the same tracking store, which must refuse it."""
+    other = place.with_name(f"{place.name}-other")
+    if not other.exists():
+        shutil.copytree(place / "sweeps", other / "sweeps")
+    environment = {**_environment(), "MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlruns' / 'mlflow.db'}"}
+    for arguments in (("run", "killed", "--threads", "1", "--in-process"), ("plan", "killed")):
+        done = subprocess.run(command(*arguments), cwd=other, env=environment, capture_output=True, text=True)
+        if done.returncode != 2 or "belongs to another study store" not in done.stderr:
+            tally.problems.append(f"a second user's {arguments[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+        tally.refused += 1
+    if (other / "mlruns").exists():
+        tally.problems.append("a second user who was refused has a study store")
+
+
 def disturb(place: Path, workers: int, took: float, chance: random.Random, tally: Tally) -> bool:
     """Run the command once and kill at random instants; return whether it got through first.
 
@@ -236,6 +264,10 @@ def disturb(place: Path, workers: int, took: float, chance: random.Random, tally
         if chance.random() < 0.8:  # most kills meet trials at work, the others the start
             _wait(process, 120, lambda: "started" in said())
             reach = took / 6
+            if "started" in said() and chance.random() < 0.2:
+                intrude(place, tally)
+            if chance.random() < 0.3 and process.poll() is None:
+                stop_for_a_moment(process, chance, tally)
         else:
             reach = took / 3
         # A trial whose worker dies a third time in one run has failed, so workers are killed twice at most.
@@ -314,6 +346,7 @@ def summary(tally: Tally, seed: int, seconds: float) -> str:
         f"{seconds / 60:.1f} minutes",
         "killed: " + ", ".join(f"{victim} {tally.kills[victim]}" for victim in VICTIMS),
         "mended: " + (", ".join(f"{what} {count}" for what, count in tally.mended.most_common()) or "nothing"),
+        f"stopped for a moment: {tally.stops}; runs of a second user refused: {tally.refused}",
         *tally.problems,
         "every report equals the undisturbed one" if not tally.problems else "FAILED",
     ]

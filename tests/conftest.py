@@ -97,7 +97,7 @@ def clone(source: Path, target: Path) -> None:
         (os.link if one.endswith("data") else shutil.copy2)(one, other)
 
     shutil.copytree(source, target, copy_function=copy)
-    from caltech_sweep.tracking import MlflowTracker
+    from caltech_sweep.tracking.writer import MlflowTracker
 
     tracker = MlflowTracker(str(target / "mlruns" / "mlflow.db"))
     for record in tracker.studies():

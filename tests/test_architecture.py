@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,30 +31,83 @@ def users_of(package: str) -> set[str]:
     return {name for name, path in MODULES.items() if any(i.split(".")[0] == package for i in imports(path))}
 
 
-def test_one_package_imports_optuna() -> None:
-    assert {name.split("/")[0] for name in users_of("optuna")} <= {"sweep", "testing.py"}
+def room(module: str) -> str:
+    """Return the part of a dotted module name that names its room."""
+    return ".".join(module.split(".")[1:2])
 
 
-def test_mlflow_stays_with_the_tracking_store_and_the_champion() -> None:
-    allowed = {"tracking.py", "tracking_read.py", "tracking_history.py", "champion.py", "served_model.py"}
-    assert users_of("mlflow") <= allowed
-
-
-@pytest.mark.parametrize(
-    ("room", "forbidden"),
-    [
-        ("data/", ("training", "sweep", "report", "tracking", "cli")),
-        ("training/", ("sweep", "report", "tracking", "cli")),
-        ("report/", ("sweep", "training", "cli")),
-        ("config.py", ("data", "training", "sweep", "report", "tracking", "cli")),
-        ("records.py", ("data", "training", "sweep", "report", "tracking", "cli")),
-    ],
+# The floors, from the top: a module may import from its own room and from those below.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
+    ("cli", "testing"),
+    ("serving", "sweep"),
+    ("training", "report"),
+    ("tracking",),
+    ("artifacts", "data"),
+    ("study",),
+    ("stores",),
+    ("files",),
+    ("config",),
+    ("rules",),
+    ("seeds", "text", "paths", "errors", "__version__"),
 )
-def test_imports_point_one_way(room: str, forbidden: tuple[str, ...]) -> None:
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {name.split("/")[0].removesuffix(".py") for name in MODULES} - {"__init__"} == LEVEL.keys() - {"__version__"}
+
+
+def test_imports_point_downwards() -> None:
+    upward = []
     for name, path in MODULES.items():
-        if name.startswith(room):
-            crossed = {i for i in imports(path) for f in forbidden if i.startswith(f"caltech_sweep.{f}")}
-            assert not crossed, f"{name} imports {crossed}"
+        own = name.split("/")[0].removesuffix(".py")
+        for found in imports(path):
+            other = room(found)
+            if found.startswith("caltech_sweep.") and own not in (other, "__init__") and LEVEL[other] <= LEVEL[own]:
+                upward.append(f"{name} imports {found}")
+    assert not upward
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    dotted = {
+        f"caltech_sweep.{name.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}" for name in MODULES
+    }
+    graph = {
+        f"caltech_sweep.{name.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}": imports(path) & dotted
+        for name, path in MODULES.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_optuna_is_imported_by_the_sweep_and_what_names_its_parts() -> None:
+    allowed = {"study/components.py", "report/page/importance.py", "testing.py"}
+    assert {name for name in users_of("optuna") if not name.startswith("sweep/")} <= allowed
+
+
+def test_mlflow_is_imported_by_tracking_and_serving_only() -> None:
+    assert {name.split("/")[0] for name in users_of("mlflow")} == {"tracking", "serving"}
+
+
+# What is private of a library, and the modules that may use it.
+PRIVATE = {
+    r"\._thread_local\b|study\._storage\b|\._study_id\b|optuna\.\w*\._|optuna\.storages\._rdb": {
+        "sweep/optuna_store.py",
+        "sweep/optuna_trials.py",
+        "sweep/ownership.py",
+    },
+    r"mlflow\.store|mlflow\.tracking\._|_tracking_client": {
+        "tracking/writer.py",
+        "tracking/reader.py",
+        "tracking/history.py",
+    },
+}
+
+
+@pytest.mark.parametrize("private", PRIVATE)
+def test_private_parts_of_a_library_have_few_users(private: str) -> None:
+    users = {name for name, path in MODULES.items() if re.search(private, path.read_text(encoding="utf-8"))}
+    assert users <= PRIVATE[private]
 
 
 def test_the_command_line_imports_nothing_heavy_at_the_top() -> None:
@@ -69,3 +124,7 @@ def test_no_function_is_longer_than_a_screen() -> None:
                 if length > 50:
                     long.append(f"{name}: {node.name} has {length} lines")
     assert not long
+
+
+def test_one_module_knows_which_systems_have_locks() -> None:
+    assert users_of("fcntl") == {"files.py"}

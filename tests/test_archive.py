@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import dataset_root
-from caltech_sweep.data.archive import fetch
-from caltech_sweep.data.download import download
+from caltech_sweep.data.fetch.archive import fetch
+from caltech_sweep.data.fetch.download import download
+from caltech_sweep.data.fetch.unpack import unpack
 from caltech_sweep.data.splits import caltech_split
-from caltech_sweep.data.unpack import unpack
 from caltech_sweep.errors import DatasetError, UsageError
 from server import FileServer, serve
 from test_splits import fake_caltech

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from caltech_sweep.sweep.importance import weigh
 
 import browser as real
 from browser import Browser, chromium, mlflow_server
 from caltech_sweep.report.page import Options, build_page
-from caltech_sweep.sweep.importance import importances
 from caltech_sweep.tracking import MlflowTracker
 from test_page import new_store, write_store
 
@@ -37,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     store = new_store(folder)
     write_store(store)
     file = folder / "report.html"
-    file.write_text(build_page([], Options(importances=importances), store.tracker.uri).html, encoding="utf-8")
+    file.write_text(build_page([], Options(importances=weigh), store.tracker.uri).html, encoding="utf-8")
     return file.as_uri()
 
 

@@ -32,18 +32,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
 
-from caltech_sweep.champion import make_card, promote
-from caltech_sweep.checksums import SUMS
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data.shapes import shapes_split
 from caltech_sweep.errors import ModelError
-from caltech_sweep.records import TrialRecord
-from caltech_sweep.served_model import Classifier
-from caltech_sweep.sweep.session import RunOptions, run_study
-from caltech_sweep.sweep.study_file import load_study
-from caltech_sweep.tracking import MlflowTracker
-from caltech_sweep.training.artifacts import CHECKPOINT
+from caltech_sweep.files import SUMS
+from caltech_sweep.serving.promote import promote
+from caltech_sweep.serving.runs import make_card
+from caltech_sweep.serving.served_model import Classifier
+from caltech_sweep.study.file import load_study
+from caltech_sweep.sweep.preflight import RunOptions
+from caltech_sweep.sweep.session import run_study
+from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.writer import MlflowTracker
+from caltech_sweep.training.results import CHECKPOINT
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")

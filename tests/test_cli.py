@@ -68,7 +68,7 @@ def test_a_finished_study_from_plan_to_tables(finished: Path) -> None:
 
 
 def test_every_artifact_of_a_trial_is_in_its_run(finished: Path) -> None:
-    from caltech_sweep.tracking import MlflowTracker
+    from caltech_sweep.tracking.writer import MlflowTracker
 
     tracker = MlflowTracker()
     study = tracker.study("tiny")
@@ -172,7 +172,7 @@ def test_a_changed_study_is_refused_under_its_old_name_with_the_difference(finis
 def test_weights_of_another_study_are_transferred(copied: Path) -> None:
     result = invoke(*RUN, "--row", "First", "--set", "weights=study:tiny", "--name", "target")
     assert result.exit_code == 0, result.output
-    from caltech_sweep.tracking import MlflowTracker
+    from caltech_sweep.tracking.writer import MlflowTracker
 
     tracker = MlflowTracker()
     study = tracker.study("target")
@@ -212,7 +212,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(place: Path, cli) -> None
         rest = process.stderr.read()
     assert process.returncode == 130, rest
     assert "interrupted" in rest and "the same command goes on" in rest and "Traceback" not in rest
-    from caltech_sweep.tracking import MlflowTracker
+    from caltech_sweep.tracking.writer import MlflowTracker
 
     tracker = MlflowTracker()
     study = tracker.study("tiny")

@@ -11,12 +11,13 @@ from optuna.trial import TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.records import OUTCOMES
-from caltech_sweep.sweep import study as studies
-from caltech_sweep.sweep.space import make_sampler, sample
-from caltech_sweep.sweep.study import MEMORY, check_identity, open_study
-from caltech_sweep.sweep.study_file import Choices, Component, Range, Row, StudyDefinition
+from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition
+from caltech_sweep.sweep.optuna_store import MEMORY, check_identity, open_study
+from caltech_sweep.sweep.optuna_trials import start_sampled
+from caltech_sweep.sweep.queue import enqueue_missing_rows, sampler_for
+from caltech_sweep.sweep.space import sample
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from caltech_sweep.tracking.records import OUTCOMES
 
 ROWS = (Row("One", {"lr": 0.1, "step_size": 5}), Row("Two", {"lr": 9.0, "step_size": 3}))
 DEFINITION = StudyDefinition(
@@ -157,9 +158,9 @@ def test_a_stop_lets_trials_wait_and_the_next_run_finishes_them_in_their_runs(tm
                 coordinator.request_stop()
             return executor.poll(timeout)
 
-        submit, answer, close = executor.submit, executor.answer, executor.close
+        free, submit, answer, close = executor.free, executor.submit, executor.answer, executor.close
 
-    coordinator.executor = Stopping(slots=2)
+    coordinator.executor = Stopping()
     summary = coordinator.run()
     assert not summary.complete and summary.outcomes == {"interrupted": 2}
     assert [t.state for t in study.trials] == [TrialState.WAITING] * 2
@@ -202,6 +203,16 @@ def test_a_changed_row_is_trained_again_and_a_changed_space_is_refused() -> None
     other = replace(DEFINITION, fixed={"epochs": 5})
     with pytest.raises(UsageError, match=r"fixed.epochs: was 4, is 5\ngive this one a name of its own with --name"):
         check_identity(study, other.name, other.identity())
+
+
+def test_a_study_goes_on_with_another_sampler_and_pruner() -> None:
+    tracker, study = MemoryTracker(), new_study()
+    run_scripted(replace(DEFINITION, trials=3), ScriptedExecutor(), tracker, study)
+    other = replace(DEFINITION, sampler=Component("tpe", {"seed": 1}), pruner=Component("median"))
+    check_identity(study, other.name, other.identity())
+    assert run_scripted(other, ScriptedExecutor(), tracker, study).outcomes == {"complete": 3}
+    recorded = study.user_attrs["identity"]
+    assert (recorded["sampler"], recorded["pruner"]) == ({"name": "tpe", "seed": 1}, {"name": "median"})
 
 
 def test_one_row_alone(tmp_path: Path) -> None:
@@ -257,8 +268,8 @@ def test_the_best_sampled_trials_are_confirmed_on_fresh_seeds(tmp_path: Path) ->
     tracker, study = MemoryTracker(), new_study()
     executor = ScriptedExecutor(lambda config: Script([min(0.9, config.lr)]))
     for again in (False, True):
-        coordinator = scripted_coordinator(DEFINITION, executor, tracker, tmp_path, study, confirm=2)
-        assert coordinator.run().outcomes == ({} if again else {"complete": 12})
+        coordinator = scripted_coordinator(DEFINITION, executor, tracker, tmp_path, study)
+        assert coordinator.run(confirm=2).outcomes == ({} if again else {"complete": 12})
     sampled = sorted(records(tracker)[2:6], key=lambda r: -r.metrics["best/val_accuracy"])
     confirmed = [int(r.tags["confirms"]) for r in records(tracker)[6:]]
     assert sorted(confirmed) == sorted([sampled[0].number] * 3 + [sampled[1].number] * 3)
@@ -275,8 +286,7 @@ def test_a_trial_whose_sampling_was_cut_short_gets_the_settings_it_would_have_go
     whole, parts, tracker, study = ScriptedExecutor(), ScriptedExecutor(), MemoryTracker(), new_study(definition)
     run_scripted(definition, whole, MemoryTracker())
     run_scripted(replace(definition, trials=5), parts, tracker, study)
-    study.sampler = make_sampler(sampler, 5)
-    trial = studies.ask(study)
+    trial = start_sampled(study, sampler_for(definition, 5))
     sample(trial, dict(list(definition.space.items())[:drawn]))  # and then it is killed
     run_scripted(definition, parts, tracker, study)
     assert [job.config for job in parts.jobs] == [job.config for job in whole.jobs]
@@ -303,5 +313,7 @@ def test_a_run_that_was_opened_but_not_described_is_completed(tmp_path: Path) ->
 
 def test_a_waiting_row_is_not_mistaken_for_a_new_trial() -> None:
     study = new_study()
-    studies.enqueue_missing_rows(study, DEFINITION)
-    assert studies.ask(study).number == 2 and [t.state.name for t in study.trials] == ["WAITING", "WAITING", "RUNNING"]
+    enqueue_missing_rows(study, DEFINITION)
+    sampler = sampler_for(DEFINITION, 2)
+    assert start_sampled(study, sampler).number == 2
+    assert [t.state.name for t in study.trials] == ["WAITING", "WAITING", "RUNNING"]

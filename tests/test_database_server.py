@@ -14,9 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import optuna
 import pytest
+import sqlalchemy as sa
 
-from conftest import invoke
+from caltech_sweep.errors import StoreError
+from caltech_sweep.sweep.lease import Lease
+from caltech_sweep.tracking.writer import MlflowTracker
+from conftest import furnish, invoke
 from test_journal import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -128,8 +133,6 @@ def test_a_database_server_that_goes_away_does_not_stop_a_study(
     assert "the study store does not answer" in said
     table = json.loads(invoke("report", "tiny", "--format", "json", *stores[:2]).output)[0]
     assert [row["state"] for row in table["rows"]][:2] == ["complete", "complete"]
-    from caltech_sweep.tracking import MlflowTracker
-
     tracker = MlflowTracker(stores[1])
     study = tracker.study("tiny")
     assert study is not None
@@ -140,27 +143,115 @@ def test_a_database_server_that_goes_away_does_not_stop_a_study(
     assert looked.exit_code == 0, looked.output
 
 
-def test_a_second_coordinator_is_refused_by_the_first_one_s_signs_of_life(
-    place: Path, stores: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server has no lock of ours, so a dead coordinator's study is free once its last sign is old."""
-    from caltech_sweep.sweep import study as studies
+SHORT = (
+    "from caltech_sweep.sweep import lease; lease.LEASE_SECONDS = {seconds}\nfrom caltech_sweep.cli import main; main()"
+)
 
-    named = ("--name", "other")
-    process = run(place, (*stores, *named))
+
+def coordinate(
+    place: Path, stores: tuple[str, ...], name: str, log: str, seconds: float = 6, epochs: int = EPOCHS
+) -> subprocess.Popen[bytes]:
+    """Start a coordinator whose lease is short, in a working folder of its own."""
+    folder = place / log
+    if not folder.exists():
+        folder.mkdir()
+        furnish(folder)
+    arguments = ["run", "tiny", "--in-process", "--threads", "1", "--set", f"epochs={epochs}", *stores, "--name", name]
+    with (folder / "log.txt").open("ab") as file:
+        code = SHORT.format(seconds=seconds)
+        return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=file, stderr=file, cwd=folder)
+
+
+def check_study(stores: tuple[str, ...], name: str, epochs: int = EPOCHS) -> None:
+    """Assert that a study has three complete trials, each once in both stores, with every epoch once."""
+    tracker = MlflowTracker(stores[1])
+    study = tracker.study(name)
+    assert study is not None
+    runs = tracker.trials(study)
+    assert sorted(run.number for run in runs) == [0, 1, 2] and {run.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        steps = sorted(metric.step for metric in tracker.client.get_metric_history(run.run_id, "train/loss"))
+        assert steps == list(range(1, epochs + 1)), run.name
+    trials = optuna.load_study(study_name=name, storage=stores[3]).get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+    looked = invoke("doctor", name, *stores)
+    assert looked.exit_code == 0 and "1 study examined: 0 found, 0 mended" in looked.output, looked.output
+
+
+def test_of_two_coordinators_started_together_exactly_one_runs(place: Path, stores: tuple[str, ...]) -> None:
+    """Also of those that are the first ones on a new database."""
+    for number in range(5):
+        pair = [coordinate(place, stores, f"pair{number}", f"p{side}", epochs=4) for side in (0, 1)]
+        codes = sorted(process.wait(180) for process in pair)
+        said = [(place / f"p{side}" / "log.txt").read_text() for side in (0, 1)]
+        assert codes == [0, 2], said
+        assert sum(text.count(f"study 'pair{number}' is being run by process") for text in said) == 1, said
+        check_study(stores, f"pair{number}", 4)
+
+
+def test_who_was_stopped_past_its_lease_writes_nothing_more(place: Path, stores: tuple[str, ...]) -> None:
+    first = coordinate(place, stores, "stopped", "first", 3)
+    second = None
     try:
-        wait_for(place, process, "Views: started")
-        second = invoke("run", "tiny", "--in-process", "--threads", "1", "--set", f"epochs={EPOCHS}", *stores, *named)
-        assert second.exit_code == 2 and "is being run by another process" in second.output, second.output
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        monkeypatch.setattr(studies, "HEARTBEAT_SECONDS", 1)
-        time.sleep(3)
-        third = invoke("run", "tiny", "--in-process", "--threads", "1", "--set", f"epochs={EPOCHS}", *stores, *named)
-        assert third.exit_code == 0 and "it waits again" in third.output, third.output
-        assert "study other: 2 complete" in third.output, third.output
+        wait_for(place / "first", first, "Views: started")
+        time.sleep(0.3)
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        second = coordinate(place, stores, "stopped", "second", 3)
+        wait_for(place / "second", second, "Views: started")
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 1
+        assert second.wait(180) == 0, (place / "second" / "log.txt").read_text()
     finally:
-        process.kill()
+        for process in (first, second):
+            if process is not None:
+                process.kill()
+    said = (place / "first" / "log.txt").read_text()
+    assert "Error: study 'stopped' was taken over by process" in said and said.count("Error:") == 1, said
+    assert "it has written nothing more" in said and "Traceback" not in said
+    check_study(stores, "stopped")
+
+
+def test_who_is_blocked_in_a_write_for_longer_than_its_lease_keeps_its_study(
+    place: Path, stores: tuple[str, ...]
+) -> None:
+    """A transaction of somebody else holds a table of the tracking store: every write of metrics waits."""
+    first = coordinate(place, stores, "blocked", "first", 3)
+    try:
+        wait_for(place / "first", first, "Views: started")
+        engine = sa.create_engine(stores[1])
+        with engine.begin() as connection:
+            connection.execute(sa.text("LOCK TABLE metrics, runs, tags IN ACCESS EXCLUSIVE MODE"))
+            time.sleep(10)
+            assert first.poll() is None and "trial-002: started" not in (place / "first" / "log.txt").read_text()
+            lease = Lease(sa.create_engine(stores[3], poolclass=sa.NullPool), "blocked")
+            with pytest.raises(StoreError, match="is being run by process"):
+                lease.acquire()
+        engine.dispose()
+        assert first.wait(180) == 0, (place / "first" / "log.txt").read_text()
+    finally:
+        first.kill()
+    check_study(stores, "blocked")
+
+
+def test_a_study_whose_process_died_is_free_once_its_lease_has_run_out(place: Path, stores: tuple[str, ...]) -> None:
+    first = coordinate(place, stores, "died", "first", 8)
+    try:
+        wait_for(place / "first", first, "Views: started")
+        refused = coordinate(place, stores, "died", "second", 8)
+        assert refused.wait(60) == 2
+        looked = invoke("doctor", "died", "--fix", *stores)
+        assert "died: skipped, since study 'died' is being run by process" in looked.output, looked.output
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    finally:
+        first.kill()
+    assert "is being run by process" in (place / "second" / "log.txt").read_text()
+    time.sleep(8)
+    third = coordinate(place, stores, "died", "third", 8)
+    said = place / "third" / "log.txt"
+    assert third.wait(180) == 0 and "it waits again" in said.read_text(), said.read_text()
+    check_study(stores, "died")
 
 
 def test_a_server_that_is_not_there_is_a_sentence_at_once(place: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from caltech_sweep.records import TrialRecord
-from caltech_sweep.tracking import MlflowTracker
+from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.writer import MlflowTracker
 from conftest import invoke
 
 RUN = ("run", "tiny", "--in-process", "--threads", "1")

@@ -13,22 +13,11 @@ import pytest
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import DatasetError, DivergedError, OutOfMemoryError
-from caltech_sweep.sweep.executors import (
-    Alive,
-    Done,
-    Epoch,
-    Epochs,
-    Event,
-    Executor,
-    Failed,
-    InProcessExecutor,
-    Job,
-    ProcessExecutor,
-    Stopped,
-    WorkerDied,
-)
-from caltech_sweep.testing import epoch_metrics
-from caltech_sweep.training.pulse import beat
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Executor, Failed, Job, Stopped, WorkerDied
+from caltech_sweep.sweep.executors.in_process import InProcessExecutor
+from caltech_sweep.sweep.executors.processes import ProcessExecutor
+from caltech_sweep.testing import Script, ScriptedExecutor, epoch_metrics, scripted_coordinator
+from caltech_sweep.training import heartbeat
 
 
 def runner(job: Job) -> Epochs:
@@ -42,8 +31,12 @@ def runner(job: Job) -> Epochs:
     if job.config.seed == 6:
         raise DatasetError("image 7 is gone")
     for epoch in range(1, job.config.epochs + 1):
-        for _ in range(1000 if job.config.seed == 8 else 0):  # a long epoch
-            beat()
+        if job.config.seed == 8:  # a long epoch
+            heartbeat.EVERY = 0.0
+            (job.folder / "started").touch()
+            while not (job.folder / "end").exists():
+                heartbeat.beat()
+                time.sleep(0.01)
         yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10})
         if job.config.seed == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -59,12 +52,23 @@ def runner(job: Job) -> Epochs:
     )
 
 
-Factory = Callable[[], Executor]
+def script(config: TrialConfig) -> Script:
+    """Return what ``runner`` does, as a script."""
+    accuracies = [epoch / 10 for epoch in range(1, config.epochs + 1)]
+    failures = {1: "diverged", 2: "crashed", 6: "data_error"}
+    return Script([] if config.seed in failures else accuracies, failure=failures.get(config.seed))
 
 
-@pytest.fixture(params=["in-process", "processes"])
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "in-process": lambda: InProcessExecutor(runner, "cpu"),
+    "processes": lambda: processes(1),
+    "scripted": lambda: ScriptedExecutor(script),
+}
+
+
+@pytest.fixture(params=EXECUTORS)
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
-    made: Executor = InProcessExecutor(runner, "cpu") if request.param == "in-process" else processes(1)
+    made = EXECUTORS[request.param]()
     yield made
     made.close()
 
@@ -81,7 +85,7 @@ def drain(executor: Executor, until: int = 1, seconds: float = 30) -> list[Event
     """Poll until so many jobs ended."""
     events: list[Event] = []
     end = time.monotonic() + seconds
-    while sum(not isinstance(event, (Epoch, Alive)) for event in events) < until:
+    while sum(not isinstance(event, Epoch) for event in events) < until:
         assert time.monotonic() < end, events
         events += executor.poll(0.2)
     return events
@@ -91,9 +95,17 @@ def test_epochs_come_in_order_and_then_the_end(executor: Executor, tmp_path: Pat
     executor.submit(job(tmp_path))
     *epochs, done = drain(executor)
     assert [event.epoch for event in epochs] == [1, 2, 3]
-    assert isinstance(done, Done) and done.metrics == {"best/val_accuracy": 0.3}
-    assert (tmp_path / "device.txt").read_text() == "cpu"
+    assert isinstance(done, Done) and done.metrics["best/val_accuracy"] == 0.3
+    assert any(tmp_path.iterdir())
     assert list(executor.poll(0)) == []
+
+
+def test_a_slot_is_free_before_and_after_a_job_and_not_during_it(executor: Executor, tmp_path: Path) -> None:
+    assert executor.free() == 1
+    executor.submit(job(tmp_path))
+    assert executor.free() == 0
+    drain(executor)
+    assert executor.free() == 1
 
 
 @pytest.mark.parametrize(("seed", "outcome", "traced"), [(1, "diverged", False), (2, "crashed", True)])
@@ -101,7 +113,7 @@ def test_errors_become_outcomes(executor: Executor, tmp_path: Path, seed: int, o
     executor.submit(job(tmp_path, seed=seed))
     (failed,) = drain(executor)
     assert isinstance(failed, Failed) and failed.outcome == outcome
-    assert ("KeyError" in failed.trace) == traced
+    assert bool(failed.trace) == traced or isinstance(executor, ScriptedExecutor)
     executor.submit(job(tmp_path, 1))
     assert isinstance(drain(executor)[-1], Done)
 
@@ -119,14 +131,51 @@ def test_a_lockstep_job_waits_for_its_answer(executor: Executor, tmp_path: Path)
     assert [event.epoch for event in events] == [1, 2]
 
 
-def test_a_worker_gives_signs_of_life_within_an_epoch(tmp_path: Path) -> None:
-    executor = processes(1)
+class Clock:
+    """A clock that moves on by ``step`` each time it is read."""
+
+    def __init__(self) -> None:
+        self.now = self.step = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_a_silent_worker_is_killed_and_only_time_that_it_was_listened_to_counts(tmp_path: Path) -> None:
+    clock = Clock()
+    executor = ProcessExecutor(runner, 1, hang_seconds=60, clock=clock)
     try:
-        executor.submit(job(tmp_path, 4, seed=8, epochs=1))
-        events = drain(executor)
+        executor.submit(job(tmp_path, 1, seed=4))
+        while not executor.poll(0.2):
+            pass
+        for _ in range(3):
+            clock.now += 3600  # in which this process was blocked
+            assert executor.poll(0.2) == []
+        clock.step = 40
+        assert drain(executor) == [WorkerDied(1, -9, hung=60)]
+        clock.step = 0
+        executor.submit(job(tmp_path, 2))
+        assert isinstance(drain(executor)[-1], Done)
     finally:
         executor.close()
-    assert [type(event) for event in events] == [Alive, Epoch, Done]  # far fewer signs than steps
+
+
+def test_a_long_epoch_with_heartbeats_is_no_hang(tmp_path: Path) -> None:
+    clock = Clock()
+    executor = ProcessExecutor(runner, 1, hang_seconds=60, clock=clock)
+    try:
+        executor.submit(job(tmp_path, 4, seed=8, epochs=1))
+        while not (tmp_path / "started").exists():
+            assert executor.poll(0.05) == []
+        clock.step = 50
+        for _ in range(10):
+            assert executor.poll(1) == []
+        clock.step = 0
+        (tmp_path / "end").touch()
+        assert [type(event) for event in drain(executor)] == [Epoch, Done]
+    finally:
+        executor.close()
 
 
 def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:
@@ -179,26 +228,19 @@ def test_a_job_alone_waits_for_its_device_and_nobody_joins_it(tmp_path: Path) ->
         failed = next(event for event in drain(executor) if isinstance(event, Failed))
         assert (failed.job, failed.outcome) == (0, "out_of_memory")
         executor.submit(replace(job(tmp_path, 0, seed=5), alone=True))
-        assert not executor.has_room()  # cpu is reserved, the other device is busy
+        assert not executor.free()  # cpu is reserved, the other device is busy
         ended = {e.job: float(e.tags["at"]) for e in drain(executor, 3) if isinstance(e, Done)}
         assert set(ended) == {0, 1, 2} and ended[0] > ended[1]
-        assert executor.has_room()
+        assert executor.free()
     finally:
         executor.close()
 
 
-def test_bad_data_is_named_and_a_silent_worker_can_be_ended(tmp_path: Path) -> None:
-    executor = ProcessExecutor(runner, 1)
-    try:
-        executor.submit(job(tmp_path, 0, seed=6))
-        assert drain(executor) == [Failed(0, "data_error", "image 7 is gone")]
-        executor.submit(job(tmp_path, 1, seed=4))
-        while not executor.poll(0.2):
-            pass
-        assert executor.abandon(1) and drain(executor) == [WorkerDied(1, -9)]
-        assert not executor.abandon(1)
-    finally:
-        executor.close()
+def test_bad_data_is_named(executor: Executor, tmp_path: Path) -> None:
+    executor.submit(job(tmp_path, 0, seed=6))
+    (failed,) = drain(executor)
+    assert isinstance(failed, Failed) and failed.outcome == "data_error"
+    assert failed.message == "image 7 is gone" or isinstance(executor, ScriptedExecutor)
 
 
 def labelled(job: Job) -> Epochs:
@@ -212,11 +254,9 @@ def labelled(job: Job) -> Epochs:
 def test_forty_rows_on_eight_workers_are_forty_trials_each_once_in_both_stores(tmp_path: Path) -> None:
     """Eight processes that each ask Optuna, over one SQLite file, get the same rows again and again, and die."""
     # Here, not above: the workers import this module, and need none of these.
-    from caltech_sweep.sweep.coordinator import Coordinator, Images
-    from caltech_sweep.sweep.study import open_study
-    from caltech_sweep.sweep.study_file import Row
-    from caltech_sweep.sweep.watch import PlainWatcher
-    from caltech_sweep.tracking import MlflowTracker
+    from caltech_sweep.study.definition import Row
+    from caltech_sweep.sweep.optuna_store import open_study
+    from caltech_sweep.tracking.writer import MlflowTracker
     from test_coordinator import DEFINITION
 
     rates = [(index + 1) / 100 for index in range(40)]
@@ -226,9 +266,7 @@ def test_forty_rows_on_eight_workers_are_forty_trials_each_once_in_both_stores(t
     tracker = MlflowTracker(stores["mlflow"], create=True)
     study = open_study(definition, stores["optuna"], definition.identity())
     executor = ProcessExecutor(labelled, 8)
-    images = Images("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
-    arguments = definition, study, tracker, executor, PlainWatcher(lambda line: None), tmp_path / "scratch", images
-    summary = Coordinator(*arguments).run()
+    summary = scripted_coordinator(definition, executor, tracker, tmp_path / "scratch", study).run()
     assert summary.complete and summary.outcomes == {"complete": 40}
     record = tracker.study("forty")
     assert record is not None

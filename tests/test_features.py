@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.keys import derive
+from caltech_sweep.seeds import derive
 from caltech_sweep.training import augment
+from caltech_sweep.training.cache import ReuseStore
 from caltech_sweep.training.features import CHUNK, agrees, split_model
 from caltech_sweep.training.fit import EpochResult, Training
+from caltech_sweep.training.keys import StageUse
 from caltech_sweep.training.models import build_model, train_mode
-from caltech_sweep.training.reuse import StageUse
-from caltech_sweep.training.store import ReuseStore
 from caltech_sweep.training.trial import TrialOutcome
 from test_stages import run as run_trial_to_its_end
 

@@ -10,27 +10,34 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import optuna
 import pytest
 from click.testing import CliRunner
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator
 from PIL import Image
 
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.report.confusion import Confusion, Pair, confused_pairs
-from caltech_sweep.report.curves import Line, groupings
-from caltech_sweep.report.page import Options, build_page
-from caltech_sweep.report.thumbnails import SIDE, open_thumbnails
-from caltech_sweep.sweep.importance import importances
-from caltech_sweep.sweep.study_file import Choices, Range, Row, StudyDefinition
-from caltech_sweep.tracking import MlflowTracker
-from caltech_sweep.tracking_history import _from_database, _from_server, read_histories
+from caltech_sweep.report.build import build_report
+from caltech_sweep.report.model import Importance
+from caltech_sweep.report.page.assemble import build_page
+from caltech_sweep.report.page.confusion import Confusion, Pair, confused_pairs
+from caltech_sweep.report.page.curves import Line, groupings
+from caltech_sweep.report.page.importance import FEWEST, importances, weigh
+from caltech_sweep.report.page.section import Options
+from caltech_sweep.report.page.thumbnails import SIDE, open_thumbnails
+from caltech_sweep.study.definition import Choices, Range, Row, StudyDefinition
+from caltech_sweep.tracking.history import _from_database, _from_server, read_histories
+from caltech_sweep.tracking.writer import MlflowTracker
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -153,7 +160,7 @@ def store(blank: Path, tmp_path_factory: pytest.TempPathFactory) -> PageStore:
 
 
 def page_of(store: PageStore, *studies: str, **options: Any) -> str:
-    return build_page(studies, Options(importances=importances, **options), store.tracker.uri).html
+    return build_page(studies, Options(importances=weigh, **options), store.tracker.uri).html
 
 
 @pytest.fixture(scope="module")
@@ -320,26 +327,122 @@ def test_curves_are_a_table_too(shapes: str) -> None:
     assert [row[1] for row in rows[-2:]] == ["pruned", "interrupted"]
 
 
-def test_the_search_shows_history_and_importances_of_the_sampled_trials_alone(store: PageStore, shapes: str) -> None:
+def test_the_search_shows_the_history_of_the_sampled_trials_alone(store: PageStore, shapes: str) -> None:
     html = shapes
     labels = [attributes.get("aria-label") or "" for attributes, _ in read(html).all("svg")]
     (history,) = [label for label in labels if label.startswith("Validation accuracy by trial number")]
     assert history.endswith(
         "8 sampled trials: 7 complete, 1 pruned. The best sampled trial has 0.933. The best row has 0.967."
     )
-    (importance,) = [label for label in labels if label.startswith("Importance")]
-    assert importance.startswith("Importance of each setting: freeze ")
-    assert "from 7 trials." in html
+    assert "8 sampled trials: 7 complete, 1 pruned. Without an accuracy to show: 1 interrupted." in texts(html)
+    assert "7 complete sampled trials: not enough trials to tell which setting mattered." in texts(html)
+    assert not [label for label in labels if label.startswith("Importance")]
     html = page_of(store, "lost")
     assert "No sampled trial has ended yet, so there is no search to show." in texts(html)
 
 
-def test_few_sampled_trials_have_no_importances(own: PageStore) -> None:
-    study = own.study("few", "Few", (), DRAWN)
-    for number in range(3):
-        own.trial("few", study.config({"lr": 0.01 * (number + 1)}), number, number)
-    note = "Importances need at least 5 complete sampled trials; this study has 3."
-    assert note in texts(page_of(own))
+# lr decides, freeze does not; the trials of a seed are in an order of their own.
+LR = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+TWO = {**LR, "freeze": {"choices": ["none", "conv"]}}
+
+
+def sampled_trials(number: int, seed: int, matters: bool) -> list[tuple[dict[str, str], float]]:
+    """Return trials at random, whose accuracy lr decides, best in the middle, or nothing does."""
+    random = Random(seed)
+    found = []
+    for _ in range(number):
+        size = random.uniform(-3, -1)
+        accuracy = random.gauss(0.8, 0.02) - (0.15 * (size + 2) ** 2 if matters else 0)
+        found.append(({"lr": repr(10**size), "freeze": random.choice(["none", "conv"])}, accuracy))
+    return found
+
+
+def test_a_setting_that_decides_is_found_with_thirty_trials_and_its_share_is_optunas() -> None:
+    for seed in range(2):
+        trials = sampled_trials(30, seed, matters=True)
+        found = weigh(TWO, trials)
+        assert found is not None and list(found.shares) == ["lr"] and found.chance == ("freeze",)
+        share = found.shares["lr"]
+        study = optuna.create_study(direction="maximize")
+        space = {"lr": FloatDistribution(1e-3, 1e-1, log=True), "freeze": CategoricalDistribution(["none", "conv"])}
+        for params, accuracy in trials:
+            values = {"lr": float(params["lr"]), "freeze": params["freeze"]}
+            study.add_trial(optuna.create_trial(params=values, distributions=space, value=accuracy))
+        evaluator = FanovaImportanceEvaluator(seed=0)
+        theirs = optuna.importance.get_param_importances(study, evaluator=evaluator)["lr"]
+        assert abs(share.value - theirs) < 0.05 and theirs > 0.8
+        assert share.low <= share.value <= share.high and 0 < share.high - share.low < 0.5
+        assert weigh(TWO, trials) == found
+
+
+@pytest.mark.parametrize("number", [6, FEWEST, 30, pytest.param(200, marks=pytest.mark.slow)])
+def test_noise_is_no_ranking_of_settings(number: int) -> None:
+    ranked = 0
+    for seed in range(40):
+        trials = sampled_trials(number, seed, matters=False)
+        if seed < 2 and number < 200:
+            assert math.isclose(sum(importances(TWO, trials).values()), 1)  # as Optuna has it, noise is one
+        found = weigh(TWO, trials)
+        assert (found is None) == (number < FEWEST)
+        ranked += bool(found and found.shares)
+    assert ranked <= 5  # two of forty are to be expected at 5%
+
+
+def test_settings_that_do_not_vary_are_neither_important_nor_chance() -> None:
+    trials = sampled_trials(30, 0, matters=True)
+    same = [({**params, "freeze": "none"}, accuracy) for params, accuracy in trials]
+    found = weigh(TWO, same)
+    assert found is not None and list(found.shares) == ["lr"] and found.chance == ()
+    assert weigh(TWO, [(params, 0.5) for params, _ in trials]) == Importance({}, ("lr", "freeze"))
+    assert weigh(TWO, [({}, accuracy) for _, accuracy in trials]) == Importance({}, ())
+
+
+def write_search(own: PageStore, name: str, trials: int, right: Callable[[int], int]) -> str:
+    """Write a study whose sampled trials have the accuracy that ``right`` gives them; return its page."""
+    study = own.study(name, name, (), DRAWN)
+    for number in range(trials):
+        settings = {"lr": 0.001 * (number % 7 + 1), "freeze": "conv" if number % 2 else "none"}
+        own.trial(name, study.config(settings), number, right(number))
+    return page_of(own, name)
+
+
+def test_the_page_shows_what_a_setting_explains_only_where_it_can_be_told_from_chance(own: PageStore) -> None:
+    html = write_search(own, "few", 9, lambda number: 2 if number % 2 else 8)
+    assert "9 complete sampled trials: not enough trials to tell which setting mattered." in texts(html)
+    html = write_search(own, "noise", 14, lambda number: number * 5 % 9)
+    (note,) = [text for text in texts(html) if "not enough trials" in text]
+    assert note.endswith("Not told apart from chance: lr, freeze.")
+    assert "Importance of each setting: " not in html
+    html = write_search(own, "clear", 14, lambda number: 2 if number % 2 else 8)
+    labels = [attributes.get("aria-label") or "" for attributes, _ in read(html).all("svg")]
+    (importance,) = [label for label in labels if label.startswith("Importance")]
+    assert re.fullmatch(r"Importance of each setting: freeze [01]\.\d\d \([01]\.\d\d to [01]\.\d\d\)\.", importance)
+    (note,) = [text for text in texts(html) if "from 14 complete sampled trials, with its 95% range" in text]
+    assert note.endswith("(p below 0.05, Holm-corrected). Not told apart from chance: lr.")
+
+
+def test_studies_of_one_title_are_told_apart_wherever_it_stands(own: PageStore) -> None:
+    for name in ("a b", "a-b", "other"):
+        study = own.study(name, "Another" if name == "other" else "One title", (Row("Plain"),), DRAWN)
+        own.trial(name, study.row_config(study.rows[0]), 0, 4 if name == "a b" else 8, row="Plain")
+    page = read(page_of(own))
+    titles = ["One title (a b)", "One title (a-b)", "Another"]
+    assert [text for _, text in page.all("h2")][1:4] == titles
+    links = [text for attributes, text in page.all("a") if re.fullmatch(r"#s\d", str(attributes["href"]))]
+    assert links == titles * 2  # the contents and the overview
+    ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids)) and {"study-a-b", "study-a-b-2", "study-other"} <= set(ids)
+    caption = "Test images classified right, by class; the greatest loss first"
+    assert caption in [text for _, text in page.all("caption")]
+    headings = [text for attributes, text in page.all("th") if attributes.get("scope") == "col"]
+    assert headings[-2:] == ["a-b: Plain", "a b: Plain"]
+    for kind in ("markdown", "html", "latex", "json"):
+        text = build_report([], kind, 3, own.tracker.uri)
+        assert all(title in text for title in titles), kind
+        assert len(re.findall(r"One title(?! \(a)", text)) == 0, kind
+    ids = re.findall(r'id="([^"]+)"', build_report([], "html", 3, own.tracker.uri))
+    assert ids == ["study-a-b", "study-a-b-2", "study-other"]
+    assert "One title (" not in page_of(own, "a b")  # nothing else has it here
 
 
 def test_importances_are_optunas_and_find_what_mattered() -> None:
@@ -355,7 +458,7 @@ def test_importances_are_optunas_and_find_what_mattered() -> None:
     found = importances(space, trials)
     assert list(found) == ["freeze", "lr"] and found["freeze"] > 0.9
     assert math.isclose(sum(found.values()), 1) and found == importances(space, trials)
-    assert list(importances(space, trials * 5)) == ["freeze", "lr"]  # more trials, the other method
+    assert list(importances(space, trials * 5)) == ["freeze", "lr"]  # more trials
     assert importances(space, [(params, 0.5) for params, _ in trials]) == {}
     assert importances(space, [({}, 0.5), ({"lr": "fast"}, 0.6)]) == {}
 
@@ -442,7 +545,7 @@ def test_a_store_without_any_artifact_still_has_a_page(store: PageStore, tmp_pat
         shutil.copy(file, tmp_path)
     hidden = (database.parent / "artifacts").rename(database.parent / "hidden")
     try:
-        html = build_page([], Options(importances=importances), str(tmp_path / "mlflow.db")).html
+        html = build_page([], Options(importances=weigh), str(tmp_path / "mlflow.db")).html
     finally:
         hidden.rename(database.parent / "artifacts")
     assert "The study’s document".replace("’", "'") in read(html).all("article")[0][1]

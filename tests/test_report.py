@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.report.build import build_report, check_report, load_tables
 from caltech_sweep.report.model import Table
-from caltech_sweep.sweep.study_file import Row, StudyDefinition, load_study
-from caltech_sweep.tracking import MlflowTracker
-from caltech_sweep.tracking_read import ClientReader, SqlReader
+from caltech_sweep.study.definition import Row, StudyDefinition
+from caltech_sweep.study.file import load_study
+from caltech_sweep.tracking.reader import ClientReader, SqlReader
+from caltech_sweep.tracking.writer import MlflowTracker
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -351,6 +353,118 @@ def test_a_study_without_its_document_shows_its_runs(store: str, tmp_path: Path)
         "The study's document is missing from the store, so rows and settings are those of its runs.",
     )
     assert [(row.name, row.state, row.settings["lr"]) for row in table.rows] == [("TenCrop", "complete", 0.01)]
+
+
+@pytest.fixture
+def own(blank: Path, tmp_path: Path) -> Writer:
+    """An empty store of a test's own, and what writes to it."""
+    shutil.copytree(blank, tmp_path / "own")
+    return Writer(MlflowTracker(str(tmp_path / "own" / "mlflow.db"), create=True), tmp_path / "files")
+
+
+def mixed(name: str, *rows: Row, **changes: Any) -> StudyDefinition:
+    return replace(StudyDefinition(name, name, 9, {}, {"epochs": 4}, {}, rows), **changes)
+
+
+def test_ten_views_are_said_of_the_rows_that_have_them_and_of_no_other(own: Writer) -> None:
+    rows = (
+        Row("Plain", {"lr": 0.01}),
+        Row("Views", {"lr": 0.02, "test_views": "tencrop"}),
+        Row("Views to come", {"lr": 0.03, "test_views": "tencrop"}),
+    )
+    study = mixed("mixed", *rows)
+    own.study(study)
+    for number, row in enumerate(rows[:2]):
+        own.trial("mixed", study.row_config(row), number, "complete", (0.8, 240, 3), row=row.name)
+    sampled = study.config({"lr": 0.04, "test_views": "tencrop"})
+    own.trial("mixed", sampled, 5, "complete", (0.7, 230, 3))
+    sentence = (
+        "The test accuracy of Views and trial-005 is over ten views of each image (TenCrop), "
+        "of the others over the centre crop."
+    )
+    (table,) = load_tables(["mixed"], 3, own.tracker.uri)
+    assert sentence in table.footnotes
+    assert [row.remarks for row in table.rows if row.test][0] == ()
+    for kind in ("markdown", "html", "latex", "json"):
+        assert sentence in build_report(["mixed"], kind, 3, own.tracker.uri)
+    (table,) = load_tables(["mixed"], 0, own.tracker.uri)
+    assert table.footnotes[0].startswith("The test accuracy of Views is over ten views")
+    own.study(mixed("views", rows[1]))
+    own.trial("views", study.row_config(rows[1]), 0, "complete", (0.8, 240, 3), row="Views")
+    (table,) = load_tables(["views"], 3, own.tracker.uri)
+    assert table.footnotes[0] == "Test accuracy is over ten views of each image (TenCrop)."
+
+
+def test_overrides_are_said_with_the_rows_that_were_trained_otherwise(own: Writer) -> None:
+    study = mixed("short", Row("Plain", {"lr": 0.01}), overrides={"epochs": 3, "momentum": 0.5}, fixed={"epochs": 3})
+    own.study(study)
+    own.trial("short", study.config({"lr": 0.01, "momentum": 0.5}), 0, "complete", (0.8, 240, 3), row="Plain")
+    own.trial("short", study.config({"lr": 0.02, "momentum": 0.5, "epochs": 2}), 1, "complete", (0.7, 240, 2))
+    own.trial("short", study.config({"lr": 0.03, "momentum": 0.9}), 2, "complete", (0.6, 240, 2))
+    (table,) = load_tables(["short"], 3, own.tracker.uri)
+    (note,) = [note for note in table.notes if note.startswith("Overridden")]
+    # The row's fingerprint is another one: it is missing, and the settings are those of the runs that are shown.
+    assert note == "Overridden settings: epochs = 3 (not so in trial-001), momentum = 0.5 (not so in trial-002)."
+
+
+def test_batch_sizes_that_differ_have_their_column_in_every_table(own: Writer) -> None:
+    for name in ("scratch", "another"):
+        own.study(mixed(name, Row("Small", {"batch_size": 32}), Row("Usual", {})))
+    tables = load_tables([], 0, own.tracker.uri)
+    assert [[row.settings["batch_size"] for row in table.rows] for table in tables] == [[32, 256]] * 2
+    assert all("batch_size" in table.columns for table in tables)
+
+
+def test_published_figures_are_of_the_whole_only_where_the_subset_was_asked_for_beside_the_file(own: Writer) -> None:
+    row = Row("Plain", {}, {"test_accuracy": 0.8})
+    own.study(mixed("file", row, dataset={"classes": 5}))
+    own.study(mixed("line", row, dataset={"classes": 5}, overrides={"dataset.classes": 5}))
+    file, line = load_tables(["file", "line"], 0, own.tracker.uri)
+    assert file.notes[1] == "A subset of the dataset: its first 5 classes."
+    assert line.notes[1] == f"{file.notes[1]} The published figures are of the whole of it."
+
+
+def test_brackets_of_one_training_and_of_several_are_told_apart(own: Writer) -> None:
+    rows = (Row("Once", {"lr": 0.01}), Row("Twice", {"lr": 0.02}))
+    study = mixed("seeds", *rows)
+    own.study(study)
+    own.trial("seeds", study.row_config(rows[0]), 0, "complete", (0.8, 240, 3), row="Once")
+    for seed in range(3):
+        config, scores = study.row_config(rows[1], seed), (math.nan if seed == 2 else 0.7 + seed / 100, 230 + seed, 3)
+        own.trial("seeds", config, 1 + seed, "complete", scores, row="Twice", replicate=str(seed))
+    (table,) = load_tables(["seeds"], 0, own.tracker.uri)
+    assert table.footnotes[:2] == (
+        "Brackets of one training: 95% Wilson interval, n = 200 validation and 300 test images.",
+        "Rows with n seeds: mean ± standard deviation, brackets the 95% t interval of the mean.",
+    )
+    text = build_report(["seeds"], "markdown", 0, own.tracker.uri)
+    assert "0.705 ± 0.007 [0.641, 0.769] (n = 2)" in text  # the third seed has no validation accuracy
+    assert re.search(r"0\.770 ± 0\.003 \[0\.\d+, 0\.\d+\] \(n = 3\)", text)
+
+
+def test_rows_of_other_test_images_are_not_compared_and_are_held_against_their_own_majority(own: Writer) -> None:
+    rows = (Row("Best", {"lr": 0.01}), Row("Equal", {"lr": 0.02}), Row("Other images", {"lr": 0.03}))
+    study = mixed("others", *rows)
+    own.study(study)
+    for number, row in enumerate(rows):
+        config = study.row_config(row)
+        own.trial("others", config, number, "complete", (0.8, 103 if number else 99, 3), row=row.name)
+    (table,) = load_tables(["others"], 0, own.tracker.uri)
+    folder = Path(own.tracker.uri.removeprefix("sqlite:///")).parent / "artifacts" / "others"
+    (file,) = (folder / str(table.rows[2].run_id)).rglob("predictions/test.csv")
+    file.write_text(file.read_text().replace(".jpg", ".png").replace("fish", "bird"))
+    (table,) = load_tables(["others"], 0, own.tracker.uri)
+    best, equal, other = table.rows
+    assert (best.standing, best.majority, equal.standing) == ("best", True, "tied")
+    assert (other.standing, other.majority) == (None, False)
+    assert equal.remarks == ("not told apart from the majority class",)  # 0.343, and 0.333 is in its interval
+    assert other.remarks == ("not compared: its test images are others", *equal.remarks)
+    assert table.footnotes[1].startswith("Best: the highest validation accuracy, the first of equals. Tied:")
+    assert "on the same 300 images (p at least 0.05, Holm-corrected)." in table.footnotes[1]
+    assert table.footnotes[2:] == (
+        "Majority class of Best and Equal: always answering 'fish' is right for 0.333 of the test images.",
+        "Majority class of Other images: always answering 'bird' is right for 0.333 of the test images.",
+    )
 
 
 def refused(*arguments: str) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from caltech_sweep.tracking import MlflowTracker
+import caltech_sweep
+from caltech_sweep.tracking.writer import MlflowTracker
 from conftest import invoke
 
 STUDY = """\
@@ -80,3 +85,57 @@ def test_more_epochs_of_a_finished_row_train_only_what_is_new(cli, place: Path) 
     assert record is not None
     tags = [trial.tags for trial in tracker.trials(record)]
     assert [(t["reuse.epochs_reused"], t["reuse.epochs_trained"]) for t in tags] == [("0", "2"), ("2", "2")]
+
+
+HEIR = """\
+title: Heir
+dataset: {name: shapes, resize: 32, crop: 32, classes: 3, images_per_class: 8}
+trials: 1
+fixed: {arch: resnet18, batch_size: 8, epochs: 2, weights: "study:tiny"}
+rows:
+  - {name: Heir, set: {lr: 0.01}}
+"""
+
+
+def test_plan_finds_the_weights_of_another_study_in_the_store_that_it_is_given(cli, place: Path) -> None:
+    (place / "sweeps" / "heir.yaml").write_text(HEIR, encoding="utf-8")
+    here = ("--tracking-uri", "other/mlflow.db")
+    run = (*here, "--storage", "other/optuna.db", "--in-process", "--threads", "1")
+    assert cli("run", "tiny", "--row", "First", *run).exit_code == 0
+    assert cli("run", "heir", *run).exit_code == 0
+    plan = ("plan", "heir", "--name", "again", "--threads", "1")  # what it would train is in the cache already
+    assert "rows: 2 epochs asked for, 0 to train" in cli(*plan, *here).output
+    assert "rows: 2 epochs asked for, 2 to train" in cli(*plan).output  # the default store has no study tiny
+
+
+LATER = "    warmup: int = 0\n    betas: tuple[float, ...] = (0.9, 0.999)\n"
+
+
+@pytest.mark.slow
+def test_a_version_with_new_settings_goes_on_with_the_study_of_this_one(copied: Path, tmp_path: Path) -> None:
+    """Only the epochs that a row gets in addition are trained, in processes of a package with two more settings."""
+    package = tmp_path / "later" / "caltech_sweep"
+    shutil.copytree(Path(caltech_sweep.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    config = (package / "config.py").read_text(encoding="utf-8")
+    last = "    channels_last: bool | None = None  # None: on CUDA alone\n"
+    assert config.count(last) == 1
+    (package / "config.py").write_text(config.replace(last, last + LATER), encoding="utf-8")
+    study = copied / "sweeps" / "tiny.yaml"
+    study.write_text(study.read_text().replace("set: {lr: 0.05}", "set: {lr: 0.05, epochs: 4}"), encoding="utf-8")
+
+    def later(*arguments: str) -> str:
+        command = [sys.executable, "-m", "caltech_sweep", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+        done = subprocess.run(command, env=environment, cwd=copied, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    plan = later("plan", "tiny", "--threads", "1")
+    assert re.search(r"First .* 2 +to train\n", plan) and re.search(r"Views .* 0 +complete\n", plan), plan
+    assert "1 complete" in later("run", "tiny", "--in-process", "--threads", "1")
+    assert "0 found" in later("doctor") and "| Views " in later("report", "tiny")
+    tracker = MlflowTracker()
+    record = tracker.study("tiny")
+    assert record is not None
+    trained = [t for t in tracker.trials(record) if "warmup" in t.params]
+    assert [(t.name, t.tags["reuse.epochs_reused"]) for t in trained] == [("First", "2")]

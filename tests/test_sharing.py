@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caltech_sweep.config import TrialConfig
+from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition
+from caltech_sweep.study.file import load_study
+from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.sharing import branch_epochs, common_epochs, new_epochs, next_index
-from caltech_sweep.sweep.study import MEMORY, open_study
-from caltech_sweep.sweep.study_file import Choices, Component, Range, Row, StudyDefinition, load_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
-from caltech_sweep.training.reuse import learning_rates
+from caltech_sweep.training.schedule import learning_rates
 from test_coordinator import Dying, Killed
 
 schedules = st.builds(

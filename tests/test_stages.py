@@ -17,13 +17,15 @@ from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
-from caltech_sweep.sweep.executors import Job
-from caltech_sweep.sweep.runner import train
-from caltech_sweep.training import reuse, stages
+from caltech_sweep.sweep.executors.base import Job
+from caltech_sweep.sweep.executors.worker import train
+from caltech_sweep.training import checkpoints as stages
+from caltech_sweep.training import keys as reuse
+from caltech_sweep.training.cache import ReuseStore, default_budget
+from caltech_sweep.training.checkpoints import identity, stored_epochs
 from caltech_sweep.training.fit import EpochResult, learning_rate
-from caltech_sweep.training.reuse import StageUse, learning_rates, stage_key, trunk_key
-from caltech_sweep.training.stages import identity, stored_epochs
-from caltech_sweep.training.store import ReuseStore, default_budget
+from caltech_sweep.training.keys import StageUse, stage_key, trunk_key
+from caltech_sweep.training.schedule import learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 
 CPU = torch.device("cpu")
@@ -276,6 +278,14 @@ def test_only_what_decides_the_weights_is_in_the_key(data: LoadedData) -> None:
     assert len({base, *keys}) == len(different) + 1
     assert key(optimizer="adam", momentum=0.1) == key(optimizer="adam")
     assert key(augment=(), augment_probability=0.1) == key(augment=())
+
+
+def test_the_version_of_the_augmentations_counts_for_those_who_have_any(data: LoadedData) -> None:
+    plain = identity(replace(CONFIG, augment=()), data, CPU, None, True)
+    for augment in (("hflip",), ("color_jitter", "rotation")):
+        augmented = identity(replace(CONFIG, augment=augment), data, CPU, None, True)
+        assert augmented["augmentation"] == reuse.AUGMENTATION_VERSION
+    assert "augmentation" not in plain
 
 
 def test_other_images_devices_versions_and_code_never_share(

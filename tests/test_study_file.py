@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caltech_sweep.errors import CaltechSweepError, StudyFileError, UsageError
-from caltech_sweep.sweep.study_file import (
-    Choices,
-    Range,
-    SubsetOf,
-    identity_difference,
-    list_studies,
-    load_study,
-    override,
-    parse_override,
-)
+from caltech_sweep.study.definition import Choices, Range, SubsetOf, identity_difference
+from caltech_sweep.study.file import list_studies, load_study, override, parse_override
 
 GOOD = """\
 title: A study

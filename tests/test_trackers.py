@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from caltech_sweep.errors import StoreError
-from caltech_sweep.journal import Journal, JournalingTracker
-from caltech_sweep.records import OUTCOMES, Tracker
 from caltech_sweep.testing import MemoryTracker
-from caltech_sweep.tracking import MlflowTracker, is_outage
+from caltech_sweep.tracking.journal import Journal, JournalingTracker
+from caltech_sweep.tracking.records import OUTCOMES, Tracker
+from caltech_sweep.tracking.writer import MlflowTracker, is_outage
 
 TAGS = {"trial_number": "0", "fingerprint": "abc", "row": "First"}
 

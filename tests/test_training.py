@@ -1,20 +1,24 @@
 """Training against torch and torchvision: augmentation, schedule, freezing, determinism, evaluation."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 import torchvision
+from scipy.stats import kstest
 from torchvision.transforms.v2 import functional as oracle
 
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, DivergedError, ModelError
-from caltech_sweep.training import augment, pulse
+from caltech_sweep.training import augment
+from caltech_sweep.training import heartbeat as pulse
+from caltech_sweep.training.device import pick_device, uses_bfloat16
 from caltech_sweep.training.fit import learning_rate
 from caltech_sweep.training.models import build_model, train_mode
-from caltech_sweep.training.trial import TrialOutcome, pick_device, run_trial
+from caltech_sweep.training.trial import TrialOutcome, run_trial
 
 SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=4, images_per_class=8)
 CONFIG = TrialConfig(dataset=SHAPES, arch="resnet18", epochs=2, batch_size=16, step_size=1, augment=("hflip",))
@@ -58,6 +62,54 @@ def test_parameters_belong_to_the_sample_and_the_epoch() -> None:
 
 
 augment_all = ("hflip", "color_jitter", "rotation")
+SUBSETS = [ops for count in range(4) for ops in combinations(augment_all, count)]
+
+
+@pytest.mark.parametrize("ops", SUBSETS)
+def test_what_an_op_draws_depends_on_no_other_op(ops: tuple[str, ...]) -> None:
+    together = augment.draw_params(5, 2, 200, augment_all, 0.5, 20.0)
+    drawn = augment.draw_params(5, 2, 200, ops, 0.5, 20.0)
+    idle = {"hflip": torch.zeros(200).bool(), "color_jitter": torch.ones(200, 3), "rotation": torch.zeros(200)}
+    for op, name in zip(augment_all, ("flip", "jitter", "angle"), strict=True):
+        expected = getattr(together, name) if op in ops else idle[op]
+        assert torch.equal(getattr(drawn, name), expected), op
+
+
+def test_ops_draw_independently_and_as_often_and_as_wide_as_asked() -> None:
+    count, probability, degrees = 20_000, 0.3, 25.0
+    params = augment.draw_params(1, 1, count, augment_all, probability, degrees)
+    hit = torch.stack([params.flip, (params.jitter != 1).any(1), params.angle != 0]).double()
+    assert torch.allclose(hit.mean(1), torch.tensor(probability).double(), atol=0.015)  # 4.6 standard errors
+    assert (torch.corrcoef(hit) - torch.eye(3)).abs().max() < 0.03
+    turned, jittered = params.angle[hit[2].bool()] / degrees, (params.jitter[hit[1].bool()] - 1) / augment.JITTER
+    for values in (turned, *jittered.T):
+        assert kstest((values.double().numpy() + 1) / 2, "uniform").pvalue > 1e-4
+    assert (torch.corrcoef(jittered.T) - torch.eye(3)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "units", "expected"),
+    [
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),  # a GPU that emulates it, such as a T4
+        ("bfloat16", "cuda", False, True),
+        ("float32", "cuda", True, False),
+        ("bfloat16", "cpu", False, True),
+        ("float32", "cpu", False, False),
+    ],
+)
+def test_auto_means_bfloat16_where_the_device_has_units_for_it(
+    precision: str, device: str, units: bool, expected: bool
+) -> None:
+    config = TrialConfig(precision=precision)
+    assert uses_bfloat16(config, torch.device(device), lambda asked: units) is expected
+
+
+def test_auto_is_float32_on_the_cpu_and_what_the_gpu_computes_itself_elsewhere() -> None:
+    assert not uses_bfloat16(TrialConfig(), torch.device("cpu"))
+    if torch.cuda.is_available():
+        own = torch.cuda.get_device_capability(0) >= (8, 0)  # the first with such units, by NVIDIA's tables
+        assert uses_bfloat16(TrialConfig(), torch.device("cuda:0")) is own
 
 
 def test_the_schedule_is_torch_step_lr() -> None:

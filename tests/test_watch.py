@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import io
+import os
+import pty
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from caltech_sweep.sweep import watch
-from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher, duration
+from caltech_sweep.sweep import progress as watch
+from caltech_sweep.sweep.progress import LiveWatcher, PlainWatcher, Watcher
+from caltech_sweep.text import duration, progress_line
 
 METRICS = {"train/loss": 1.25, "val/accuracy": 0.5}
 
@@ -69,3 +78,86 @@ def test_the_live_table_shows_what_runs_and_keeps_what_ended() -> None:
 )
 def test_durations_read_at_a_glance(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def show(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, calls: list[tuple[int, int]]) -> str:
+    """Return what a progress line in MB leaves on standard error, lines that it writes as such included."""
+    monkeypatch.setattr("sys.stderr", stream)
+    with progress_line("downloading", lambda line: print(line, file=stream), 1e6, " MB") as progress:
+        for done, total in calls:
+            progress(done, total)
+    return stream.getvalue()
+
+
+UNKNOWN = [(done * 500_000, 0) for done in range(61)]
+
+
+def test_a_total_that_nobody_knows_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = show(monkeypatch, io.StringIO(), UNKNOWN)
+    assert text.splitlines() == [f"downloading: {done} MB" for done in (0, 1, 2, 4, 8, 16)]
+    text = show(monkeypatch, Terminal(), UNKNOWN)
+    assert " of " not in text and text.endswith("\rdownloading: 30 MB\n") and text.count("\n") == 1
+
+
+def test_a_total_that_is_known_is_shown_in_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [(done * 1_000_000, 50_000_000) for done in range(51)]
+    lines = show(monkeypatch, io.StringIO(), known).splitlines()
+    assert lines == [f"downloading: {done} of 50 MB" for done in range(0, 51, 5)]
+    text = show(monkeypatch, Terminal(), known)
+    assert text.endswith("\rdownloading: 50 of 50 MB\n") and text.count("\n") == 1
+
+
+def test_an_interrupted_line_ends_before_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    with pytest.raises(ValueError, match="lost"), progress_line("decoding", print) as progress:
+        progress(1000, 2000)
+        progress(5, 2000)  # it began anew
+        raise ValueError("lost")
+    assert stream.getvalue() == "\rdecoding: 1,000 of 2,000\rdecoding: 5 of 2,000    \n"
+
+
+def test_no_progress_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert show(monkeypatch, Terminal(), []) == show(monkeypatch, io.StringIO(), []) == ""
+
+
+DOWNLOAD = """
+import sys
+from caltech_sweep.cli import main
+main(["data", "--url", sys.argv[1]])
+"""
+
+
+def test_a_download_of_unknown_size_ends_its_line_on_a_terminal(tmp_path: Path) -> None:
+    """The server names no length, and what it sends is no archive: the error stands on a line of its own."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"x" * 3_000_000)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    ours, theirs = pty.openpty()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/file.zip"
+        place = {**os.environ, "CALTECH_SWEEP_DATA": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", DOWNLOAD, url], stderr=theirs, cwd=tmp_path, env=place)
+        server.shutdown()
+    os.close(theirs)
+    with open(ours, "rb") as terminal:
+        seen = b""
+        with contextlib.suppress(OSError):  # Linux: how a terminal says that nobody writes any more
+            while block := terminal.read1():
+                seen += block
+    text = seen.decode()
+    assert done.returncode == 2 and "downloading: 3 MB" in text and " of " not in text.partition("Error")[0], text
+    assert "MB\r\nError: " in text, text

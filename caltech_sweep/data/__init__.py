@@ -35,7 +35,11 @@ def dataset_root(config: DatasetConfig) -> Path:
 
 
 def load_split(config: DatasetConfig) -> Split:
-    """Return the split of a dataset on disk without decoding an image."""
+    """Return the split of a dataset without decoding or drawing an image."""
+    from caltech_sweep.data.shapes import shapes_listing
+
+    if config.name == "shapes":
+        return subset(shapes_listing(), config)
     root = dataset_root(config)
     if config.name == "caltech101":
         return subset(caltech_split(root, config.val_fraction, config.split_seed), config)
@@ -46,7 +50,8 @@ def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> Loa
     """Return a dataset ready to train on, decoding its images into the shared cache the first time."""
     import numpy as np
 
-    from caltech_sweep.data.images import ImageStore, LoadedData, open_store
+    from caltech_sweep.data.images import ImageStore, LoadedData, OpenedStore, open_store
+    from caltech_sweep.data.pixels import PixelRules
     from caltech_sweep.data.shapes import shapes_split
 
     if config.name == "shapes":
@@ -58,9 +63,28 @@ def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> Loa
             images = [image for item, image in zip(everything, images, strict=True) if item.path in kept]
         flat = np.concatenate([image.ravel() for image in images])
         store = ImageStore(flat, [(image.shape[0], image.shape[1]) for image in images])
-        return LoadedData(split, store, hashlib.sha256(flat.data).hexdigest()[:16], None)
+        return LoadedData(split, OpenedStore(store, hashlib.sha256(flat.data).hexdigest()[:16]), None)
     root = dataset_root(config)
     split = load_split(config)
-    files = [item.path for part in PARTS for item in split.part(part)]
-    store, key = open_store(files, config.resize, paths.image_cache(), progress)
-    return LoadedData(split, store, key, root)
+    opened = open_store(_files(split), config.resize, PixelRules.of(config), paths.image_cache(), progress)
+    return LoadedData(split, opened, root)
+
+
+def inspect_dataset(config: DatasetConfig) -> LoadedData:
+    """Return what :func:`load_dataset` would, but for the pixels, with nothing written.
+
+    Raises its DatasetError, but for damage that only decoding would show.
+    """
+    from caltech_sweep.data.images import LoadedData, inspect_store
+    from caltech_sweep.data.pixels import PixelRules
+
+    if config.name == "shapes":
+        return load_dataset(config)
+    root, split = dataset_root(config), load_split(config)
+    return LoadedData(
+        split, inspect_store(_files(split), config.resize, PixelRules.of(config), paths.image_cache()), root
+    )
+
+
+def _files(split: Split) -> list[Path]:
+    return [item.path for part in PARTS for item in split.part(part)]

@@ -2,63 +2,52 @@
 
 The whole resized image is kept, not its centre crop, because TenCrop's corners need it; images are not square,
 so the store is one flat buffer with offsets and shapes. The cache's name is a digest of the file list, the
-files' contents, the geometry and the decoder's version: another of any of these is another cache.
+files' contents, the geometry and the decoder's version: another of any of these is another cache. Where an image is
+not plain (see ``pixels.Facts``), the settings that decide its pixels and the version of the code are in the name too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import tempfile
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as tvf
 
+from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules, examine, read_rgb
 from caltech_sweep.data.splits import PARTS, Item, Split
 from caltech_sweep.errors import DatasetError
+from caltech_sweep.paths import closest
+from caltech_sweep.text import readable
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 FORMAT = 1
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 _LARGEST = 180_000_000  # pixels of a resized image; about what Pillow takes for a decompression bomb
 _WAVE = 256  # images decoded ahead of the writer; bounds the memory that a cache takes while it is built
 
-# Pillow warns of large images, odd palettes and broken EXIF data, none of which harms the pixels.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
+def decode(content: bytes, resize: int, rules: PixelRules = DEFAULT_RULES) -> np.ndarray:
+    """Return a file's content as (H, W, 3) uint8 RGB, its short side ``resize`` pixels, as torchvision's Resize.
 
-def decode(content: bytes, resize: int) -> np.ndarray:
-    """Return an image file's content as (H, W, 3) uint8 RGB, its short side ``resize`` pixels, as torchvision's Resize.
-
-    Sixteen-bit greyscale is scaled to eight bits, since Pillow's own conversion would clip it to white. Raises
-    DatasetError with the reason for what is damaged, is no image, or has pixels that eight bits cannot show.
+    Raises DatasetError with the reason for what is damaged, is no image, or has pixels that eight bits cannot show.
     """
-    if not content:
-        raise DatasetError("it is empty")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            _check_shape(image.size, resize)
-            return np.asarray(tvf.resize(_in_eight_bits(image).convert("RGB"), [resize]))
-    except DatasetError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DatasetError("it is of no kind that is known") from error
-    except Image.DecompressionBombError as error:
-        raise DatasetError(str(error).rstrip(".")) from error
-    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
-        raise DatasetError(f"{str(error) or type(error).__name__}; is it complete?") from error
+    image = read_rgb(content, rules)
+    _check_shape(image.size, resize)
+    return np.asarray(tvf.resize(image, [resize]))
 
 
 def _check_shape(size: tuple[int, int], resize: int) -> None:
@@ -68,17 +57,6 @@ def _check_shape(size: tuple[int, int], resize: int) -> None:
         raise DatasetError(f"its {size[0]} x {size[1]} pixels are too long a ribbon to resize to {resize}; crop it")
 
 
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise DatasetError("its pixels are floats, whose range nobody knows; convert it to 8 or 16 bits")
-    if image.mode not in _SIXTEEN_BIT:
-        return image
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise DatasetError("its pixels have more than 16 bits; convert it to 8 or 16")
-    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
-
-
 def _content_digest(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
@@ -86,25 +64,26 @@ def _content_digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _decode_each(paths: Sequence[Path], resize: int, progress: Progress | None) -> Iterator[np.ndarray]:
-    """Decode every file in order, and at the end name all that cannot be decoded in one error."""
+def _each(paths: Sequence[Path], work: Callable[[bytes], T], progress: Progress | None) -> Iterator[T]:
+    """Do something with every file's content, in order; at the end name all that cannot be read in one error."""
     bad: list[str] = []
 
-    def attempt(path: Path) -> np.ndarray | str:
+    def attempt(path: Path) -> tuple[T | None, str]:
         try:
-            return decode(path.read_bytes(), resize)
+            return work(path.read_bytes()), ""
         except OSError as error:
-            return f"{path} ({error.strerror})"
+            return None, f"{readable(str(path))} ({error.strerror})"
         except DatasetError as error:
-            return f"{path} ({error})"
+            return None, f"{readable(str(path))} ({error})"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), _WAVE):
-            for done, result in enumerate(pool.map(attempt, paths[start : start + _WAVE]), start=start + 1):
-                if isinstance(result, str):
-                    bad.append(result)
+            results = pool.map(attempt, paths[start : start + _WAVE])
+            for done, (result, problem) in enumerate(results, start=start + 1):
+                if problem:
+                    bad.append(problem)
                 elif not bad:
-                    yield result
+                    yield result  # type: ignore[misc]
                 if progress:
                     progress(done, len(paths))
     if bad:
@@ -113,6 +92,13 @@ def _decode_each(paths: Sequence[Path], resize: int, progress: Progress | None) 
             f"{len(bad)} of {len(paths)} image files cannot be read: {'; '.join(bad[:10])}{more}; "
             "replace or remove them and run again"
         )
+
+
+def _unwritable(cache: Path, reason: str) -> DatasetError:
+    return DatasetError(
+        f"the image cache folder {readable(str(cache))} cannot be written ({reason}); "
+        "name another with the environment variable CALTECH_SWEEP_DATA"
+    )
 
 
 def _write_atomically(target: Path, chunks: Iterable[bytes]) -> None:
@@ -124,10 +110,7 @@ def _write_atomically(target: Path, chunks: Iterable[bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
     except OSError as error:
-        raise DatasetError(
-            f"the image cache folder {target.parent} cannot be written ({error.strerror}); "
-            "name another with the environment variable CALTECH_SWEEP_DATA"
-        ) from error
+        raise _unwritable(target.parent, str(error.strerror)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             for chunk in chunks:
@@ -175,64 +158,156 @@ class ImageStore:
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
-def _open(base: Path) -> ImageStore | None:
-    """Open a cache, or return None when there is none or it is damaged."""
+@dataclass(frozen=True)
+class OpenedStore:
+    """A dataset's decoded images, the digest that names them, and the bits of its sixteen-bit grey images."""
+
+    images: ImageStore
+    key: str
+    grey_bits: int = 16
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Two files: pixels, and a header of JSON that tells how they are cut and what they were made from."""
+
+    base: Path
+
+    def header(self) -> dict[str, Any]:
+        try:
+            header = json.loads(self.base.with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return header if isinstance(header, dict) else {}
+
+    def open(self) -> ImageStore | None:
+        """Open the cache, or return None when there is none or it is damaged."""
+        header = self.header()
+        try:
+            flat = np.memmap(self.base.with_suffix(".bin"), np.uint8, "r")
+            if flat.nbytes != header["bytes"] or zlib.crc32(flat.data) != header["crc32"]:
+                return None
+            return ImageStore(flat, [tuple(shape) for shape in header["shapes"]])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def write_header(self, header: dict[str, Any]) -> None:
+        _write_atomically(self.base.with_suffix(".json"), [json.dumps(header).encode()])
+
+    def build(self, images: Iterator[np.ndarray], facts: dict[str, Any]) -> ImageStore:
+        shapes: list[list[int]] = []
+        written = checksum = 0
+
+        def pixels() -> Iterator[bytes]:
+            nonlocal written, checksum
+            for image in images:
+                data = image.tobytes()
+                shapes.append(list(image.shape[:2]))
+                written, checksum = written + len(data), zlib.crc32(data, checksum)
+                yield data
+
+        _write_atomically(self.base.with_suffix(".bin"), pixels())
+        self.write_header({"bytes": written, "crc32": checksum, "shapes": shapes, **facts})
+        opened = self.open()
+        if opened is None:
+            raise DatasetError(f"the image cache {self.base}.bin was damaged when it was written; is the disk failing?")
+        return opened
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _keys(paths: Sequence[Path], resize: int, rules: PixelRules) -> tuple[str, str]:
+    """Return the digests that name the cache of these files: where all are plain, and where the rules count."""
     try:
-        header = json.loads(base.with_suffix(".json").read_text())
-        flat = np.memmap(base.with_suffix(".bin"), np.uint8, "r")
-    except (OSError, ValueError):
-        return None
-    if flat.nbytes != header["bytes"] or zlib.crc32(flat.data) != header["crc32"]:
-        return None
-    return ImageStore(flat, [tuple(shape) for shape in header["shapes"]])
+        content = _content_digest(paths)
+    except OSError as error:
+        raise DatasetError(f"{readable(error.filename)} cannot be read: {error.strerror}") from error
+    plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}|{content}")
+    return plain, _digest(f"{plain}|{VERSION}|{rules.rgb}|{rules.exif}")
 
 
-def open_store(paths: Sequence[Path], resize: int, cache: Path, progress: Progress | None) -> tuple[ImageStore, str]:
+def inspect_store(paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path) -> OpenedStore:
+    """Return what :func:`open_store` would, without the images and with nothing written.
+
+    Raises its DatasetError for images whose headers show that they cannot be decoded, and for a cache that cannot be
+    written, unless the images are decoded already.
+    """
+    plain_key, own_key = _keys(paths, resize, rules)
+    empty = ImageStore(np.empty(0, np.uint8), [])
+    if _Cache(cache / f"images-{plain_key}").header().get("plain"):
+        return OpenedStore(empty, plain_key)
+    if header := _Cache(cache / f"images-{own_key}").header():
+        return OpenedStore(empty, own_key, header["grey_bits"])
+    facts = Facts.of_all(_each(paths, partial(_inspect, resize), None))
+    _check_colour(facts)
+    place = closest(cache)
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise _unwritable(cache, "Read-only" if place.is_dir() else f"{place} is a file")
+    bits = facts.grey_bits()
+    return OpenedStore(empty, plain_key if facts.plain and bits == 16 else own_key, bits)
+
+
+def _inspect(resize: int, content: bytes) -> Facts:
+    facts = examine(content)
+    _check_shape(facts.size, resize)
+    return facts
+
+
+def open_store(
+    paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path, progress: Progress | None
+) -> OpenedStore:
     """Open the cache of these files, building it first when it is missing or damaged.
 
-    Returns the store and the digest that names it.
+    The settings of ``rules`` are in its name only where an image depends on them. The bits of its sixteen-bit grey
+    images are those that they use, whatever ``rules`` says. Raises DatasetError naming every file that cannot be read.
     """
-    decoder = f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}"
-    try:
-        key = hashlib.sha256(f"{decoder}|{_content_digest(paths)}".encode()).hexdigest()[:16]
-    except OSError as error:
-        raise DatasetError(f"{error.filename} cannot be read: {error.strerror}") from error
-    base = cache / f"images-{key}"
-    store = _open(base)
-    if store is not None:
-        return store, key
-    shapes: list[list[int]] = []
-    written = checksum = 0
+    plain_key, own_key = _keys(paths, resize, rules)
+    plain, own = _Cache(cache / f"images-{plain_key}"), _Cache(cache / f"images-{own_key}")
+    if plain.header().get("plain") and (store := plain.open()):
+        return OpenedStore(store, plain_key)
+    if store := own.open():
+        return OpenedStore(store, own_key, own.header()["grey_bits"])
+    facts = Facts.of_all(_each(paths, _facts, None))
+    _check_colour(facts)
+    bits = facts.grey_bits()
+    images = _each(paths, lambda content: decode(content, resize, replace(rules, grey_bits=bits)), progress)
+    if not facts.plain or bits < 16:
+        return OpenedStore(own.build(images, {"grey_bits": bits}), own_key, bits)
+    if store := plain.open():  # of a version that asked no questions about plain images
+        plain.write_header({**plain.header(), "plain": True})
+        return OpenedStore(store, plain_key)
+    return OpenedStore(plain.build(images, {"plain": True}), plain_key)
 
-    def pixels() -> Iterator[bytes]:
-        nonlocal written, checksum
-        for image in _decode_each(paths, resize, progress):
-            data = image.tobytes()
-            shapes.append(list(image.shape[:2]))
-            written, checksum = written + len(data), zlib.crc32(data, checksum)
-            yield data
 
-    _write_atomically(base.with_suffix(".bin"), pixels())
-    header = {"bytes": written, "crc32": checksum, "shapes": shapes}
-    _write_atomically(base.with_suffix(".json"), [json.dumps(header).encode()])
-    opened = _open(base)
-    if opened is None:
-        raise DatasetError(f"the image cache {base}.bin was damaged as soon as it was written; is the disk failing?")
-    return opened, key
+def _facts(content: bytes) -> Facts:
+    with contextlib.suppress(DatasetError):  # which the decoding names, with all others of its kind
+        return examine(content)
+    return Facts()
+
+
+def _check_colour(facts: Facts) -> None:
+    """Refuse sixteen-bit colour of which the high byte, all that Pillow reads, holds next to nothing."""
+    if facts.colour is not None and facts.colour < 1 << 6:
+        raise DatasetError(
+            "the 16-bit colour images of the dataset use 14 bits at most and would be nearly black; scale their "
+            "values to 0 to 65,535, or convert them to 8 bits"
+        )
 
 
 class LoadedData:
     """The images and labels of one dataset, cut into train, val and test."""
 
-    def __init__(self, split: Split, store: ImageStore, key: str, root: Path | None) -> None:
-        self.split, self._store, self._root = split, store, root
+    def __init__(self, split: Split, store: OpenedStore, root: Path | None) -> None:
+        self.split, self._store, self._root, self.grey_bits = split, store.images, root, store.grey_bits
         starts = np.cumsum([0, *(len(split.part(part)) for part in PARTS)])
         self._starts = {part: int(start) for part, start in zip(PARTS, starts, strict=False)}
         listing = [(part, item.class_name, item.label, self._name(item)) for part in PARTS for item in split.part(part)]
-        self.fingerprint = hashlib.sha256(json.dumps([key, listing]).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(json.dumps([store.key, listing]).encode()).hexdigest()[:16]
 
     def _name(self, item: Item) -> str:
-        return item.path.relative_to(self._root).as_posix() if self._root else item.path.as_posix()
+        return readable((item.path.relative_to(self._root) if self._root else item.path).as_posix())
 
     def paths(self, part: str) -> list[str]:
         """Return each image's path below the dataset's root."""

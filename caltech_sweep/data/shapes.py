@@ -65,14 +65,24 @@ def draw_shape(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     return (pixels + rng.integers(-14, 15, size=pixels.shape)).clip(0, 255).astype(np.uint8)
 
 
+def shapes_listing() -> Split:
+    """Return which shape is where, without drawing one."""
+    parts = {
+        part: tuple(
+            Item(Path(name) / f"{part}_{index:03d}", label, name)
+            for label, name in enumerate(CLASSES)
+            for index in range(count)
+        )
+        for part, count in COUNTS.items()
+    }
+    return Split(CLASSES, parts["train"], parts["val"], parts["test"])
+
+
 def shapes_split(size: int, seed: int) -> tuple[Split, list[np.ndarray]]:
     """Return the split and its pictures in the order train, val, test; every picture has its own key."""
-    parts: dict[str, list[Item]] = {}
-    images: list[np.ndarray] = []
+    split, images = shapes_listing(), []
     for number, (part, count) in enumerate(COUNTS.items()):
-        parts[part] = []
-        for label, name in enumerate(CLASSES):
-            for index in range(count):
-                parts[part].append(Item(Path(name) / f"{part}_{index:03d}", label, name))
-                images.append(draw_shape(name, size, np.random.default_rng([seed, number, label, index])))
-    return Split(CLASSES, *(tuple(parts[part]) for part in ("train", "val", "test"))), images
+        for place, item in enumerate(split.part(part)):
+            rng = np.random.default_rng([seed, number, item.label, place % count])
+            images.append(draw_shape(item.class_name, size, rng))
+    return split, images

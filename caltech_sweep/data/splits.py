@@ -10,17 +10,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from caltech_sweep.config import DatasetConfig
+from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden, list_classes
 from caltech_sweep.errors import DatasetError
 
 BACKGROUND = "BACKGROUND_Google"
 CALTECH_FOLDERS, CALTECH_FILES = 102, 9145
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 PARTS = ("train", "val", "test")
 
 
@@ -35,27 +35,32 @@ class Item:
 
 @dataclass(frozen=True)
 class Split:
-    """The class names in label order, and the images of each part."""
+    """The class names in label order, the images of each part, and what of the folder is in none, as words."""
 
     classes: tuple[str, ...]
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     test: tuple[Item, ...]
+    passed_over: str = ""
 
     def part(self, name: str) -> tuple[Item, ...]:
         """Return the images of "train", "val" or "test"."""
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
-def _folders(root: Path) -> list[Path]:
-    try:
-        return sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.name.lower())
-    except OSError as error:
-        raise DatasetError(f"the dataset folder {root} cannot be read: {error.strerror}") from error
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+def _caltech_files(root: Path) -> tuple[dict[str, list[Path]], PassedOver]:
+    """Return the files of each folder in the official order: every one counts that no system left there."""
+    passed = PassedOver()
+    files: dict[str, list[Path]] = {}
+    for entry in sorted(entries(root), key=lambda entry: by_name(Path(entry.name))):
+        if is_hidden(entry.name):
+            passed.others["hidden folder" if entry.is_dir() else "hidden file"] += 1
+        elif entry.is_dir():
+            found = [file for file in entries(Path(entry.path)) if file.is_file()]
+            files[entry.name] = [Path(file.path) for file in found if not is_hidden(file.name)]
+            if hidden := len(found) - len(files[entry.name]):
+                passed.others["hidden file"] += hidden
+    return files, passed
 
 
 def _check_caltech(root: Path, files: dict[str, list[Path]]) -> None:
@@ -117,7 +122,7 @@ def caltech_split(root: Path, val_fraction: float = 1 / 3, seed: int = 0) -> Spl
 
     Raises DatasetError naming what is missing when the folder is incomplete.
     """
-    files = {folder.name: _files(folder) for folder in _folders(root)}
+    files, passed = _caltech_files(root)
     _check_caltech(root, files)
     classes = tuple(name for name in files if name != BACKGROUND)
     labels = {name: label for label, name in enumerate(classes)}
@@ -130,19 +135,21 @@ def caltech_split(root: Path, val_fraction: float = 1 / 3, seed: int = 0) -> Spl
                 (test if number % 3 == 0 else train).append(Item(path, labels[name], name))
             number += 1
     kept, val = _carve_val(classes, train, val_fraction, seed)
-    return Split(classes, kept, val, tuple(test))
+    return Split(classes, kept, val, tuple(test), str(passed))
 
 
 def folder_split(root: Path, val_fraction: float, test_fraction: float, seed: int) -> Split:
-    """Return a seeded, stratified split of any folder of class folders.
+    """Return a seeded, stratified split of any folder of class folders; an image counts for its top folder.
 
     ``test_fraction`` of each class is test; ``val_fraction`` of what is left is val. Raises DatasetError when
     there are fewer than two classes, or a class too small to give every part an image.
     """
-    files = {f.name: [p for p in _files(f) if p.suffix.lower() in IMAGE_SUFFIXES] for f in _folders(root)}
-    files = {name: paths for name, paths in files.items() if paths}
+    files, passed = list_classes(root)
     if len(files) < 2:
-        raise DatasetError(f"{root} must hold at least two folders with images, one a class; it has {len(files)}")
+        other = f" (passed over: {passed})" if str(passed) else ""
+        raise DatasetError(
+            f"{root} must hold at least two folders with images, one a class; it has {len(files)}{other}"
+        )
     classes = tuple(files)
     train: list[Item] = []
     test: list[Item] = []
@@ -156,7 +163,7 @@ def folder_split(root: Path, val_fraction: float, test_fraction: float, seed: in
         for position, path in enumerate(paths):
             (test if position in chosen else train).append(Item(path, label, name))
     kept, val = _carve_val(classes, train, val_fraction, seed)
-    return Split(classes, kept, val, tuple(test))
+    return Split(classes, kept, val, tuple(test), str(passed))
 
 
 def _chosen_classes(classes: tuple[str, ...], wanted: int | str | tuple[str, ...]) -> tuple[str, ...]:
@@ -195,4 +202,4 @@ def subset(split: Split, config: DatasetConfig) -> Split:
                     kept.append(Item(item.path, labels[item.class_name], item.class_name))
         return tuple(kept)
 
-    return Split(classes, keep(split.train), keep(split.val), keep(split.test))
+    return replace(split, classes=classes, train=keep(split.train), val=keep(split.val), test=keep(split.test))

@@ -10,8 +10,8 @@ from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.report.check import outside
 from caltech_sweep.report.model import Table
 from caltech_sweep.report.render import RENDERERS
-from caltech_sweep.report.tables import REPORT_COLUMNS, Link, build_table
-from caltech_sweep.tracking_read import Reader, open_reader
+from caltech_sweep.report.tables import REPORT_COLUMNS, Link, build_table, told_apart
+from caltech_sweep.tracking.reader import Reader, open_reader
 
 
 def _ordered(names: Sequence[str]) -> list[str]:
@@ -50,10 +50,12 @@ def load_tables(studies: Sequence[str], best: int, tracking_uri: str | None) -> 
     """
     reader = open_reader(tracking_uri)
     names = choose(studies, reader.names(), reader.uri)
-    return [
-        build_table(study, best, reader.text, _link(reader, study.record.experiment_id))
-        for study in reader.studies(names)
-    ]
+    return told_apart(
+        [
+            build_table(study, best, reader.text, _link(reader, study.record.experiment_id))
+            for study in reader.studies(names)
+        ]
+    )
 
 
 def render(tables: Sequence[Table], kind: str) -> str:

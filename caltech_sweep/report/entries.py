@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.records import TrialRecord
 from caltech_sweep.report.model import Kind
-from caltech_sweep.tracking_read import StoredStudy
+from caltech_sweep.tracking.reader import StoredStudy
+from caltech_sweep.tracking.records import TrialRecord
 
 # Settings that the tables show and that runs know as text.
 _NUMBERS = ("lr", "batch_size", "test_batch_size", "step_size", "epochs", "seed")
@@ -54,7 +54,7 @@ def _settings(run: TrialRecord) -> dict[str, Any]:
     return settings
 
 
-def _pick(runs: Iterable[TrialRecord]) -> TrialRecord:
+def pick(runs: Iterable[TrialRecord]) -> TrialRecord:
     """Return the run that speaks for one trial: a complete one, else a running one, else the latest."""
     rank = {"complete": 2, "running": 1}
     return max(runs, key=lambda run: (rank.get(run.outcome, 0), run.start_time))
@@ -79,7 +79,7 @@ def _row_entry(row: Mapping[str, Any], runs: Sequence[TrialRecord], document: Ma
             by_seed[known.get(run.fingerprint, 0)].append(run)
     # The row's own seed first: ties are tested on its predictions.
     order = sorted(by_seed, key=lambda seed: (seed != config.get("seed", 0), seed))
-    picked = [_pick(by_seed[seed]) for seed in order]
+    picked = [pick(by_seed[seed]) for seed in order]
     complete = tuple(run for run in picked if run.outcome == "complete")
     entry = Entry(
         "row",
@@ -110,8 +110,9 @@ def row_entries(study: StoredStudy) -> list[Entry]:
 
 
 def _detail(study: StoredStudy, run: TrialRecord, columns: Sequence[str]) -> str:
-    space = study.record.document.get("space", {})
-    return ", ".join(f"{key} {run.params[key]}" for key in space if key not in columns and key in run.params)
+    document = study.record.document
+    varied = [*document.get("space", {}), *document.get("expand", {})]
+    return ", ".join(f"{key} {run.params[key]}" for key in varied if key not in columns and key in run.params)
 
 
 def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> list[Entry]:
@@ -129,7 +130,7 @@ def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> li
             repeats[trial.tags["confirms"]].append(trial)
         else:
             trials[trial.number, trial.fingerprint].append(trial)
-    runs = [_pick(attempts) for attempts in trials.values()]
+    runs = [pick(attempts) for attempts in trials.values()]
     runs.sort(key=lambda run: (-run.metrics["best/val_accuracy"], run.number))
     entries = []
     for run in runs[:best]:

@@ -42,7 +42,8 @@ def _score(score: Score | None, seeds: int) -> str:
         text += f" ± {score.deviation:.3f}"
     if score.low is not None and score.high is not None:
         text += f" [{score.low:.3f}, {score.high:.3f}]"
-    return text + (f" (n = {seeds})" if seeds > 1 else "")
+    trainings = seeds if score.trainings is None else score.trainings
+    return text + (f" (n = {trainings})" if trainings > 1 else "")
 
 
 def _reference(reference: Reference | None) -> str:

@@ -27,6 +27,7 @@ class Score:
     low: float | None = None
     high: float | None = None
     deviation: float | None = None  # standard deviation over seeds; None for one training
+    trainings: int | None = None  # that it is the mean of; None: as many as its row has seeds
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,23 @@ class Reference:
     value: float
     difference: float | None = None  # ours minus the published one
     inside: bool | None = None  # whether the published one lies in our interval
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of what all settings explain together one setting does, with its 95% range over resampled trials."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The settings that mattered more than chance would have it, the largest share first, and those that did not."""
+
+    shares: Mapping[str, Share]
+    chance: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -63,11 +64,20 @@ def _html_cell(cell: Cell, first: bool) -> str:
     return f'<th scope="row">{text}</th>' if first else f"<td>{text}</td>"
 
 
-def html_table(table: Table) -> str:
-    """Return one table as an HTML section: a heading, notes, the table and its footnotes."""
+def anchors(tables: Sequence[Table]) -> list[str]:
+    """Return an identifier for each table, made from its study's name; no two are equal."""
+    found: list[str] = []
+    for table in tables:
+        plain = "study-" + re.sub(r"[^A-Za-z0-9_-]+", "-", table.study)
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        found.append(next(name for name in itertools.chain([plain], numbered) if name not in found))
+    return found
+
+
+def html_table(table: Table, anchor: str) -> str:
+    """Return one table as an HTML section with an identifier: a heading, notes, the table and its footnotes."""
     header, rows = grid(table)
-    anchor = re.sub(r"[^A-Za-z0-9_-]+", "-", table.study)
-    lines = [f'<section class="study" id="study-{anchor}">', f"<h2>{html_text(table.title)}</h2>"]
+    lines = [f'<section class="study" id="{anchor}">', f"<h2>{html_text(table.title)}</h2>"]
     lines += [f'<p class="note">{html_text(text)}</p>' for text in table.notes]
     lines += ['<div class="scroll">', "<table>", f"<caption>{html_text(table.title)}</caption>", "<thead>", "<tr>"]
     lines += [f'<th scope="col">{html_text(text)}</th>' for text in header]
@@ -217,12 +227,12 @@ def to_json(tables: Sequence[Table]) -> str:
         }
         for table in tables
     ]
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 RENDERERS: dict[str, Callable[[Sequence[Table]], str]] = {
     "markdown": lambda tables: "\n".join(map(markdown_table, tables)),
-    "html": lambda tables: "\n".join(map(html_table, tables)),
+    "html": lambda tables: "\n".join(map(html_table, tables, anchors(tables))),
     "latex": lambda tables: "\n".join(map(latex_table, tables)),
     "csv": to_csv,
     "json": to_json,

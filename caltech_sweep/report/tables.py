@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from caltech_sweep.errors import StoreError
-from caltech_sweep.records import TrialRecord
 from caltech_sweep.report.entries import Entry, metric, row_entries, sampled_entries
+from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableRow
 from caltech_sweep.report.statistics import ALPHA, holm, mcnemar_exact, mean_interval, wilson_interval
-from caltech_sweep.tracking_read import StoredStudy
+from caltech_sweep.tracking.reader import StoredStudy
+from caltech_sweep.tracking.records import TrialRecord
 
 # The one setting that a table of the report shows besides LR, step size and epochs.
 REPORT_COLUMNS: dict[str, str | None] = {
@@ -28,6 +29,7 @@ REPORT_COLUMNS: dict[str, str | None] = {
     "resnet": "batch_size",
 }
 USUAL_BATCH_SIZE = 256
+_MAJORITY = "majority class"  # ends the remark of a row that is held against it
 
 ReadText = Callable[[TrialRecord, str], str]
 Link = Callable[[str], str | None]  # from a run id to an address that shows the run
@@ -53,13 +55,11 @@ def _reported_part(entry: Entry) -> str:
 
 def _columns(document: Mapping[str, Any], name: str, rows: Sequence[Entry]) -> tuple[str, ...]:
     """Return the settings that a table shows: the report's own for its six studies, else what sets the rows apart."""
-    if name in REPORT_COLUMNS:
-        extra = {REPORT_COLUMNS[name]}
-    else:
-        sizes = {entry.settings.get("batch_size") for entry in rows} | {document.get("fixed", {}).get("batch_size")}
-        unusual = bool(sizes - {None, USUAL_BATCH_SIZE}) and "batch_size" not in document.get("overrides", {})
-        tencrop = any(map(_is_tencrop, rows)) or document.get("fixed", {}).get("test_views") == "tencrop"
-        extra = {"test_batch_size" if tencrop else None, "batch_size" if unusual else None}
+    sizes = {entry.settings.get("batch_size") for entry in rows} | {document.get("fixed", {}).get("batch_size")}
+    unusual = bool(sizes - {None, USUAL_BATCH_SIZE}) and "batch_size" not in document.get("overrides", {})
+    tencrop = any(map(_is_tencrop, rows)) or document.get("fixed", {}).get("test_views") == "tencrop"
+    own = REPORT_COLUMNS.get(name, "test_batch_size" if tencrop else None)
+    extra = {own, "batch_size" if unusual else None}
     return tuple(key for key in HEADINGS if key in ("lr", "step_size", "epochs") or key in extra)
 
 
@@ -69,8 +69,10 @@ def _score(runs: Sequence[TrialRecord], name: str, images: int | None) -> Score 
         return None
     if len(values) > 1:
         deviation, low, high = mean_interval(values)
-        return Score(statistics.fmean(values), low, high, deviation)
-    return Score(values[0], *wilson_interval(values[0], images)) if images else Score(values[0])
+        return Score(statistics.fmean(values), low, high, deviation, len(values))
+    if not images:
+        return Score(values[0], trainings=1)
+    return Score(values[0], *wilson_interval(values[0], images), trainings=1)
 
 
 def _reference(value: float | None, ours: Score | None) -> Reference | None:
@@ -86,7 +88,8 @@ def _reference(value: float | None, ours: Score | None) -> Reference | None:
 def _remarks(entry: Entry) -> tuple[str, ...]:
     remarks = []
     if entry.selected_at is not None:
-        remarks.append(f"repeated on fresh seeds; selected at {entry.selected_at:.3f}")
+        seeds = "fresh seeds" if len(entry.runs) > 1 else "a fresh seed"
+        remarks.append(f"repeated on {seeds}; selected at {entry.selected_at:.3f}")
     if entry.unfinished:
         remarks.append(f"{entry.unfinished} more {'seed' if entry.unfinished == 1 else 'seeds'} not complete")
     if entry.runs and _is_tencrop(entry):
@@ -144,11 +147,13 @@ def _with_what_is_lost(row: TableRow, own: _Predictions | None) -> TableRow:
     """Say of a row that has scores why it was compared with no other."""
     if row.test is None or own is not None:
         return row
-    return replace(row, remarks=(*row.remarks, "not compared: its predictions are lost or damaged"))
+    return _remark(row, "not compared: its predictions are lost or damaged")
 
 
-def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -> int:
-    """Mark the best row and how each other one stands against it, in place; return the number of comparisons.
+def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -> tuple[int, int]:
+    """Mark the best row and how each other one stands against it, in place.
+
+    Returns the number of comparisons, and of the images that they are made on.
 
     The best row has the highest validation accuracy, so that the test set, on which rows are compared, takes no part
     in choosing it.
@@ -157,8 +162,11 @@ def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -
     best = max(scored, key=lambda index: (rows[index].val.value, -index), default=None)  # type: ignore[union-attr]
     top = predictions[best] if best is not None else None
     if best is None or top is None:
-        return 0
+        return 0, 0
     others = {i: other for i in scored if i != best and (other := predictions[i]) and other.images == top.images}
+    for index in scored:
+        if index != best and index not in others and predictions[index]:
+            rows[index] = _remark(rows[index], "not compared: its test images are others")
     corrected = holm([mcnemar_exact(other.correct, top.correct) for other in others.values()])
     if others:
         rows[best] = replace(rows[best], standing="best")
@@ -166,10 +174,44 @@ def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -
         better = sum(other.correct) > sum(top.correct)
         standing = "tied" if p_value >= ALPHA else "better" if better else "worse"
         rows[index] = replace(rows[index], standing=standing, p_value=p_value)  # type: ignore[arg-type]
-    return len(others)
+    return len(others), len(top.images)
 
 
-def _notes(document: Mapping[str, Any]) -> tuple[str, ...]:
+def _remark(row: TableRow, text: str) -> TableRow:
+    return replace(row, remarks=(*row.remarks, text))
+
+
+def _against_majority(row: TableRow, own: _Predictions | None) -> TableRow:
+    """Say whether a row is right more often than the most frequent class of its test images."""
+    if own is None or row.test is None or _floor(row.test) > own.majority_share:
+        return row
+    if row.test.value <= own.majority_share:
+        return replace(row, majority=True)
+    return _remark(row, f"not told apart from the {_MAJORITY}")
+
+
+def _differs(entry: Entry, key: str, value: Any) -> bool:
+    """Tell whether the run that a row shows has another value of a setting than the study's override."""
+    text = entry.shown.params.get(key) if entry.shown else None
+    if text is None or text == _plain(value):
+        return False
+    try:
+        return float(text) != float(value)
+    except (TypeError, ValueError):
+        return True
+
+
+def _override(key: str, value: Any, entries: Sequence[Entry]) -> str:
+    others = [entry.name for entry in entries if _differs(entry, key, value)]
+    return f"{key} = {_plain(value)}" + (f" (not so in {_listed(others)})" if others else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a phrase: a, b and c."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _notes(document: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[str, ...]:
     """Return what a reader must know before the figures: how many images, which subset, what was overridden."""
     if not document:
         return ("The study's document is missing from the store, so rows and settings are those of its runs.",)
@@ -188,15 +230,14 @@ def _notes(document: Mapping[str, Any]) -> tuple[str, ...]:
     if (most := dataset.get("images_per_class")) is not None:
         subset.append(f"at most {most} images of each class in each part")
     if subset:
-        published = any(row.get("reference") for row in document.get("rows", ()))
+        # A file that asks for a subset gives the figures of that subset.
+        asked = {"dataset.classes", "dataset.images_per_class"} & document.get("overrides", {}).keys()
+        published = asked and any(row.get("reference") for row in document.get("rows", ()))
         warning = " The published figures are of the whole of it." if published else ""
         notes.append(f"A subset of the dataset: {'; '.join(subset)}.{warning}")
     overrides = document.get("overrides", {})
     if overrides:
-        notes.append(
-            "Overridden settings: " + ", ".join(f"{key} = {_plain(value)}" for key, value in overrides.items())
-        )
-        notes[-1] += "."
+        notes.append("Overridden settings: " + ", ".join(_override(k, v, entries) for k, v in overrides.items()) + ".")
     return tuple(notes)
 
 
@@ -214,33 +255,63 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _footnotes(
-    rows: Sequence[TableRow], images: Mapping[str, int], comparisons: int, majority: _Predictions | None, tencrop: bool
-) -> tuple[str, ...]:
+def _views(rows: Sequence[TableRow], entries: Sequence[Entry]) -> list[str]:
+    """Say of which rows the test accuracy is over ten views."""
+    ten: list[str] = []
+    one: list[str] = []
+    for row, entry in zip(rows, entries, strict=True):
+        if row.test is not None:
+            (ten if _is_tencrop(entry) else one).append(row.name)
+    if not ten:
+        return []
+    if not one:
+        return ["Test accuracy is over ten views of each image (TenCrop)."]
+    views = "is over ten views of each image (TenCrop), of the others over the centre crop"
+    return [f"The test accuracy of {_listed(ten)} {views}."]
+
+
+def _brackets(rows: Sequence[TableRow], images: Mapping[str, int]) -> list[str]:
+    """Say what the brackets of the scores are: an interval over images, or over seeds."""
+    scores = {part: [row.val if part == "val" else row.test for row in rows] for part in ("val", "test")}
+    single = [part for part in scores if any(s and s.deviation is None and s.low is not None for s in scores[part])]
+    several = any(score and score.deviation is not None for part in scores for score in scores[part])
     notes = []
-    if tencrop:
-        notes.append("Test accuracy is over ten views of each image (TenCrop).")
-    if any(row.seeds == 1 and row.val and row.val.low is not None for row in rows):
-        counts = f"n = {images['val']:,} validation" + (f" and {images['test']:,} test" if "test" in images else "")
-        notes.append(f"Brackets: 95% Wilson interval, {counts} images.")
-    if any(row.seeds > 1 for row in rows):
+    if single:
+        words = {"val": "validation", "test": "test"}
+        counts = " and ".join(f"{images[part]:,} {words[part]}" for part in single)
+        which = "Brackets of one training" if several else "Brackets"
+        notes.append(f"{which}: 95% Wilson interval, n = {counts} images.")
+    if several:
         notes.append("Rows with n seeds: mean ± standard deviation, brackets the 95% t interval of the mean.")
-    if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
-        notes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
-    if comparisons:
-        n = len(majority.images) if majority else 0
-        times = f" over {comparisons} comparisons" if comparisons > 1 else ""
-        seeds = "; of rows with several seeds, the first one" if any(row.seeds > 1 for row in rows) else ""
-        notes.append(
-            "Best: the highest validation accuracy. Tied: not told apart from it on the test set by the exact McNemar "
-            f"test on the same {n:,} images (p at least {ALPHA}, Holm-corrected{times}{seeds})."
-        )
-    if majority and any(row.majority for row in rows):
-        notes.append(
-            f"Majority class: always answering {majority.majority_class!r} is right for "
-            f"{majority.majority_share:.3f} of the test images."
-        )
-    return tuple(notes)
+    return notes
+
+
+def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int) -> list[str]:
+    """Say what best and tied mean, when rows were compared."""
+    if not comparisons:
+        return []
+    top = next(row for row in rows if row.standing == "best")
+    equals = sum(row.val is not None and top.val is not None and row.val.value == top.val.value for row in rows) > 1
+    times = f" over {comparisons} comparisons" if comparisons > 1 else ""
+    seeds = "; of rows with several seeds, the first one" if any(row.seeds > 1 for row in rows) else ""
+    return [
+        f"Best: the highest validation accuracy{', the first of equals' if equals else ''}. Tied: not told apart from "
+        f"it on the test set by the exact McNemar test on the same {images:,} images (p at least {ALPHA}, "
+        f"Holm-corrected{times}{seeds})."
+    ]
+
+
+def _majorities(rows: Sequence[TableRow], predictions: Sequence[_Predictions | None]) -> list[str]:
+    """Say what the majority class is of the rows that are held against it."""
+    found: dict[tuple[str, float], list[str]] = {}
+    for row, own in zip(rows, predictions, strict=True):
+        if own and (row.majority or any(remark.endswith(_MAJORITY) for remark in row.remarks)):
+            found.setdefault((own.majority_class, own.majority_share), []).append(row.name)
+    return [
+        f"Majority class{f' of {_listed(names)}' if len(found) > 1 else ''}: always answering {name!r} is right for "
+        f"{share:.3f} of the test images."
+        for (name, share), names in found.items()
+    ]
 
 
 def _references(row: TableRow) -> tuple[Reference | None, Reference | None]:
@@ -263,22 +334,33 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
     images = document.get("images", {})
     rows = [_row(entry, images, link) for entry in entries]
     predictions = [_read_predictions(entry, read) for entry in entries]
-    comparisons = _compare(rows, predictions)
+    comparisons, compared = _compare(rows, predictions)
     if any(predictions):  # mocked trials have none
         rows = [_with_what_is_lost(row, own) for row, own in zip(rows, predictions, strict=True)]
-    majority = next(filter(None, predictions), None)
-    rows = [
-        replace(row, majority=own is not None and _floor(row.test) <= own.majority_share)
-        for row, own in zip(rows, predictions, strict=True)
-    ]
-    tencrop = any(_is_tencrop(entry) for entry in entries)
+    rows = [_against_majority(row, own) for row, own in zip(rows, predictions, strict=True)]
+    footnotes = [*_views(rows, entries), *_brackets(rows, images)]
+    if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
+        footnotes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
+    footnotes += [*_comparisons(rows, comparisons, compared), *_majorities(rows, predictions)]
     return Table(
         name,
         str(document.get("title", name)),
         columns,
         tuple(rows),
-        _notes(document),
-        _footnotes(rows, images, comparisons, majority, tencrop),
+        _notes(document, entries),
+        tuple(footnotes),
         images,
         document.get("overrides", {}),
     )
+
+
+def told_apart(tables: Sequence[Table]) -> list[Table]:
+    """Return tables of which no two have one title: those that had are named after their studies, too."""
+
+    def named(those: Callable[[Table], bool]) -> list[Table]:
+        return [replace(t, title=f"{t.title} ({t.study})") if those(t) else t for t in tables]
+
+    titles = Counter(one_line(table.title) for table in tables)
+    found = named(lambda table: titles[one_line(table.title)] > 1)
+    alike = len({one_line(table.title) for table in found}) < len(found)  # with the title of yet another study
+    return named(lambda table: True) if alike else found

@@ -7,7 +7,7 @@ and what is mended is not found again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +19,18 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep import paths, stores
+from caltech_sweep.artifacts import artifact_problems
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
-from caltech_sweep.journal import Journal, JournalingTracker, journals
-from caltech_sweep.records import OUTCOMES, StudyRecord, TrialRecord
-from caltech_sweep.sweep import study as studies
-from caltech_sweep.sweep.recovery import Finding, survey
-from caltech_sweep.sweep.rules import suggestion
-from caltech_sweep.sweep.soundness import artifact_problems
-from caltech_sweep.tracking import MlflowTracker, is_outage
-from caltech_sweep.words import counted
+from caltech_sweep.sweep.lease import Held, fencing, holding
+from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
+from caltech_sweep.sweep.optuna_trials import invalidate_trial
+from caltech_sweep.sweep.ownership import foreign_studies
+from caltech_sweep.sweep.reconcile import Finding, survey
+from caltech_sweep.text import counted, suggestion
+from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
+from caltech_sweep.tracking.records import OUTCOMES, StudyRecord, TrialRecord
+from caltech_sweep.tracking.writer import MlflowTracker, is_outage
 
 Key = tuple[int, str]  # a trial's number and fingerprint
 
@@ -61,27 +63,39 @@ def examine(
     if opened is None:
         return diagnosis
     tracker, known = opened
-    incomplete = _replay(tracker, tracking, study_store, fix, diagnosis, say)
     tracked = {record.name: record for record in tracker.studies()}
+    foreign = dict(foreign_studies(tracker, study_store, tracked))
+    incomplete = _replay(tracker, tracking, study_store, fix, diagnosis, say, tracked, foreign)
     names = list(dict.fromkeys([*tracked, *known]))
     if name is not None and name not in names:
         raise UsageError(f"there is no study {name!r} in either store{suggestion(name, names)}")
     for chosen in names if name is None else [name]:
-        if chosen.replace("/", "_") in incomplete:
+        if chosen in incomplete:
+            continue
+        if chosen in foreign:
+            say(f"{chosen}: {foreign[chosen]}")
+            diagnosis.skipped += 1
             continue
         with ExitStack() as stack:
             try:
-                stack.enter_context(stores.only_one(study_store, chosen))
-                if chosen in known:
-                    studies.check_alone(known[chosen])
+                held = stack.enter_context(holding(study_store, chosen))
             except StoreError as error:
                 say(f"{chosen}: skipped, since {str(error).partition(';')[0]}")
                 diagnosis.skipped += 1
                 continue
+            _guard(stack, tracker, known.get(chosen), held)
             diagnosis.studies += 1
             findings = _findings(chosen, tracker, tracked.get(chosen), known.get(chosen), study_store)
             _treat(chosen, findings, fix, diagnosis, say)
     return diagnosis
+
+
+def _guard(stack: ExitStack, tracker: MlflowTracker, study: optuna.Study | None, held: Held) -> None:
+    """Let both stores take writes to a study as long as this process holds it."""
+    tracker.guard(held.check)
+    engine = engine_of(study) if study is not None else None
+    if engine is not None:
+        stack.enter_context(fencing(engine, held))
 
 
 def _open(
@@ -98,7 +112,7 @@ def _open(
         say(str(error))
         diagnosis.found += 1
     try:
-        known = studies.stored_studies(studies.open_storage(study_store))
+        known = stored_studies(open_storage(study_store))
     except StoreError as error:
         say(str(error))
         diagnosis.found += 1
@@ -106,17 +120,29 @@ def _open(
 
 
 def _replay(
-    tracker: MlflowTracker, tracking: str, study_store: str, fix: bool, diagnosis: Diagnosis, say: Callable[[str], None]
+    tracker: MlflowTracker,
+    tracking: str,
+    study_store: str,
+    fix: bool,
+    diagnosis: Diagnosis,
+    say: Callable[[str], None],
+    tracked: Iterable[str],
+    foreign: Container[str],
 ) -> set[str]:
     """Bring results that wait in a journal first: without them the stores would seem to disagree.
 
     Returns the studies that still lack some.
     """
     incomplete = set()
-    for study, folder in journals(stores.journal_root(study_store), tracking).items():
+    names = {name.replace("/", "_"): name for name in tracked}
+    for safe, folder in journals(stores.journal_root(study_store), tracking).items():
+        study = names.get(safe, safe)
+        if study in foreign:
+            continue
         try:
-            with stores.only_one(study_store, study):
-                journaling = JournalingTracker(tracker, Journal(folder), is_outage, say)
+            with holding(study_store, study) as held:
+                tracker.guard(held.check)
+                journaling = JournalingTracker(tracker, Journal(folder), is_outage, say, held.check)
                 text = f"{counted(journaling.waiting, 'write')} in {folder}, not in the tracking store: replayed"
                 if journaling.waiting:
                     _treat(study, [Finding(text, partial(_bring, journaling))], fix, diagnosis, say)
@@ -254,7 +280,7 @@ def _compare(
         return
     if run is None:
         if counted:
-            mend = partial(studies.disown, study, trial._trial_id)
+            mend = partial(invalidate_trial, study, trial._trial_id)
             yield Finding(f"{name} ended but has no run in the tracking store: the next run trains it again", mend)
         return
     ended = _ended(trial)
@@ -295,4 +321,4 @@ def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> It
 def _give_up(tracker: MlflowTracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord, reason: str) -> None:
     """Let a trial count for nothing in both stores."""
     tracker.finish_trial(run.run_id, "crashed", {}, {"reason": reason}, None)
-    studies.disown(study, trial._trial_id)
+    invalidate_trial(study, trial._trial_id)

@@ -1,42 +1,76 @@
-"""What running a study would train, said without training: rows, epochs, images, parameters, what is done, time."""
+"""What running a study would train, said without training or writing: rows, epochs, images, parameters, time."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
-from caltech_sweep import paths
+from caltech_sweep import paths, stores
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.data import load_split
+from caltech_sweep.data import inspect_dataset
+from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import PARTS
-from caltech_sweep.errors import CaltechSweepError, StoreError
-from caltech_sweep.records import TrialRecord
+from caltech_sweep.errors import CaltechSweepError, UsageError
+from caltech_sweep.study.definition import Dimension, Range, Row, StudyDefinition, variants
+from caltech_sweep.study.file import weights_key
+from caltech_sweep.study.grid import EXHAUSTIVE, grid_size
+from caltech_sweep.sweep.lease import check_free
+from caltech_sweep.sweep.optuna_store import check_stored
+from caltech_sweep.sweep.ownership import check_record
+from caltech_sweep.sweep.preflight import (
+    RunOptions,
+    Weights,
+    check,
+    check_options,
+    find_weights,
+    identity_of,
+    imagenet_weights,
+    left_out,
+)
+from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
-from caltech_sweep.sweep.study_file import Choices, Dimension, Range, StudyDefinition, variants
-from caltech_sweep.sweep.watch import duration
+from caltech_sweep.text import duration
+from caltech_sweep.tracking.reader import StoredStudy, open_reader
+from caltech_sweep.tracking.records import InitialWeights, TrialRecord
+
+Span = tuple[int, int]  # the least and the most
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan as text, and every reason why a run would not start now."""
+
+    text: str
+    problems: tuple[CaltechSweepError, ...]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One row, or the sampled trials as a group; pairs are the least and the most."""
+    """One row with all its seeds, or the sampled trials as a group."""
 
     name: str
-    trials: int
-    epochs: tuple[int, int]
-    images: tuple[int, int]  # a trial's, train images of every epoch summed; 0 when the dataset is not there
-    trained: tuple[int, int]  # parameters that are trained
+    epochs: Span  # of one trial
+    images: Span | None  # a trial's train images, those of every epoch summed; None when the dataset cannot be read
+    trained: Span | None  # parameters that are trained; None when they cannot be known
     state: str
-    new_epochs: tuple[int, int]  # epochs of all its trials that are left to train
+    asked: Span  # epochs of all its trials
+    new_epochs: Span  # those of them that are left to train
 
     def cells(self) -> tuple[str, ...]:
         """Return the columns as text."""
         return (
             self.name,
             _between(self.epochs),
-            _between(self.images) if self.images[1] else "unknown",
+            _between(self.images),
             _between(self.trained),
             _between(self.new_epochs),
             self.state,
@@ -45,149 +79,263 @@ class Planned:
 
 HEADER = ("trial", "epochs", "images/trial", "parameters trained", "epochs to train", "state")
 ENDED = ("complete", "pruned", "diverged")
+_MOST_VALUES = 4096  # of a whole number's range that are looked at one by one
 
 
-def _between(pair: tuple[int, int]) -> str:
-    return f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} to {pair[1]:,}"
+def _between(span: Span | None) -> str:
+    if span is None:
+        return "unknown"
+    if span[0] == span[1]:
+        return f"{span[0]:,}"
+    return f"{span[0]:,} to {span[1]:,}" if span[0] else f"up to {span[1]:,}"
 
 
-def _counts(definition: StudyDefinition) -> tuple[dict[str, int], int, str]:
-    """Return how many images each part has, how many classes there are, and a sentence about them."""
-    dataset = definition.config({}).dataset
-    if dataset.name == "shapes":
-        from caltech_sweep.data import load_dataset
+def _total(spans: Sequence[Span]) -> Span:
+    return sum(low for low, _ in spans), sum(high for _, high in spans)
 
-        split = load_dataset(dataset).split
-    else:
+
+# -- what is there -----------------------------------------------------------------------------------------------------
+
+
+def _recorded(definition: StudyDefinition, tracking: str) -> StoredStudy | None:
+    """Return what a tracking store has of a study; raise StoreError where no run could write."""
+    if stores.is_missing(tracking):
+        return None
+    reader = open_reader(tracking)
+    reader.check_study(definition.name)
+    return reader.studies([definition.name])[0] if definition.name in reader.names() else None
+
+
+def _kept(
+    definition: StudyDefinition, options: RunOptions, data: LoadedData | None, weights: Weights | None
+) -> Callable[[TrialConfig], int]:
+    """Return what tells how many epochs of a trial are kept from earlier trials of any study."""
+    folder = paths.reuse_store()
+    if data is None or weights is None or not any(folder.glob("stage-*")):
+        return lambda config: 0
+    import torch
+
+    from caltech_sweep.training.checkpoints import stored_epochs
+    from caltech_sweep.training.device import pick_device
+    from caltech_sweep.training.keys import StageUse
+
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    device, use = pick_device(options.device), StageUse(folder.resolve(), 0)
+
+    def kept(config: TrialConfig) -> int:
         try:
-            split = load_split(dataset)
-        except CaltechSweepError as error:
-            return {}, 101, f"the dataset is not here: {error}"
-    counts = {part: len(split.part(part)) for part in PARTS}
-    sizes = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    return counts, len(split.classes), f"{dataset.name}: {len(split.classes)} classes, {sizes} images"
+            source = weights.get(weights_key(config))
+            return stored_epochs(config, data, device, source.path if source else None, use)
+        except CaltechSweepError:  # weights that are not there; the run is refused for that anyway
+            return 0
+
+    return kept
 
 
-def _images_of(config: TrialConfig, train: int) -> int:
+# -- what one trial costs ----------------------------------------------------------------------------------------------
+
+
+def _images_of(config: TrialConfig, data: LoadedData) -> int:
+    train = len(data.split.train)
     an_epoch = train // config.batch_size * config.batch_size if config.drop_last else train
     return config.epochs * an_epoch
 
 
-def _epochs_of(definition: StudyDefinition) -> tuple[int, int]:
-    if "epochs" in definition.expand:
-        return min(definition.expand["epochs"]), max(definition.expand["epochs"])
-    dimension: Dimension | None = definition.space.get("epochs")
-    if isinstance(dimension, Choices):
-        return min(dimension.values), max(dimension.values)
-    if isinstance(dimension, Range):
-        return int(dimension.low), int(dimension.high)
-    epochs = definition.config({}).epochs
-    return epochs, epochs
-
-
-def _trained(configs: Sequence[TrialConfig], classes: int) -> tuple[int, int]:
-    """Return the least and the most parameters that some configs train."""
+def _trained(configs: Sequence[TrialConfig], data: LoadedData | None) -> Span | None:
+    """Return the parameters that some configs train; None where the classes or a network are not known."""
     from caltech_sweep.training.models import count_parameters
 
-    # Which weights a model starts from does not change how many it has, and they may not be here yet.
-    counts = [count_parameters(replace(config, weights="none"), classes)[0] for config in configs]
+    if data is None and any(config.outputs is None for config in configs):
+        return None
+    classes = len(data.split.classes) if data else 0
+    try:
+        # Which weights a model starts from does not change how many it has, and they may not be here yet.
+        counts = [count_parameters(replace(config, weights="none"), classes)[0] for config in configs]
+    except CaltechSweepError:
+        return None
     return min(counts), max(counts)
 
 
-def _records(definition: StudyDefinition, tracking_uri: str | None) -> list[TrialRecord]:
-    from caltech_sweep.tracking import MlflowTracker
+# -- rows --------------------------------------------------------------------------------------------------------------
 
-    try:
-        tracker = MlflowTracker(tracking_uri)
-    except StoreError:
-        return []
-    study = tracker.study(definition.name)
-    return tracker.trials(study) if study else []
+
+def _state(row: Row, config: TrialConfig, records: Sequence[TrialRecord]) -> str:
+    outcomes = [r.outcome for r in records if r.row == row.name and r.fingerprint == config.fingerprint()]
+    return "complete" if "complete" in outcomes else (outcomes[-1] if outcomes else "to train")
+
+
+def _other_weights(record: TrialRecord, weights: Mapping[str, InitialWeights]) -> str | None:
+    """Return a sentence when a run started from other contents than its weights have now."""
+    name = record.params.get("weights", "none")
+    if name == "imagenet":
+        name = f"imagenet {record.params.get('arch')}"
+    was, now = record.tags.get("weights.digest"), weights.get(name)
+    if was is None or now is None or was == now.digest:
+        return None
+    return (
+        f"the SHA-256 of {name} was {was} when trials of this study were trained, is {now.digest}: run refuses to mix "
+        "them; put the old contents back, or give this study a name of its own with --name"
+    )
 
 
 def _planned_rows(
     definition: StudyDefinition,
-    counts: Mapping[str, int],
-    classes: int,
+    only: Sequence[str],
+    data: LoadedData | None,
     records: Sequence[TrialRecord],
-    machine: tuple[str | None, int],
+    kept: Callable[[TrialConfig], int],
 ) -> list[Planned]:
-    configs = [definition.row_config(row) for row in definition.rows]
-    states = []
-    for row, config in zip(definition.rows, configs, strict=True):
-        outcomes = [r.outcome for r in records if r.row == row.name and r.fingerprint == config.fingerprint()]
-        states.append("complete" if "complete" in outcomes else (outcomes[-1] if outcomes else "to train"))
-    kept = [
-        c.epochs if s == "complete" else _stored(definition, c, *machine) for c, s in zip(configs, states, strict=True)
+    wanted = [(row, config) for row, _, config in wanted_rows(definition) if not only or row.name in only]
+    states = [_state(row, config, records) for row, config in wanted]
+    there = [
+        config.epochs if state == "complete" else kept(config)
+        for (_, config), state in zip(wanted, states, strict=True)
     ]
-    new = new_epochs(configs, kept)
-    return [
-        Planned(
-            row.name,
-            1,
-            (config.epochs,) * 2,
-            (_images_of(config, counts.get("train", 0)),) * 2,
-            _trained([config], classes),
-            state,
-            (0 if state in ENDED else left,) * 2,
-        )
-        for row, config, state, left in zip(definition.rows, configs, states, new, strict=True)
+    new = new_epochs([config for _, config in wanted], there)
+    left, seeds = defaultdict[str, int](int), defaultdict[str, list[str]](list)
+    for (row, _), state, count in zip(wanted, states, new, strict=True):
+        left[row.name] += 0 if state in ENDED else count
+        seeds[row.name].append(state)
+    planned = []
+    for row in definition.rows:
+        if row.name in seeds:
+            config, counts = definition.row_config(row), Counter(seeds[row.name])
+            images = _images_of(config, data) if data else None
+            planned.append(
+                Planned(
+                    row.name + (f" x {len(seeds[row.name])} seeds" if len(seeds[row.name]) > 1 else ""),
+                    (config.epochs,) * 2,
+                    None if images is None else (images,) * 2,
+                    _trained([config], data),
+                    next(iter(counts))
+                    if len(counts) == 1
+                    else ", ".join(f"{n} {state}" for state, n in counts.items()),
+                    (config.epochs * len(seeds[row.name]),) * 2,
+                    (left[row.name],) * 2,
+                )
+            )
+    return planned
+
+
+# -- sampled trials ----------------------------------------------------------------------------------------------------
+
+
+def _ends(dimension: Dimension) -> tuple[Any, ...]:
+    """Return the values of a setting between which all others lie."""
+    if not isinstance(dimension, Range):
+        return dimension.values
+    if dimension.step is None:
+        return (dimension.low, dimension.high)
+    steps = math.floor((dimension.high - dimension.low) / dimension.step + 1e-9)
+    return (dimension.low, dimension.low + steps * dimension.step)
+
+
+def _every(dimension: Dimension) -> Sequence[Any]:
+    """Return all values of a setting that is a choice or a whole number, or its ends where they are too many."""
+    ends = _ends(dimension)
+    if isinstance(dimension, Range) and ends[1] - ends[0] < _MOST_VALUES:
+        return range(int(ends[0]), int(ends[1]) + 1, int(dimension.step or 1))
+    return ends
+
+
+def _branches(definition: StudyDefinition, base: TrialConfig) -> list[TrialConfig]:
+    return [replace(base, **settings) for settings in all_branches(definition.expand)]
+
+
+def _families(definition: StudyDefinition) -> Iterator[list[TrialConfig]]:
+    """Yield the schedules that a sampled setting gives, for the ends of each sampled part of a schedule."""
+    sampled = {key: _ends(definition.space[key]) for key in ("epochs", "step_size", "gamma") if key in definition.space}
+    for values in itertools.product(*sampled.values()):
+        yield _branches(definition, definition.config(dict(zip(sampled, values, strict=True))))
+
+
+def _is_finite(dimension: Dimension) -> bool:
+    return not isinstance(dimension, Range) or dimension.integer or dimension.step is not None
+
+
+def _may_be_less(definition: StudyDefinition) -> bool:
+    """Tell whether sampled trials may train less than all their epochs: pruned, or alike when few can be sampled."""
+    return definition.pruner is not None or all(map(_is_finite, definition.space.values()))
+
+
+def _schedule(config: TrialConfig) -> tuple[int, float, int]:
+    return config.step_size, config.gamma, config.epochs
+
+
+def _as_trained(definition: StudyDefinition, record: TrialRecord) -> TrialConfig:
+    """Return a config with the schedule of a sampled trial, which its run knows as text."""
+    config, params = definition.config({}), record.params
+    return replace(
+        config,
+        lr=float(params.get("lr", config.lr)),
+        step_size=int(params.get("step_size", config.step_size)),
+        gamma=float(params.get("gamma", config.gamma)),
+        epochs=int(params.get("epochs", config.epochs)),
+    )
+
+
+def _begun(definition: StudyDefinition, family: Sequence[TrialRecord]) -> tuple[int, Span]:
+    """Return the epochs that a family of which trials are known is asked for, and those that are left."""
+    ended = {_schedule(_as_trained(definition, record)) for record in family if record.outcome in ENDED}
+    configs = _branches(definition, _as_trained(definition, family[0]))
+    configs.sort(key=lambda config: _schedule(config) not in ended)
+    new = new_epochs(configs, [config.epochs if _schedule(config) in ended else 0 for config in configs])
+    left = sum(count for config, count in zip(configs, new, strict=True) if _schedule(config) not in ended)
+    interrupted = any(record.outcome not in ENDED for record in family)
+    return sum(config.epochs for config in configs), (0 if interrupted or _may_be_less(definition) else left, left)
+
+
+def _sampled_images(definition: StudyDefinition, data: LoadedData, epochs: Span) -> Span:
+    """Return the images of a sampled trial, for any size and treatment of its batches."""
+    size = definition.space.get("batch_size")
+    configs = [
+        replace(config, epochs=1, batch_size=number)
+        for config in variants(definition, ("drop_last",), rows=False)
+        for number in ([config.batch_size] if size is None else _every(size))
     ]
-
-
-def _stored(definition: StudyDefinition, config: TrialConfig, device: str | None, threads: int) -> int:
-    """Return how many epochs of a trial are kept from earlier trials of any study."""
-    from caltech_sweep.training.reuse import StageUse
-
-    folder = paths.reuse_store()
-    if not any(folder.glob("stage-*")):
-        return 0
-    import torch
-
-    from caltech_sweep.data import load_dataset
-    from caltech_sweep.sweep.session import find_weights
-    from caltech_sweep.training.stages import stored_epochs
-    from caltech_sweep.training.trial import pick_device
-
-    try:
-        weights = find_weights(definition, None).get(config.weights, ("", None))[1]
-        torch.set_num_threads(threads)
-        data = load_dataset(config.dataset)
-        return stored_epochs(config, data, pick_device(device), weights, StageUse(folder.resolve(), 0))
-    except CaltechSweepError:
-        return 0
+    each = [_images_of(config, data) for config in configs]
+    return epochs[0] * min(each), epochs[1] * max(each)
 
 
 def _planned_sampled(
-    definition: StudyDefinition, counts: Mapping[str, int], classes: int, records: Sequence[TrialRecord]
+    definition: StudyDefinition, data: LoadedData | None, records: Sequence[TrialRecord]
 ) -> Planned | None:
     number = definition.trials - len(definition.rows)
+    if definition.sampler.name in EXHAUSTIVE:  # the study ends with its space
+        number = min(number, grid_size(definition.space))
     if number < 1 or not definition.space:
         return None
-    done = len({r.number for r in records if r.row is None and r.outcome in ENDED})
-    low, high = _epochs_of(definition)
-    configs = list(variants(definition, ("arch", "freeze", "batch_size"), rows=False))
-    images = [
-        _images_of(replace(config, epochs=epochs), counts.get("train", 0))
-        for config in configs
-        for epochs in (low, high)
-    ]
-    families = (number - done) / definition.family_size
-    each = (low, high)
-    if definition.expand:
-        family = [replace(definition.config({}), **settings) for settings in all_branches(definition.expand)]
-        each = (sum(new_epochs(family)),) * 2
-    left = (round(families * each[0]), round(families * each[1]))
-    state = f"{done} of {number} done" if done else "to sample"
+    size = definition.family_size
+    total = math.ceil(number / size)  # families; each is trained as a whole
+    groups: dict[str, dict[int, TrialRecord]] = defaultdict(dict)
+    for record in records:  # a trial that failed is sampled anew, so it does not count
+        if (
+            record.row is None
+            and "confirms" not in record.tags
+            and record.outcome in (*ENDED, "interrupted", "running")
+        ):
+            groups[record.tags.get("family", str(record.number))][record.number] = record
+    begun = [_begun(definition, list(group.values())) for group in groups.values()]
+    done = sum(record.outcome in ENDED for group in groups.values() for record in group.values())
+    families = list(_families(definition))
+    asked = [sum(config.epochs for config in family) for family in families]
+    left = [sum(new_epochs(family)) for family in families]
+    missing = max(0, total - len(groups))
+    least = 0 if _may_be_less(definition) else min(left)
+    epochs = [config.epochs for family in families for config in family]
+    span = (min(epochs), max(epochs))
     return Planned(
-        f"sampled x {number}",
-        number,
-        (low, high),
-        (min(images), max(images)),
-        _trained(configs, classes),
-        state,
-        left,
+        f"sampled x {total * size}",
+        span,
+        _sampled_images(definition, data, span) if data else None,
+        _trained(list(variants(definition, ("arch", "freeze", "outputs"), rows=False)), data),
+        f"{done} of {total * size} done" if done else "to sample",
+        _total([*((count, count) for count, _ in begun), (missing * min(asked), missing * max(asked))]),
+        _total([*(rest for _, rest in begun), (missing * least, missing * max(left))]),
     )
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -201,50 +349,92 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _time(records: Sequence[TrialRecord], epochs: tuple[int, int]) -> str:
-    measured = [r.metrics["epoch_seconds"] for r in records if "epoch_seconds" in r.metrics]
+def _time(records: Sequence[TrialRecord], epochs: Span) -> str:
+    measured = [r.metrics["epoch_seconds"] for r in records if math.isfinite(r.metrics.get("epoch_seconds", math.nan))]
     if not measured:
         return "time: unknown until one epoch of this study has been measured"
     each = statistics.median(measured)
     low, high = (duration(each * count) for count in epochs)
-    span = low if low == high else f"{low} to {high}"
+    span = low if low == high else f"{low} to {high}" if epochs[0] else f"up to {high}"
     return f"time: about {span} on one worker, at {each:.1f} s an epoch (median of {len(measured)} measured trials)"
 
 
-def plan_study(
-    definition: StudyDefinition, tracking_uri: str | None, device: str | None = None, threads: int | None = None
-) -> str:
-    """Return the plan of a study as text; nothing is trained or written.
+def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
+    name = definition.config({}).dataset.name
+    if data is None:
+        return f"{name}: the images cannot be read, see below; what depends on them is unknown"
+    sizes = ", ".join(f"{part} {len(data.split.part(part)):,}" for part in PARTS)
+    return f"{name}: {len(data.split.classes)} classes, {sizes} images"
 
-    ``device`` and ``threads`` are those of the run: kept epochs are shared only where they agree.
-    """
-    counts, classes, sentence = _counts(definition)
-    records = _records(definition, tracking_uri)
-    machine = (device, threads or os.cpu_count() or 1)
-    rows = _planned_rows(definition, counts, classes, records, machine)
-    sampled = _planned_sampled(definition, counts, classes, records)
-    groups = rows + ([sampled] if sampled else [])
-    lines = [
-        f"{definition.title} ({definition.name}): {len(rows)} rows, {sampled.trials if sampled else 0} sampled trials",
-        sentence,
-    ]
+
+def _text(
+    definition: StudyDefinition,
+    about: Sequence[str],
+    rows: Sequence[Planned],
+    sampled: Planned | None,
+    records: Sequence[TrialRecord],
+) -> str:
+    groups = [*rows, *([sampled] if sampled else [])]
+    count = sampled.name.removeprefix("sampled x ") if sampled else "0"
+    lines = [f"{definition.title} ({definition.name}): {len(rows)} rows, {count} sampled trials", *about]
     if definition.overrides:
         lines.append("overrides: " + ", ".join(f"{key}={value}" for key, value in definition.overrides.items()))
     lines += ["", *_table([HEADER, *(group.cells() for group in groups)]), ""]
-    if rows:
-        lines.append(f"rows: {_asked(rows)} epochs asked for, {_between(_left(rows))} to train")
-    if sampled:
-        lines.append(f"sampled: {_asked([sampled])} epochs asked for, {_between(sampled.new_epochs)} to train")
-    left = _left(groups)
+    for name, some in (("rows", rows), ("sampled", [sampled] if sampled else [])):
+        if some:
+            asked, left = _total([g.asked for g in some]), _total([g.new_epochs for g in some])
+            lines.append(f"{name}: {_between(asked)} epochs asked for, {_between(left)} to train")
+    left = _total([group.new_epochs for group in groups])
     lines.append(_time(records, left) if left[1] else "nothing to train")
     return "\n".join(lines)
 
 
-def _asked(groups: Sequence[Planned]) -> str:
-    low, high = (sum(group.trials * group.epochs[i] for group in groups) for i in (0, 1))
-    return _between((low, high))
+def _attempt(problems: list[CaltechSweepError], step: Callable[[], T]) -> T | None:
+    try:
+        return step()
+    except CaltechSweepError as error:
+        problems.append(error)
+        return None
 
 
-def _left(groups: Sequence[Planned]) -> tuple[int, int]:
-    low, high = (sum(group.new_epochs[i] for group in groups) for i in (0, 1))
-    return low, high
+def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
+    """Return the plan of a run with some options; nothing is trained, downloaded or written.
+
+    What keeps a run from starting is told beside what can be planned all the same. Raises at once, as a run does, for
+    options that do not fit and for a tracking store that cannot be used.
+    """
+    tracking, storage = check_options(definition, options)
+    recorded = _recorded(definition, tracking)
+    records: tuple[TrialRecord, ...] = ()
+    problems: list[CaltechSweepError] = []
+    if recorded is not None:
+        trials = list(recorded.trials)
+        _attempt(problems, partial(check_record, recorded.record, lambda: trials, tracking, storage))
+        records = () if problems else recorded.trials
+    weights = _attempt(problems, partial(_find_weights, definition, options.tracking_uri))
+    data = _attempt(problems, partial(inspect_dataset, definition.config({}).dataset))
+    identity = None
+    if data is not None and weights is not None:
+        _attempt(problems, partial(check, definition, data, weights))
+        identity = identity_of(definition, data, weights)
+    _attempt(problems, partial(check_free, storage, definition.name))
+    stored = len(problems)
+    _attempt(problems, partial(check_stored, definition.name, storage, identity, weights))
+    other = {record.run_id: sentence for record in records if (sentence := _other_weights(record, weights or {}))}
+    if len(problems) == stored:
+        problems += [UsageError(sentence) for sentence in dict.fromkeys(other.values())]
+    records = tuple(record for record in records if record.run_id not in other)
+    rows = _planned_rows(definition, options.rows, data, records, _kept(definition, options, data, weights))
+    sampled = None if options.rows else _planned_sampled(definition, data, records)
+    about = [_about_data(definition, data), *(left_out(definition, data.split) if data else [])]
+    if weights is not None:
+        missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.weights == "imagenet"}
+        missing -= {name.removeprefix("imagenet ") for name in weights}
+        about += [
+            f"the ImageNet weights of {arch} are not here yet; a run downloads them first" for arch in sorted(missing)
+        ]
+    return Plan(_text(definition, about, rows, sampled, records), tuple(problems))
+
+
+def _find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
+    return find_weights(definition, tracking_uri) | imagenet_weights(definition, None)

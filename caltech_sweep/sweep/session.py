@@ -5,107 +5,69 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import optuna
 
 from caltech_sweep import paths, stores
-from caltech_sweep.data import load_dataset
-from caltech_sweep.data.images import LoadedData
-from caltech_sweep.data.splits import PARTS
-from caltech_sweep.errors import DatasetError, StoreError, UsageError
-from caltech_sweep.journal import Journal, JournalingTracker, journal_folder, journals
-from caltech_sweep.sweep.coordinator import Coordinator, Images, Limits, Summary
-from caltech_sweep.sweep.executors import Executor, InProcessExecutor, ProcessExecutor
-from caltech_sweep.sweep.rules import suggestion
-from caltech_sweep.sweep.runner import train
-from caltech_sweep.sweep.study import await_outages, open_study
-from caltech_sweep.sweep.study_file import StudyDefinition, variants
-from caltech_sweep.sweep.watch import LiveWatcher, PlainWatcher, Watcher, progress_line
-from caltech_sweep.tracking import MlflowTracker, git_state, is_outage
-from caltech_sweep.training.reuse import StageUse
-from caltech_sweep.workplaces import remove_abandoned, workplace
+from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
+from caltech_sweep.files import remove_abandoned, workplace
+from caltech_sweep.study.definition import StudyDefinition
+from caltech_sweep.study.file import weights_key
+from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
+from caltech_sweep.sweep.executors.base import Executor, Job
+from caltech_sweep.sweep.executors.in_process import InProcessExecutor
+from caltech_sweep.sweep.executors.processes import ProcessExecutor
+from caltech_sweep.sweep.executors.worker import train
+from caltech_sweep.sweep.lease import Held, fencing, holding
+from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
+from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own
+from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of
+from caltech_sweep.sweep.progress import LiveWatcher, PlainWatcher, Watcher
+from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
+from caltech_sweep.sweep.recorder import Recorder
+from caltech_sweep.sweep.sharing import branch_epochs
+from caltech_sweep.tracking.journal import Journal, JournalingTracker, journal_folder, journals
+from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
+from caltech_sweep.tracking.writer import MlflowTracker, Owner, git_state, is_outage
+from caltech_sweep.training.keys import StageUse
 
 _SCRATCH = "caltech-sweep-run-"  # the folder of what trials leave, until the tracking store has it
-Weights = dict[str, tuple[str, Path]]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says about where and how trials run; None leaves it to the machine."""
-
-    tracking_uri: str | None = None
-    storage: str | None = None
-    workers: int | None = None  # processes; one a GPU, one on the CPU
-    per_device: int = 1  # workers sharing a GPU
-    device: str | None = None
-    threads: int | None = None  # of torch in each worker; all cores
-    in_process: bool = False
-    rows: tuple[str, ...] = ()  # these alone
-    confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
-    reuse: bool = True  # share training states and frozen features between trials, and go on from them
-    hang_timeout: float = Limits.hang_seconds  # seconds without a sign after which a worker is killed
-    max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
-    stage_budget: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
-
-
-def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
-    """Resolve every ``run:`` and ``study:`` weights of a study to a run and its checkpoint file."""
-    from caltech_sweep.training.artifacts import CHECKPOINT
-
-    found: Weights = {}
-    for config in variants(definition, ("weights",)):
-        kind, _, name = config.weights.partition(":")
-        if kind not in ("run", "study") or config.weights in found:
-            continue
-        tracker = MlflowTracker(tracking_uri)
-        run_id = tracker.best_trial(name).run_id if kind == "study" else name
-        found[config.weights] = (run_id, tracker.checked_artifact(run_id, CHECKPOINT))
-    return found
-
-
-def check(
-    definition: StudyDefinition, data: LoadedData, weights: Weights, progress: Callable[[int, int], None]
-) -> None:
-    """Raise the error that the first trial would meet: a model that cannot be built, a batch that cannot be filled.
-
-    ImageNet weights that are not there are downloaded, of which ``progress`` is told.
-    """
-    from caltech_sweep.training.models import count_parameters, fetch_imagenet
-
-    classes, images = len(data.split.classes), len(data.split.train)
-    for part in PARTS:
-        if not data.split.part(part):
-            raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
-    seen = set()
-    for config in variants(definition, ("arch", "weights", "outputs", "freeze", "batch_size", "drop_last")):
-        if config.outputs is not None and config.outputs < classes:
-            raise UsageError(f"outputs: {config.outputs} outputs cannot tell {classes} classes apart; leave it out")
-        if config.drop_last and config.batch_size > images:
-            raise UsageError(
-                f"batch_size: {config.batch_size} is more than the {images} training images, and drop_last leaves out "
-                "a batch that is not full; lower it (--set batch_size=...) or set drop_last to false"
-            )
-        model = (config.arch, config.weights, config.outputs, config.freeze)
-        if model not in seen:
-            seen.add(model)
-            if config.weights == "imagenet":
-                fetch_imagenet(config.arch, progress)
-            count_parameters(config, classes, weights.get(config.weights, ("", None))[1])
 
 
 def stage_use(options: RunOptions) -> StageUse | None:
     """Return where trials find and leave what can be reused."""
     if not options.reuse:
         return None
-    from caltech_sweep.training.store import default_budget
+    from caltech_sweep.training.cache import default_budget
 
     folder = paths.reuse_store().resolve()
     budget = default_budget(folder) if options.stage_budget is None else int(options.stage_budget * 10**9)
     return StageUse(folder, budget)
+
+
+def job_of(
+    definition: StudyDefinition, scratch: Path, weights: Weights, stages: StageUse | None, queued: QueuedTrial
+) -> Job:
+    """Return the job of a trial: its folder below ``scratch``, its initial weights, and when it saves."""
+    config, source = queued.config, weights.get(weights_key(queued.config))
+    if stages is not None:
+        stages = replace(stages, save_at=branch_epochs(definition, config))
+    return Job(
+        queued.number,
+        config,
+        scratch / str(queued.number),
+        weights_file=source.path if source else None,
+        weights_digest=source.digest if source else None,
+        lockstep=queued.prunable,
+        stages=stages,
+    )
 
 
 def table_of(study: str, tracking_uri: str) -> str:
@@ -128,7 +90,7 @@ def make_executor(options: RunOptions) -> Executor:
     workers = options.workers or len(devices) * options.per_device
     if workers * threads > cores:  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return ProcessExecutor(train, workers, devices, threads)
+    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout)
 
 
 @contextmanager
@@ -146,42 +108,6 @@ def _stoppable(coordinator: Coordinator, watcher: Watcher) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_rows(definition: StudyDefinition, rows: tuple[str, ...]) -> None:
-    names = [row.name for row in definition.rows]
-    for name in rows:
-        if name not in names:
-            raise UsageError(f"--row: study {definition.name!r} has no row {name!r}{suggestion(name, names)}")
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """What a run starts from, once nothing that can be known before is wrong."""
-
-    tracking: str
-    storage: str
-    weights: Weights
-    data: LoadedData
-    images: Images
-
-
-def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> _Checked:
-    """Raise the error of whatever is wrong with a study, its data or the options; nothing is written but caches."""
-    from caltech_sweep.training.trial import pick_device
-
-    _check_rows(definition, options.rows)
-    pick_device(options.device)
-    tracking, storage = stores.tracking_uri(options.tracking_uri), stores.storage_uri(options.storage)
-    if tracking == storage:
-        raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
-    weights = find_weights(definition, options.tracking_uri)
-    dataset = definition.config({}).dataset
-    data = load_dataset(dataset, progress_line("decoding images", write))
-    check(definition, data, weights, progress_line("downloading ImageNet weights", write, 1e6, " MB"))
-    parts = {part: len(data.split.part(part)) for part in PARTS}
-    images = Images(data.fingerprint, parts, dataset.root or dataset.name, len(data.split.classes))
-    return _Checked(tracking, storage, weights, data, images)
 
 
 def _watcher(stack: ExitStack, write: Callable[[str], None]) -> Watcher:
@@ -205,45 +131,85 @@ def _scratch(stack: ExitStack) -> Path:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Opening:
+    """A study that is about to be opened in its store, and what the tracking store says about its owner."""
+
+    definition: StudyDefinition
+    identity: Mapping[str, Any]
+    weights: Weights
+    tracker: MlflowTracker
+    storage: str
+    adopting: bool
+
+    def check_owner(self) -> StudyRecord | None:
+        """Return the tracking store's study that is to be adopted, or claimed since it has no owner yet, or None.
+
+        Raises the error of one that is another study store's, or that cannot be adopted.
+        """
+        if self.adopting:
+            return check_adoptable(self.definition, self.identity, self.weights, self.tracker, self.storage)
+        record = check_own(self.definition.name, self.tracker, self.storage)
+        return record if record is not None and record.store is None else None
+
+    def open(self, write: Callable[[str], None]) -> optuna.Study:
+        """Open the study, which no other process can run now, and say when it changes hands."""
+        record, name = self.check_owner(), self.definition.name
+        if record is not None and self.adopting:
+            write(adopt(self.definition, self.identity, self.tracker, record, self.storage))
+        study = open_study(self.definition, self.storage, self.identity, self.weights, note=write)
+        if record is not None and not self.adopting:
+            write(f"study {name!r} in the tracking store belongs to this study store from now on")
+        return study
+
+
+def _guard(stack: ExitStack, study: optuna.Study, tracker: MlflowTracker, held: Held) -> None:
+    """Let both stores take writes from this process as long as the study is its own, and no longer."""
+    owner = Owner(tracker, study.study_name, study.user_attrs[STORE_TAG])
+
+    def may() -> None:
+        held.check()
+        owner.check()
+
+    tracker.guard(may)
+    engine = engine_of(study)
+    if engine is not None:
+        stack.enter_context(fencing(engine, held))
+
+
 def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
     """Check a study, then run it to its total; ``write`` prints a line."""
     checked = _checked(definition, options, write)
     tracker = MlflowTracker(checked.tracking, create=True)
+    identity = identity_of(definition, checked.data, checked.weights)
+    opening = _Opening(definition, identity, checked.weights, tracker, checked.storage, options.adopt)
+    opening.check_owner()
     stores.check_file(checked.storage, "study store", create=True)
-    identity = {
-        **definition.identity(),
-        "images": checked.images.digest,
-        "initial_weights": {name: run_id for name, (run_id, _) in checked.weights.items()},
-    }
     with ExitStack() as stack:
-        stack.enter_context(stores.only_one(checked.storage, definition.name))
-        study = open_study(definition, checked.storage, identity)
+        held = stack.enter_context(holding(checked.storage, definition.name))
+        study = opening.open(write)
+        _guard(stack, study, tracker, held)
         watcher = _watcher(stack, write)
         await_outages(study, watcher.note)
         journal = Journal(journal_folder(stores.journal_root(checked.storage), definition.name, checked.tracking))
-        journaling = JournalingTracker(tracker, journal, is_outage, watcher.note)
+        journaling = JournalingTracker(tracker, journal, is_outage, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
-        scratch = _scratch(stack)
         executor = make_executor(options)
         stack.callback(executor.close)
-        coordinator = Coordinator(
-            definition,
-            study,
+        recorder = Recorder(
             journaling,
-            executor,
-            watcher,
-            scratch,
+            definition,
             checked.images,
-            weights=checked.weights,
+            watcher.note,
             tags=git_state(),
-            only=options.rows,
-            stages=stage_use(options),
-            confirm=options.confirm,
+            weights=checked.weights,
             describe=partial(table_of, definition.name, checked.tracking),
-            limits=Limits(options.hang_timeout, options.max_failures),
         )
+        make_job = partial(job_of, definition, _scratch(stack), checked.weights, stage_use(options))
+        queue, limits = TrialQueue(definition, study, options.rows), Limits(options.max_failures)
+        coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits)
         stack.enter_context(_stoppable(coordinator, watcher))
-        return coordinator.run()
+        return coordinator.run(options.confirm)
 
 
 def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[str], None]) -> bool:
@@ -254,9 +220,16 @@ def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[s
         write("nothing waits to be replayed")
         return True
     tracker, complete = MlflowTracker(tracking), True
-    for study, folder in found.items():
-        with stores.only_one(storage, study):
-            journaling = JournalingTracker(tracker, Journal(folder), is_outage, write)
-            complete = journaling.replay() and complete
-            journaling.say_what_waits(study, write)
+    names = {record.name.replace("/", "_"): record.name for record in tracker.studies()}
+    for study, folder in ((names.get(safe, safe), folder) for safe, folder in found.items()):
+        try:
+            check_own(study, tracker, storage)
+            with holding(storage, study) as held:
+                tracker.guard(held.check)
+                journaling = JournalingTracker(tracker, Journal(folder), is_outage, write, held.check)
+                complete = journaling.replay() and complete
+                journaling.say_what_waits(study, write)
+        except (ForeignStudyError, LostStudyError) as error:
+            write(str(error))
+            complete = False
     return complete

@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.sweep.study_file import Choices, Dimension, Range, StudyDefinition, SubsetOf
-from caltech_sweep.training.reuse import learning_rates, shared_epochs, trunk_key
+from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition, SubsetOf
+from caltech_sweep.training.keys import trunk_key
+from caltech_sweep.training.schedule import learning_rates, shared_epochs
 
 _SCHEDULE = ("lr", "step_size", "gamma", "epochs")
 MAX_CHOICES = 16  # values of one setting, above which two sampled trials rarely meet

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from caltech_sweep.keys import derive
+from caltech_sweep.seeds import derive
 
 JITTER = 0.4  # brightness, contrast and saturation factors are uniform in 1 +- this
 
@@ -34,16 +34,23 @@ class AugmentParams:
 def draw_params(
     seed: int, epoch: int, count: int, ops: Sequence[str], probability: float, degrees: float
 ) -> AugmentParams:
-    """Draw the parameters of every sample of one epoch; row i belongs to sample i whatever the batch order."""
-    draws = np.random.default_rng(derive(seed, "augment", epoch)).random((count, 7))
-    gates, values = draws[:, :3] < probability, draws[:, 3:]
-    flip = gates[:, 0] & ("hflip" in ops)
-    jitter = 1 + JITTER * (2 * values[:, :3] - 1)
-    jitter[~(gates[:, 1] & ("color_jitter" in ops))] = 1.0
-    angle = degrees * (2 * values[:, 3] - 1)
-    angle[~(gates[:, 2] & ("rotation" in ops))] = 0.0
+    """Draw the parameters of every sample of one epoch; row i belongs to sample i whatever the batch order.
+
+    Each op draws from a generator of its own, so that no op changes what another draws.
+    """
+
+    def draw(op: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which samples the op changes, (count,) bool, and ``width`` numbers of each, uniform in +-1."""
+        draws = np.random.default_rng(derive(seed, "augment", op, epoch)).random((count, 1 + width))
+        return (draws[:, 0] < probability) & (op in ops), 2 * draws[:, 1:] - 1
+
+    flips, _ = draw("hflip", 0)
+    jitters, shifts = draw("color_jitter", 3)
+    turns, angles = draw("rotation", 1)
+    jitter = np.where(jitters[:, None], 1 + JITTER * shifts, 1.0)
+    angle = np.where(turns, degrees * angles[:, 0], 0.0)
     as_float = [torch.from_numpy(array.astype(np.float32)) for array in (jitter, angle)]
-    return AugmentParams(torch.from_numpy(flip), *as_float)
+    return AugmentParams(torch.from_numpy(flips), *as_float)
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:

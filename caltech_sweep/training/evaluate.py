@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,19 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from caltech_sweep.training.pulse import beat
+from caltech_sweep.errors import NotFiniteError
+from caltech_sweep.training.heartbeat import beat
 
 Views = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of N images: mean negative log-likelihood, accuracy as a fraction, predictions and confidences (N,)."""
+    """Of N images: mean negative log-likelihood, accuracy as a fraction, predictions and confidences (N,).
+
+    Raises NotFiniteError for numbers that are none, wherever they come from.
+    """
 
     loss: float
     accuracy: float
     predictions: torch.Tensor
     confidences: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in (("loss", self.loss), ("accuracy", self.accuracy)):
+            if not math.isfinite(value):
+                raise NotFiniteError(f"the evaluation's {name} is {value}; try a lower learning rate")
+        if not self.confidences.isfinite().all():
+            raise NotFiniteError("the evaluation's confidences are not all finite; try a lower learning rate")
 
 
 @torch.no_grad()
@@ -35,14 +47,16 @@ def evaluate(
     """Evaluate ``model``, put into eval mode, on every image.
 
     ``views`` maps an index (n,) to V inputs of each image, (n, V, ...); ``forward`` maps (n, ...) inputs to logits.
+    Raises NotFiniteError when any logit is NaN or infinite.
     """
     model.eval()
-    predictions, confidences, losses = [], [], []
+    predictions, confidences, losses, finite = [], [], [], []
     for index in torch.arange(len(labels)).split(batch_size):
         beat()
         batch = views(index)
         count, number = batch.shape[:2]
         logits = forward(batch.flatten(0, 1)).float().view(count, number, -1)
+        finite.append(logits.isfinite().all())
         log_probabilities = logits.log_softmax(-1)
         mean = log_probabilities[:, 0]
         if number > 1:
@@ -52,6 +66,8 @@ def evaluate(
         confidence, prediction = mean.exp().max(-1)
         predictions.append(prediction.cpu())
         confidences.append(confidence.cpu())
+    if not torch.stack(finite).all():
+        raise NotFiniteError("the network's outputs became NaN or infinite; try a lower learning rate")
     predicted = torch.cat(predictions)
     accuracy = (predicted == labels).double().mean().item()
     return Evaluation(float(sum(losses)) / len(labels), accuracy, predicted, torch.cat(confidences))

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from caltech_sweep.training.pulse import beat
-from caltech_sweep.training.reuse import digest
-from caltech_sweep.training.store import ReuseStore
+from caltech_sweep.training.cache import ReuseStore
+from caltech_sweep.training.heartbeat import beat
+from caltech_sweep.training.keys import digest
 
 CHUNK = 32  # images that the frozen layers see at once, the last chunk filled up with zeros
 _DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)

@@ -15,15 +15,16 @@ from torch import nn
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import PARTS
-from caltech_sweep.errors import DatasetError, DivergedError
-from caltech_sweep.keys import derive
+from caltech_sweep.errors import DatasetError, DivergedError, NotFiniteError
+from caltech_sweep.seeds import derive
 from caltech_sweep.training import augment
+from caltech_sweep.training.cache import ReuseStore
+from caltech_sweep.training.device import surroundings, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
+from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.models import train_mode
-from caltech_sweep.training.pulse import beat
-from caltech_sweep.training.reuse import learning_rate, surroundings, uses_bfloat16, uses_channels_last
-from caltech_sweep.training.store import ReuseStore
+from caltech_sweep.training.schedule import learning_rate
 
 NORMALIZE = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -89,7 +90,7 @@ class Training:
 
     def __post_init__(self) -> None:
         config = self.config
-        self._bfloat16 = uses_bfloat16(config, self.device.type)
+        self._bfloat16 = uses_bfloat16(config, self.device)
         last = uses_channels_last(config, self.device.type)
         self._format = torch.channels_last if last else torch.contiguous_format
         self.model = self.model.to(self.device)
@@ -184,7 +185,10 @@ class Training:
             with self._autocast():
                 return network(batch)
 
-        return evaluate(self.model, self.data.labels(part), max(1, size // 10) if ten else size, inputs, forward)
+        try:
+            return evaluate(self.model, self.data.labels(part), max(1, size // 10) if ten else size, inputs, forward)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{part} images: {error}") from error
 
     def _batches(self, epoch: int) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(derive(self.config.seed, "shuffle", epoch))
@@ -246,7 +250,10 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss, accuracy, seen = self.train_epoch(epoch)
-        val = self.evaluate("val")
+        try:
+            val = self.evaluate("val")
+        except NotFiniteError as error:
+            raise NotFiniteError(f"epoch {epoch}, {error}") from error
         seconds = time.perf_counter() - start
         result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
         self.epoch = epoch

@@ -75,7 +75,9 @@ if (comparison) {
     comparison.querySelector("[data-better]").textContent = count((d) => d > 1e-9);
     comparison.querySelector("[data-same]").textContent = count((d) => Math.abs(d) <= 1e-9);
     all("thead th", comparison).slice(2, 4).forEach((cell, n) => {
-      cell.textContent = [first, second][n].selectedOptions[0].textContent;
+      const [study, other] = [first, second].map((select) => select.selectedOptions[0].parentElement.label);
+      const option = [first, second][n].selectedOptions[0];
+      cell.textContent = study === other ? option.textContent : `${option.parentElement.label}: ${option.textContent}`;
     });
   };
   for (const select of [first, second]) listen(select, "change", compare);

@@ -1,0 +1,100 @@
+"""Whether the artifacts of a completed trial are whole: sizes, counts and checksums against what was recorded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from caltech_sweep.files import changed
+from caltech_sweep.tracking.records import TrialRecord
+
+CHECKPOINT = "checkpoints/best.safetensors"
+_ALWAYS = ("config.yaml", "environment.json", "per_class.csv")
+_LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself accepts
+
+
+def artifact_problems(record: TrialRecord, root: Path, images: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for every artifact of a completed trial that is missing or cut short.
+
+    ``images`` holds how many images each part has, and how many classes there are, as the study recorded them. The
+    checksums, for which everything is read, come last: what is short has been found by then.
+    """
+    problems = list(_shortcomings(record, root, images))
+    yield from problems
+    if not problems:
+        yield from (f"{path} is not what was written: its checksum differs" for path in changed(root))
+
+
+def _shortcomings(record: TrialRecord, root: Path, images: Mapping[str, Any]) -> Iterator[str]:
+    tests = ["test", *(["test_tencrop"] if "test_tencrop/accuracy" in record.metrics else [])]
+    for name in ("val", *tests):
+        part = "val" if name == "val" else "test"
+        accuracy = record.metrics.get("best/val_accuracy" if name == "val" else f"{name}/accuracy")
+        yield from _predictions(root / "predictions" / f"{name}.csv", images.get(part), accuracy)
+        yield from _table(root / "confusion_matrix" / f"{name}.csv", images.get("classes"))
+    for path in _ALWAYS:
+        if not _size(root / path):
+            yield f"{path} is missing or empty"
+    yield from safetensors_problems(root / CHECKPOINT)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _read(path: Path) -> list[list[str]] | str:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))[1:]
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def _table(path: Path, rows: int | None) -> Iterator[str]:
+    found, name = _read(path), f"{path.parent.name}/{path.name}"
+    if isinstance(found, str):
+        yield f"{name} {found}"
+    elif rows is not None and len(found) != rows:
+        yield f"{name} has {len(found)} rows instead of {rows}"
+
+
+def _predictions(path: Path, images: int | None, accuracy: float | None) -> Iterator[str]:
+    """A list of predictions must have a line for each image, and give the accuracy that was recorded."""
+    found = _read(path)
+    problems = list(_table(path, images))
+    yield from problems
+    if problems or isinstance(found, str) or accuracy is None or not found:
+        return
+    right = sum(len(line) > 2 and line[1] == line[2] for line in found)
+    if not math.isclose(right / len(found), accuracy, abs_tol=1e-6):
+        yield f"predictions/{path.name} gives an accuracy of {right / len(found):.4f} instead of {accuracy:.4f}"
+
+
+def safetensors_problems(path: Path) -> Iterator[str]:
+    """Yield what is wrong with a file of weights, from its header and its size alone."""
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length < _LONGEST_HEADER else None
+    except FileNotFoundError:
+        yield f"{name} is missing"
+        return
+    except (OSError, ValueError):
+        header = None
+    if not isinstance(header, dict):
+        yield f"{name} has no readable header"
+        return
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if _size(path) != expected:
+        yield f"{name} has {_size(path):,} bytes instead of {expected:,}"

@@ -1,0 +1,92 @@
+"""Small pictures of dataset images, as data that a page carries itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from caltech_sweep.config import DatasetConfig
+from caltech_sweep.errors import DatasetError
+from caltech_sweep.tracking.records import TrialRecord, grey_bits
+
+SIDE = 112  # pixels
+Thumbnail = Callable[[str], str | None]  # from an image's path below the root to a data address, or None
+
+
+def datasets_of(document: Mapping[str, Any], run: TrialRecord, data: str | None) -> list[DatasetConfig]:
+    """Return where a run's images may lie: in ``data`` alone where that is given, else where they lay, or as usual."""
+    known = {field.name for field in fields(DatasetConfig)}
+    values = {key: value for key, value in (document.get("dataset") or {}).items() if key in known}
+    config = DatasetConfig(**values)
+    recorded = run.params.get("dataset.root", "none")
+    roots = [data] if data else [recorded, config.root] if recorded != "none" else [config.root]
+    return [replace(config, root=root) for root in roots]
+
+
+def find_thumbnails(configs: Sequence[DatasetConfig], run: TrialRecord) -> Thumbnail:
+    """Return what makes thumbnails of the first dataset that is there, with the pixels that a run was trained on.
+
+    Raises the first's DatasetError when none is there.
+    """
+    errors = []
+    for config in configs:
+        try:
+            return open_thumbnails(config, grey_bits(run.tags))
+        except DatasetError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def open_thumbnails(config: DatasetConfig, bits: int = 16) -> Thumbnail:
+    """Return what makes thumbnails of a dataset's images, of which ``bits`` are those of its sixteen-bit grey ones.
+
+    Raises DatasetError when the images are not there.
+    """
+    if config.name == "shapes":
+        return _drawn(config)
+    from caltech_sweep.data import dataset_root
+    from caltech_sweep.data.pixels import PixelRules, read_rgb
+
+    root, rules = dataset_root(config).resolve(), PixelRules.of(config, bits)
+
+    def thumbnail(name: str) -> str | None:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):  # a store may come from anyone; it names images, no other files
+            return None
+        try:
+            return _encode(read_rgb(path.read_bytes(), rules))
+        except (OSError, DatasetError):
+            return None
+
+    return thumbnail
+
+
+def _drawn(config: DatasetConfig) -> Thumbnail:
+    """Draw the shapes again, which are no files."""
+    from PIL import Image
+
+    from caltech_sweep.data.shapes import shapes_split
+    from caltech_sweep.data.splits import PARTS
+
+    try:
+        split, images = shapes_split(config.resize, config.split_seed)
+    except (TypeError, ValueError, MemoryError) as error:
+        raise DatasetError(f"the shapes cannot be drawn again: {error}") from error
+    names = (item.path.as_posix() for part in PARTS for item in split.part(part))
+    by_name = dict(zip(names, images, strict=True))
+    return lambda name: _encode(Image.fromarray(by_name[name])) if name in by_name else None
+
+
+def _encode(image: Any) -> str:
+    from PIL import Image
+
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # A drawn shape is smaller than a thumbnail: enlarged with hard edges it stays what the network saw.
+    resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    buffer = io.BytesIO()
+    image.resize(size, resampling).save(buffer, "WEBP", quality=72, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

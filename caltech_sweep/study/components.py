@@ -1,0 +1,112 @@
+"""Samplers and pruners by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+
+from caltech_sweep.seeds import derive
+from caltech_sweep.study.definition import Component, Dimension
+from caltech_sweep.study.grid import EXHAUSTIVE, grid_of
+from caltech_sweep.text import suggestion
+
+SAMPLERS = {
+    "tpe": "TPESampler",
+    "random": "RandomSampler",
+    "gp": "GPSampler",
+    "qmc": "QMCSampler",
+    "cmaes": "CmaEsSampler",
+    "nsgaii": "NSGAIISampler",
+    "brute_force": "BruteForceSampler",
+    "grid": "GridSampler",
+}
+PRUNERS = {
+    "median": "MedianPruner",
+    "percentile": "PercentilePruner",
+    "halving": "SuccessiveHalvingPruner",
+    "hyperband": "HyperbandPruner",
+    "threshold": "ThresholdPruner",
+}
+
+
+PACKAGES = {"cmaes": "cmaes", "gp": "scipy", "qmc": "scipy"}  # what Optuna imports when these first sample
+
+
+_FIXED_SEQUENCE = ("qmc", *EXHAUSTIVE)
+_DERIVED = ("self", "search_space")  # arguments that the study's space gives
+ALIASES = {"startup_trials": "n_startup_trials", "warmup_epochs": "n_warmup_steps", "interval_epochs": "interval_steps"}
+
+
+def _class_of(kind: str, name: str) -> Any:
+    return getattr(optuna.samplers if kind == "sampler" else optuna.pruners, _names(kind)[name])
+
+
+def _names(kind: str) -> dict[str, str]:
+    return SAMPLERS if kind == "sampler" else PRUNERS
+
+
+def _build(kind: str, component: Component, grid: Mapping[str, Sequence[Any]] | None = None) -> Any:
+    arguments = {ALIASES.get(key, key): value for key, value in component.arguments.items()}
+    if component.name == "grid":
+        arguments["search_space"] = dict(grid or {})
+    if isinstance(component.arguments.get("warmup_epochs"), int):
+        arguments["n_warmup_steps"] += 1  # Optuna's steps are our epochs, whose first is 1
+    return _class_of(kind, component.name)(**arguments)
+
+
+def component_problems(kind: str, component: Component) -> Iterator[tuple[str, str]]:
+    """Yield (argument, sentence) for what is wrong with a "sampler" or a "pruner"."""
+    names = _names(kind)
+    if not isinstance(component.name, str) or component.name not in names:
+        yield "name", f"there is no {kind} {component.name!r}{suggestion(str(component.name), names)}"
+        return
+    package = PACKAGES.get(component.name) if kind == "sampler" else None
+    if package and importlib.util.find_spec(package) is None:
+        install = "pip install 'caltech-sweep[samplers]'"
+        yield "name", f"sampler {component.name} needs the package {package}, which is not installed: {install}"
+    known = [name for name in inspect.signature(_class_of(kind, component.name)).parameters if name not in _DERIVED]
+    aliases = {alias: name for alias, name in ALIASES.items() if name in known}
+    unknown = [key for key in component.arguments if aliases.get(key, key) not in known]
+    for key in unknown:
+        yield key, f"is no argument of {component.name}{suggestion(str(key), [*aliases, *known])}"
+    if not unknown:
+        try:
+            _build(kind, component)
+        except (ImportError, TypeError, ValueError) as error:
+            yield kind, f"optuna refuses these arguments: {str(error).splitlines()[0]}"
+
+
+def make_sampler(component: Component, number: int, space: Mapping[str, Dimension]) -> optuna.samplers.BaseSampler:
+    """Return the sampler that suggests trial ``number`` out of a space.
+
+    Its seed is keyed by the trial, not by how far a stream has run: a study that was stopped and goes on samples
+    what it would have sampled, and never its first settings again. Samplers that walk a fixed sequence, or that
+    remember the trials they have seen in the study itself, keep the study's seed.
+    """
+    known = inspect.signature(_class_of("sampler", component.name)).parameters
+    grid = grid_of(space) if component.name == "grid" else None
+    arguments = dict(component.arguments)
+    if (
+        "warn_independent_sampling" in known and known["warn_independent_sampling"].default is True
+    ):  # one line for each setting and trial; plan says it once
+        arguments.setdefault("warn_independent_sampling", False)
+    if "seed" in known:
+        seed = int(arguments.get("seed") or 0)
+        arguments["seed"] = seed if component.name in _FIXED_SEQUENCE else derive(seed, "sampler", number) % 2**32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler: optuna.samplers.BaseSampler = _build("sampler", Component(component.name, arguments), grid)
+    return sampler
+
+
+def make_pruner(component: Component | None) -> optuna.pruners.BasePruner:
+    """Return the pruner of a study, or one that never prunes."""
+    if component is None:
+        return optuna.pruners.NopPruner()
+    pruner: optuna.pruners.BasePruner = _build("pruner", component)
+    return pruner

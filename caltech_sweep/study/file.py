@@ -1,0 +1,449 @@
+"""Study files: strict YAML 1.2, read into a frozen definition; every problem of a file is reported at once.
+
+A sentence about a problem starts with where it is: ``sweeps/x.yaml:12: space.lr.low: must be ...``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from caltech_sweep import paths
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.errors import StudyFileError, UsageError
+from caltech_sweep.rules import (
+    BOOLEAN,
+    DATASET_RULES,
+    FRACTION,
+    TRIAL_RULES,
+    Rule,
+    integer,
+    is_integer,
+    is_number,
+    number,
+)
+from caltech_sweep.study.definition import (
+    EXPANDED,
+    Choices,
+    Component,
+    Dimension,
+    Range,
+    Row,
+    StudyDefinition,
+    SubsetOf,
+)
+from caltech_sweep.text import suggestion
+
+REFERENCES = {
+    "val_accuracy": number("between 0 and 1", lambda v: 0 <= v <= 1),
+    "test_accuracy": number("between 0 and 1", lambda v: 0 <= v <= 1),
+    "best_epoch": integer(1),
+}
+
+
+def weights_key(config: TrialConfig) -> str:
+    """Return the name of the weights that a trial starts from; every network has its own ImageNet weights."""
+    return f"imagenet {config.arch}" if config.weights == "imagenet" else config.weights
+
+
+def _plain(node: Any) -> Any:
+    """Return a YAML node without its marks, as plain Python values."""
+    if isinstance(node, Mapping):
+        return {_plain(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [_plain(value) for value in node]
+    if isinstance(node, bool) or node is None:
+        return node
+    for kind in (int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return str(node)
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    yaml = YAML(typ="rt", pure=True)
+    try:
+        return yaml.load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = (error.problem or "cannot be read").splitlines()[0]
+        raise StudyFileError([f"{where}:{line}: not valid YAML: {problem}"]) from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise StudyFileError([f"{where}:1: not valid YAML: {str(error).splitlines()[0]}"]) from error
+
+
+class _Reader:
+    """Walks one file, collecting a sentence for each problem."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self._found = where, list[tuple[int, str]]()
+
+    @property
+    def problems(self) -> list[str]:
+        """The sentences so far, in the order of their lines."""
+        return [text for _, text in sorted(self._found, key=lambda found: found[0])]
+
+    def problem(self, node: Any, key: Any, path: str, text: str) -> None:
+        line = 1
+        if isinstance(node, (CommentedMap, CommentedSeq)):
+            position = node.lc.data.get(key) if node.lc.data and key is not None else None
+            line = (position[0] if position else node.lc.line or 0) + 1
+        self._found.append((line, f"{self.where}:{line}: {path}: {text}"))
+
+    def mapping(self, parent: Any, key: Any, path: str) -> CommentedMap:
+        """Return a mapping below a node; a missing one is empty, another kind is a problem."""
+        node = parent.get(key) if isinstance(parent, Mapping) else parent[key]
+        if node is None:
+            return CommentedMap()
+        if isinstance(node, CommentedMap):
+            return node
+        self.problem(parent, key, path, f"must be a mapping of names to values, got {_plain(node)!r}")
+        return CommentedMap()
+
+    def known(self, node: CommentedMap, path: str, known: Sequence[str]) -> list[str]:
+        """Return the keys that are known, and report the others."""
+        good = []
+        for key in node:
+            if key in known:
+                good.append(key)
+            else:
+                self.problem(node, key, f"{path}{key}", f"is not known here{suggestion(key, known)}")
+        return good
+
+    def ruled(self, node: CommentedMap, path: str, rules: Mapping[str, Rule]) -> dict[str, Any]:
+        """Return the values that their rules accept, and report the others."""
+        values = {}
+        for key in self.known(node, path, list(rules)):
+            value = _plain(node[key])
+            wrong = rules[key].problem(value)
+            if wrong:
+                self.problem(node, key, f"{path}{key}", wrong)
+            else:
+                values[key] = value
+        return values
+
+    def dimension(self, space: CommentedMap, key: str) -> Dimension | None:
+        path, before = f"space.{key}", len(self.problems)
+        node = self.mapping(space, key, path)
+        forms = [form for form in ("choices", "subset_of", "low") if form in node]
+        if len(forms) != 1:
+            if len(self.problems) == before:
+                self.problem(space, key, path, "must have either low and high, or choices, or subset_of")
+            return None
+        if forms[0] == "low":
+            return self._range(space, node, key, path)
+        self.known(node, f"{path}.", forms)
+        values = _plain(node[forms[0]])
+        if not isinstance(values, list) or not values:
+            self.problem(node, forms[0], f"{path}.{forms[0]}", f"must be a list with values, got {values!r}")
+            return None
+        if forms[0] == "subset_of":
+            wrong = "can be sampled for augment alone" if key != "augment" else TRIAL_RULES[key].problem(values)
+            if wrong:
+                self.problem(node, "subset_of", f"{path}.subset_of", wrong)
+            return SubsetOf(tuple(values))
+        for value in values:
+            wrong = TRIAL_RULES[key].problem(value)
+            if wrong:
+                self.problem(node, "choices", f"{path}.choices", wrong)
+        return Choices(tuple(tuple(v) if isinstance(v, list) else v for v in values))
+
+    def _range(self, space: CommentedMap, node: CommentedMap, key: str, path: str) -> Range | None:
+        rule, before = TRIAL_RULES[key], len(self.problems)
+        if rule.kind == "other":
+            self.problem(space, key, path, "is no number and cannot have a range; use choices")
+            return None
+        self.known(node, f"{path}.", ["low", "high", "log", "step"])
+        values = _plain(node)
+        for end in ("low", "high"):
+            value = values.get(end)
+            if end not in values:
+                self.problem(node, None, f"{path}.{end}", "is missing")
+            elif values.get("log") is True and is_number(value) and value <= 0:
+                self.problem(node, end, f"{path}.{end}", f"must be > 0 for a log range, got {value!r}")
+            elif wrong := rule.problem(value):
+                self.problem(node, end, f"{path}.{end}", wrong)
+        if wrong := BOOLEAN.problem(values.get("log", False)):
+            self.problem(node, "log", f"{path}.log", wrong)
+        step = values.get("step")
+        if step is not None and not (is_number(step) and step > 0 and (rule.kind == "number" or is_integer(step))):
+            self.problem(node, "step", f"{path}.step", f"must be a positive {rule.kind}, got {step!r}")
+        if step is not None and values.get("log"):
+            self.problem(node, "step", f"{path}.step", "cannot be combined with log; leave one of them out")
+        if len(self.problems) > before:
+            return None
+        if values["low"] > values["high"]:
+            self.problem(node, "low", f"{path}.low", f"is above high: {values['low']} > {values['high']}")
+        return Range(values["low"], values["high"], values.get("log", False), step, rule.kind == "integer")
+
+    def rows(self, root: CommentedMap) -> tuple[Row, ...]:
+        nodes = root.get("rows")
+        if nodes is None:
+            return ()
+        if not isinstance(nodes, CommentedSeq):
+            self.problem(root, "rows", "rows", "must be a list, each item starting with - name:")
+            return ()
+        rows: list[Row] = []
+        for index in range(len(nodes)):
+            path = f"rows[{index}]"
+            node = self.mapping(nodes, index, path)
+            self.known(node, f"{path}.", ["name", "set", "reference", "tolerance"])
+            name = _plain(node.get("name"))
+            if not isinstance(name, str) or not name.strip():
+                self.problem(nodes, index, f"{path}.name", "every row needs a name")
+            elif name in {row.name for row in rows}:
+                self.problem(node, "name", f"{path}.name", f"{name!r} is the name of an earlier row too")
+            settings = self.ruled(self.mapping(node, "set", f"{path}.set"), f"{path}.set.", TRIAL_RULES)
+            reference = self.ruled(
+                self.mapping(node, "reference", f"{path}.reference"), f"{path}.reference.", REFERENCES
+            )
+            tolerance = self.tolerance(node, f"{path}.")
+            rows.append(Row(str(name), settings, reference, tolerance))
+        return tuple(rows)
+
+    def expand(self, root: CommentedMap, taken: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        node = self.mapping(root, "expand", "expand")
+        expand: dict[str, tuple[Any, ...]] = {}
+        for key in self.known(node, "expand.", EXPANDED):
+            values, path = _plain(node[key]), f"expand.{key}"
+            wrong = (
+                [text for value in values if (text := TRIAL_RULES[key].problem(value))]
+                if isinstance(values, list)
+                else []
+            )
+            if not isinstance(values, list) or not values:
+                self.problem(node, key, path, f"must be a list with values, got {values!r}")
+            elif wrong:
+                self.problem(node, key, path, wrong[0])
+            elif len(set(values)) < len(values):
+                self.problem(node, key, path, "has a value twice")
+            elif key in taken:
+                self.problem(node, key, path, "is also under fixed or space; leave it in one place")
+            else:
+                expand[key] = tuple(values)
+        return expand
+
+    def exhaustive(self, root: CommentedMap, definition: StudyDefinition) -> None:
+        """Report what keeps an exhaustive sampler from trying the whole space."""
+        from caltech_sweep.study.grid import exhaustive_problems
+
+        for path, text in exhaustive_problems(definition):
+            top, _, key = path.partition(".")
+            list_name, _, index = top.rstrip("]").partition("[")
+            node, mark = (root[list_name], int(index)) if index else (root[top], key) if key else (root, top)
+            self.problem(node, mark, path, text)
+
+    def tolerance(self, node: CommentedMap, path: str) -> float | None:
+        tolerance: float | None = _plain(node.get("tolerance"))
+        if tolerance is not None and (wrong := FRACTION.problem(tolerance)):
+            self.problem(node, "tolerance", f"{path}tolerance", wrong)
+        return tolerance
+
+    def component(self, root: CommentedMap, key: str) -> Component | None:
+        from caltech_sweep.study.components import component_problems
+
+        if root.get(key) is None:
+            return None
+        node = _plain(self.mapping(root, key, key))
+        name = node.pop("name", None)
+        component = Component(name, node)
+        for argument, text in component_problems(key, component):
+            self.problem(root[key], argument if argument != key else "name", f"{key}.{argument}", text)
+        return component
+
+
+_TOP = (
+    "title",
+    "dataset",
+    "trials",
+    "sampler",
+    "pruner",
+    "fixed",
+    "space",
+    "expand",
+    "rows",
+    "tolerance",
+    "replicates",
+)
+
+
+def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
+    reader.known(root, "", _TOP)
+    title = _plain(root.get("title", name))
+    if not isinstance(title, str) or not title.strip():
+        reader.problem(root, "title", "title", f"must be text, got {title!r}")
+    dataset = reader.ruled(reader.mapping(root, "dataset", "dataset"), "dataset.", DATASET_RULES)
+    fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", TRIAL_RULES)
+    node = reader.mapping(root, "space", "space")
+    space = {key: reader.dimension(node, key) for key in reader.known(node, "space.", list(TRIAL_RULES))}
+    for key in set(space) & set(fixed):
+        reader.problem(node, key, f"space.{key}", "is also under fixed; leave it in one of the two")
+    expand = reader.expand(root, {**space, **fixed})
+    rows = reader.rows(root)
+    trials = _plain(root.get("trials", len(rows)))
+    if wrong := integer(1).problem(trials):
+        reader.problem(root, "trials", "trials", f"{wrong}; it counts rows and sampled trials together")
+    elif not space and trials > len(rows):
+        reader.problem(
+            root, "trials", "trials", f"asks for {trials} trials, but there are {len(rows)} rows and no space"
+        )
+    family = math.prod(map(len, expand.values()))
+    if expand and not wrong and (not space or (trials - len(rows)) % family):
+        mend = f"{len(rows)} rows and a multiple of {family}" if space else "a space to sample the other settings from"
+        reader.problem(root, "expand", "expand", f"each sampled setting gives {family} trials, so it needs {mend}")
+    crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
+    if crop > resize:
+        reader.problem(root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)")
+    sampler = reader.component(root, "sampler") or Component("tpe", {"seed": 0})
+    pruner = reader.component(root, "pruner")
+    kept = {key: dimension for key, dimension in space.items() if dimension is not None}
+    tolerance = reader.tolerance(root, "")
+    replicates = _plain(root.get("replicates", 1))
+    if wrong := integer(1).problem(replicates):
+        reader.problem(root, "replicates", "replicates", wrong)
+    return StudyDefinition(
+        name,
+        title,
+        trials,
+        dataset,
+        fixed,
+        kept,
+        rows,
+        sampler,
+        pruner,
+        tolerance=tolerance,
+        expand=expand,
+        replicates=replicates,
+    )
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return the key and value of one ``key=value``, the value read as YAML; raise UsageError for a wrong one."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    known = [*TRIAL_RULES, *(f"dataset.{name}" for name in DATASET_RULES)]
+    if not equals:
+        raise UsageError(f"--set {text}: must be key=value, such as lr=0.01")
+    if key not in known:
+        raise UsageError(f"--set {text}: there is no setting {key!r}{suggestion(key, known)}")
+    try:
+        value = _plain(_load_yaml(raw, "--set"))
+    except StudyFileError as error:
+        raise UsageError(f"--set {text}: the value is not valid YAML") from error
+    rule = DATASET_RULES[key[8:]] if key.startswith("dataset.") else TRIAL_RULES[key]
+    wrong = rule.problem(value)
+    if wrong:
+        raise UsageError(f"--set {text}: {key} {wrong}")
+    return key, value
+
+
+def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> StudyDefinition:
+    """Fix some settings for every trial: out of the space, and in place of what rows set."""
+    dataset, fixed, space = dict(definition.dataset), dict(definition.fixed), dict(definition.space)
+    expand = {key: values for key, values in definition.expand.items() if key not in overrides}
+    for key, value in overrides.items():
+        if key.startswith("dataset."):
+            dataset[key[8:]] = value
+        else:
+            fixed[key] = value
+            space.pop(key, None)
+    rows = tuple(
+        replace(row, settings={key: overrides.get(key, value) for key, value in row.settings.items()})
+        for row in definition.rows
+    )
+    recorded = {key: value for key, value in overrides.items() if key != "dataset.root"}
+    crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
+    if crop > resize:
+        raise UsageError(
+            f"dataset.crop: {crop} pixels cannot be cut from images of {resize} (dataset.resize); set both"
+        )
+    return replace(definition, dataset=dataset, fixed=fixed, space=space, rows=rows, overrides=recorded, expand=expand)
+
+
+def dataset_of(study: str | None, overrides: Sequence[str], data: str | None) -> DatasetConfig:
+    """Return the dataset of a study, or without one what the overrides and the folder ``data`` say.
+
+    A folder is Caltech-101 where it has some of its folders. Raises UsageError, or StudyFileError.
+    """
+    if study is not None:
+        return load_study(study, overrides, data=data).config({}).dataset
+    changes = dict(parse_override(item) for item in overrides)
+    for key in changes:
+        if not key.startswith("dataset."):
+            raise UsageError(f"--set {key}: decides no split; a setting of a dataset starts with dataset.")
+    values = {key[8:]: value for key, value in changes.items()}
+    root = data if data is not None else values.get("root")
+    if root is not None and "name" not in values:
+        marks = (paths.CALTECH_FOLDER, "BACKGROUND_Google", "Faces_easy")
+        values["name"] = "caltech101" if any((Path(root) / mark).is_dir() for mark in marks) else "folder"
+    return TrialConfig.from_dict({"dataset": {**values, "root": root}}).dataset
+
+
+def find_study(study: str, folder: Path = paths.STUDIES) -> Path:
+    """Return the file of a study given by name or by path; raise UsageError with a suggestion."""
+    as_path = Path(study)
+    if as_path.suffix in (".yaml", ".yml"):
+        if as_path.is_file():
+            return as_path
+        raise UsageError(f"there is no study file {study}")
+    path = folder / f"{study}.yaml"
+    if not path.is_file():
+        names = list_studies(folder)
+        hint = suggestion(study, names) if names else "; the folder has no study files"
+        raise UsageError(f"there is no study {study!r} in {folder}{hint}")
+    return path
+
+
+def list_studies(folder: Path = paths.STUDIES) -> list[str]:
+    """Return the names of the study files in a folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def load_study(
+    study: str,
+    overrides: Sequence[str] = (),
+    *,
+    folder: Path = paths.STUDIES,
+    trials: int | None = None,
+    data: str | None = None,
+    name: str | None = None,
+    replicates: int | None = None,
+) -> StudyDefinition:
+    """Read a study by name or path, with ``key=value`` overrides, another total, dataset folder or name.
+
+    Raises StudyFileError with every problem of the file, or UsageError for the arguments.
+    """
+    path = find_study(study, folder)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyFileError([f"{path}: cannot be read as UTF-8 text"]) from error
+    root = _load_yaml(text, str(path))
+    if not isinstance(root, CommentedMap):
+        raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {_plain(root)!r}"])
+    reader = _Reader(str(path))
+    definition = _read(reader, root, name or path.stem)
+    if not reader.problems:
+        reader.exhaustive(root, definition)
+    if reader.problems:
+        raise StudyFileError(reader.problems)
+    changes = dict(parse_override(item) for item in overrides)
+    if data is not None:
+        changes["dataset.root"] = data
+    if trials is not None:
+        if trials > len(definition.rows) and not definition.space:
+            raise UsageError(f"--trials {trials}: {path} has {len(definition.rows)} rows and no space to sample from")
+        definition = replace(definition, trials=trials)
+    definition = override(definition, changes)
+    if replicates is not None:
+        definition = replace(definition, replicates=replicates)
+    if not definition.space:
+        definition = replace(definition, trials=min(definition.trials, len(definition.rows)))
+    return definition

@@ -1,0 +1,136 @@
+"""Where trials run: one interface, in this process or in persistent worker processes.
+
+An executor owns slots. The coordinator submits a :class:`Job` to a free slot and polls for events. A worker sees
+jobs and sends events back, nothing else, so that both stores keep a single writer. Whether a worker hangs is for its
+executor to find out: it kills it and says :class:`WorkerDied`.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
+from caltech_sweep.training.keys import StageUse
+
+HANG_SECONDS = 600.0  # of silence after which a worker is killed; every step of a training gives a sign
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial to run."""
+
+    number: int
+    config: TrialConfig
+    folder: Path  # where its artifacts are written
+    weights_file: Path | None = None  # initial weights, unless they are none
+    device: str | None = None
+    lockstep: bool = False  # wait for the coordinator's answer after every epoch, since it may prune
+    stages: StageUse | None = None  # what may be reused and where the trial's own stages go
+    alone: bool = False  # no other job shares its device, which is the one it had before
+    weights_digest: str | None = None  # the SHA-256 that the file of the initial weights must have
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch of a job: its 1-based number and its metrics by MLflow name."""
+
+    job: int
+    epoch: int
+    metrics: Mapping[str, float]
+    reused: bool = False  # not trained by this job
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that ran to its end, with its final metrics; its artifacts are in the job's folder."""
+
+    job: int
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A job that stopped because it was asked to."""
+
+    job: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job that failed: ``outcome`` is diverged, out_of_memory, data_error or crashed."""
+
+    job: int
+    outcome: str
+    message: str
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerDied:
+    """The worker process of a job ended unexpectedly; the job may be tried again.
+
+    ``hung`` is the number of seconds that it was silent for, where it was killed because of that.
+    """
+
+    job: int
+    exit_code: int | None
+    hung: float | None = None
+
+
+Event = Epoch | Done | Stopped | Failed | WorkerDied
+Epochs = Generator[Epoch, None, Done]
+Runner = Callable[[Job], Epochs]
+
+
+class Executor(Protocol):
+    """Slots that run jobs."""
+
+    def free(self) -> int:
+        """Return how many jobs may be submitted now."""
+
+    def submit(self, job: Job) -> None:
+        """Start a job in a free slot."""
+
+    def poll(self, timeout: float) -> Sequence[Event]:
+        """Return what has happened, waiting at most ``timeout`` seconds for the first event."""
+
+    def answer(self, job: int, go_on: bool) -> None:
+        """Answer an epoch of a lockstep job: train the next one, or stop and reply with ``Stopped``."""
+
+    def close(self) -> None:
+        """End every job and worker at once."""
+
+
+_DISK = re.compile(r"No space left|File too large|Disk quota exceeded|Read-only file system")
+
+
+def failure_of(job: int, error: Exception) -> Failed:
+    """Name the outcome of an error that a job raised."""
+    if isinstance(error, DivergedError):
+        return Failed(job, "diverged", str(error))
+    if isinstance(error, OutOfMemoryError):
+        return Failed(job, "out_of_memory", str(error))
+    if isinstance(error, DatasetError):
+        return Failed(job, "data_error", str(error))
+    if _DISK.search(str(error)):  # safetensors has errors of its own for what the disk does not take
+        where = getattr(error, "filename", None) or "what the trial leaves"
+        return Failed(job, "crashed", f"{where} cannot be written ({error}); make room and run the study again")
+    trace = "" if isinstance(error, CaltechSweepError) else traceback.format_exc()
+    return Failed(job, "crashed", str(error) or type(error).__name__, trace)
+
+
+def _advance(job: int, epochs: Epochs) -> Event:
+    try:
+        return next(epochs)
+    except StopIteration as end:
+        done: Done = end.value
+        return done
+    except Exception as error:  # the boundary: whatever a trial raises becomes its outcome
+        return failure_of(job, error)

@@ -1,0 +1,194 @@
+"""Trials in persistent worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from caltech_sweep.sweep.executors.base import HANG_SECONDS, Epoch, Event, Job, Runner, Stopped, WorkerDied, _advance
+from caltech_sweep.training.heartbeat import beating
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(connection: Connection, runner: Runner, threads: int | None) -> None:
+    """Serve jobs until the coordinator closes the connection or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            _serve(connection, connection.recv(), runner)
+
+
+def _serve(connection: Connection, job: Job, runner: Runner) -> None:
+    epochs = runner(job)
+    while True:
+        with beating(lambda: connection.send(None)):
+            event = _advance(job.number, epochs)
+        connection.send(event)
+        if not isinstance(event, Epoch):
+            return
+        if job.lockstep and not connection.recv():
+            epochs.close()
+            connection.send(Stopped(job.number))
+            return
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    device: str | None
+    job: int | None = None
+    alone: bool = False  # its job shares the device with no other
+    last_seen: float = 0.0  # when it last sent something, by the executor's clock
+    hung: bool = False  # it was killed because it sent nothing
+
+
+class ProcessExecutor:
+    """Persistent worker processes, one slot each; a worker that dies is replaced.
+
+    Workers are spawned, never forked: torch's thread pools and CUDA do not survive a fork. Each worker belongs to
+    one of ``devices``, in turn. ``threads`` is torch's thread count in every worker: it is part of what decides the
+    last bit of a weight on the CPU, so it must not depend on how many workers there are. A worker that sends nothing
+    for ``hang_seconds`` is killed; only time in which this executor is polled counts.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        workers: int,
+        devices: Sequence[str] | None = None,
+        threads: int | None = None,
+        hang_seconds: float = HANG_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner, self._threads = runner, threads
+        self._hang_seconds, self._clock = hang_seconds, clock
+        self._polled = clock()
+        self._context = multiprocessing.get_context("spawn")
+        chosen: list[str | None] = list(devices) if devices else [None]
+        self._workers = [self._start(chosen[i % len(chosen)]) for i in range(workers)]
+        self._device_of: dict[int, str | None] = {}  # of every job, where it ran last
+        self._held: list[Job] = []  # jobs to run alone, until the others on their device have ended
+
+    def _start(self, device: str | None) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self._runner, self._threads), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, device)
+
+    def _idle(self) -> list[int]:
+        """Return the workers that may take a job: idle, on a device that no job has or awaits for itself."""
+        reserved = {worker.device for worker in self._workers if worker.job is not None and worker.alone}
+        reserved.update(self._device_of[job.number] for job in self._held)
+        return [i for i, w in enumerate(self._workers) if w.job is None and w.device not in reserved]
+
+    def free(self) -> int:
+        """Return how many workers are idle whose device is not reserved for one job."""
+        return len(self._idle())
+
+    def submit(self, job: Job) -> None:
+        """Send a job to a free worker; one to run alone waits until the others on its device have ended."""
+        if job.alone and job.number in self._device_of:
+            self._held.append(job)
+            self._release()
+        else:
+            self._send(job, self._idle()[0])
+
+    def _release(self) -> None:
+        """Start the jobs whose device they now have for themselves."""
+        for job in list(self._held):
+            device = self._device_of[job.number]
+            there = [i for i, worker in enumerate(self._workers) if worker.device == device]
+            if all(self._workers[i].job is None for i in there):
+                self._held.remove(job)
+                # A new process: what the old ones keep on the device for themselves is given back.
+                for i in there:
+                    self._workers[i].process.kill()
+                    self._workers[i].process.join()
+                self._send(job, there[0])
+
+    def _send(self, job: Job, index: int) -> None:
+        worker = self._workers[index]
+        if not worker.process.is_alive():  # it died while idle
+            self._workers[index] = worker = self._replace(worker)
+        worker.job, worker.alone, worker.last_seen = job.number, job.alone, self._clock()
+        self._device_of[job.number] = worker.device
+        with suppress(BrokenPipeError):  # it dies at this moment: the next poll says so
+            worker.connection.send(replace(job, device=job.device or worker.device))
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Return the events that have arrived, and kill the workers that hang: their deaths are among the next."""
+        self._release()
+        now = self._clock()
+        for worker in self._workers:  # nobody listened since the last poll
+            worker.last_seen = min(now, worker.last_seen + (now - self._polled))
+        by_connection = {w.connection: i for i, w in enumerate(self._workers) if w.job is not None}
+        received = [self._receive(by_connection[ready]) for ready in wait(list(by_connection), timeout)]  # type: ignore[index]
+        self._polled = self._clock()
+        for worker in self._workers:
+            if worker.job is not None and self._polled - worker.last_seen > self._hang_seconds:
+                worker.hung = True
+                worker.process.kill()
+        return [event for event in received if event is not None]
+
+    def _receive(self, index: int) -> Event | None:
+        """Return what a worker sent; None for a heartbeat."""
+        worker = self._workers[index]
+        assert worker.job is not None
+        worker.last_seen = self._clock()
+        try:
+            event: Event | None = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            hung = self._hang_seconds if worker.hung else None
+            event = WorkerDied(worker.job, worker.process.exitcode, hung)
+            self._workers[index] = self._replace(worker)
+            return event
+        if event is not None and not isinstance(event, Epoch):
+            worker.job = None
+        return event
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        worker.connection.close()
+        return self._start(worker.device)
+
+    def answer(self, job: int, go_on: bool) -> None:
+        """Let the worker that waits go on or stop."""
+        for worker in self._workers:
+            if worker.job == job:
+                with suppress(BrokenPipeError):
+                    worker.connection.send(go_on)
+
+    @property
+    def pids(self) -> list[int]:
+        """The worker processes' ids."""
+        return [worker.process.pid for worker in self._workers if worker.process.pid is not None]
+
+    def close(self) -> None:
+        """End every worker at once."""
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+        self._workers = []

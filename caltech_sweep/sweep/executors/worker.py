@@ -1,0 +1,41 @@
+"""What a worker does with a job: load the images once, train, write the artifacts, report."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import lru_cache
+
+from caltech_sweep.config import DatasetConfig
+from caltech_sweep.data import load_dataset
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.sweep.executors.base import Done, Epoch, Job
+
+
+@lru_cache(maxsize=1)
+def _dataset(config: DatasetConfig) -> LoadedData:
+    return load_dataset(config)
+
+
+def train(job: Job) -> Generator[Epoch, None, Done]:
+    """Run one job, yielding an event an epoch."""
+    from caltech_sweep.training.device import environment, pick_device
+    from caltech_sweep.training.results import write_artifacts
+    from caltech_sweep.training.trial import run_trial
+
+    device = pick_device(job.device)
+    data = _dataset(job.config.dataset)
+    epochs = run_trial(job.config, data, device, job.weights_file, job.stages, job.weights_digest)
+    while True:
+        try:
+            result = next(epochs)
+        except StopIteration as end:
+            outcome = end.value
+            break
+        yield Epoch(job.number, result.epoch, result.metrics(), result.reused)
+    write_artifacts(job.folder, job.config, data, outcome, device)
+    tags = {f"environment.{key}": str(value) for key, value in environment(device).items() if value is not None}
+    tags["reuse.epochs_reused"] = str(outcome.epochs_reused)
+    tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
+    if outcome.warnings:
+        tags["reuse.warnings"] = " ".join(f"{sentence}." for sentence in outcome.warnings)
+    return Done(job.number, outcome.metrics(), tags)

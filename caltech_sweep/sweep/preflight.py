@@ -1,0 +1,226 @@
+"""Everything that is checked before a study writes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from caltech_sweep import stores
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.data import load_dataset
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.data.splits import PARTS, Split
+from caltech_sweep.errors import DatasetError, ModelError, UsageError
+from caltech_sweep.files import file_digest
+from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, variants
+from caltech_sweep.study.file import weights_key
+from caltech_sweep.sweep.coordinator import Limits
+from caltech_sweep.sweep.executors.base import HANG_SECONDS
+from caltech_sweep.sweep.optuna_store import by_content
+from caltech_sweep.sweep.recorder import DatasetInfo
+from caltech_sweep.text import progress_line, suggestion
+from caltech_sweep.tracking.records import GREY_BITS, InitialWeights
+from caltech_sweep.tracking.writer import MlflowTracker
+
+_LONGEST_TAG = 5000  # characters, which every tracking store takes
+Weights = dict[str, InitialWeights]  # by ``weights_key``
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says about where and how trials run; None leaves it to the machine."""
+
+    tracking_uri: str | None = None
+    storage: str | None = None
+    workers: int | None = None  # processes; one a GPU, one on the CPU
+    per_device: int = 1  # workers sharing a GPU
+    device: str | None = None
+    threads: int | None = None  # of torch in each worker; all cores
+    in_process: bool = False
+    adopt: bool = False  # take the study over from another study store, by rebuilding it from its runs
+    rows: tuple[str, ...] = ()  # these alone
+    confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
+    reuse: bool = True  # share training states and frozen features between trials, and go on from them
+    hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
+    max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
+    stage_budget: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
+
+
+def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
+    """Resolve every ``file:``, ``run:`` and ``study:`` of a study to a file, its contents and the run it is of."""
+    from caltech_sweep.training.results import CHECKPOINT
+
+    found: Weights = {}
+    for config in variants(definition, ("weights",)):
+        kind, _, name = config.weights.partition(":")
+        if kind not in ("file", "run", "study") or config.weights in found:
+            continue
+        if kind == "file":
+            found[config.weights] = _digested(Path(name))
+            continue
+        tracker = MlflowTracker(tracking_uri)
+        run_id = tracker.best_trial(name).run_id if kind == "study" else name
+        found[config.weights] = _digested(tracker.checked_artifact(run_id, CHECKPOINT), run_id)
+    return found
+
+
+def _digested(path: Path, run_id: str | None = None) -> InitialWeights:
+    try:
+        return InitialWeights(path, file_digest(path), run_id)
+    except FileNotFoundError as error:
+        raise ModelError(f"weights: there is no file {path}") from error
+    except OSError as error:
+        raise ModelError(f"weights: {path} cannot be read ({error.strerror})") from error
+
+
+def imagenet_weights(definition: StudyDefinition, progress: Callable[[int, int], None] | None) -> Weights:
+    """Resolve the ImageNet weights of a study to files and their contents.
+
+    Those that are not there are downloaded, of which ``progress`` is told; without it they are left out.
+    """
+    from caltech_sweep.training.models import fetch_imagenet, has_imagenet, imagenet_file
+
+    found: Weights = {}
+    for config in variants(definition, ("arch", "weights")):
+        if config.weights == "imagenet" and weights_key(config) not in found:
+            if progress is not None:
+                found[weights_key(config)] = _digested(fetch_imagenet(config.arch, progress))
+            elif has_imagenet(config.arch):
+                found[weights_key(config)] = _digested(imagenet_file(config.arch))
+    return found
+
+
+def _batch_sizes(definition: StudyDefinition, config: TrialConfig) -> Iterator[TrialConfig]:
+    """Yield a config that is sampled with every batch size that a range of them may give it."""
+    sizes = definition.space.get("batch_size")
+    if not isinstance(sizes, Range):
+        yield config
+        return
+    for size in range(int(sizes.low), int(sizes.high) + 1, int(sizes.step or 1)):
+        yield replace(config, batch_size=size)
+
+
+def _variants(definition: StudyDefinition) -> Iterator[TrialConfig]:
+    """Yield every row, and every sampled combination of what decides whether a network can be trained."""
+    yield from (definition.row_config(row) for row in definition.rows)
+    for config in variants(definition, ("arch", "weights", "outputs", "freeze", "batch_size", "drop_last"), rows=False):
+        yield from _batch_sizes(definition, config)
+
+
+def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> None:
+    """Raise the error that a trial would meet: a network that cannot be built or trained, a batch that is not filled.
+
+    Every network of the study takes one step, without numbers, in the shapes that it will meet.
+    """
+    from caltech_sweep.training.rehearsal import batch_kinds, rehearse
+
+    classes, images = len(data.split.classes), len(data.split.train)
+    for part in PARTS:
+        if not data.split.part(part):
+            raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
+    seen = set()
+    for config in _variants(definition):
+        if config.outputs is not None and config.outputs < classes:
+            raise UsageError(f"outputs: {config.outputs} outputs cannot tell {classes} classes apart; leave it out")
+        if config.drop_last and config.batch_size > images:
+            raise UsageError(
+                f"batch_size: {config.batch_size} is more than the {images} training images, and drop_last leaves out "
+                "a batch that is not full; lower it (--set batch_size=...) or set drop_last to false"
+            )
+        batches = batch_kinds(config, images)
+        model = (config.arch, config.weights, config.outputs, config.freeze, batches)
+        if model not in seen:
+            seen.add(model)
+            source = weights.get(weights_key(config))
+            if config.weights == "imagenet" and source is None:  # not here yet; they cannot be held against the model
+                config = replace(config, weights="none")
+            rehearse(config, classes, batches, *((source.path, source.digest) if source else ()))
+
+
+def _check_rows(definition: StudyDefinition, rows: tuple[str, ...]) -> None:
+    names = [row.name for row in definition.rows]
+    for name in rows:
+        if name not in names:
+            raise UsageError(f"--row: study {definition.name!r} has no row {name!r}{suggestion(name, names)}")
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What a run starts from, once nothing that can be known before is wrong."""
+
+    tracking: str
+    storage: str
+    weights: Weights
+    data: LoadedData
+    images: DatasetInfo
+
+
+def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[str, str]:
+    """Return the addresses of the tracking and the study store.
+
+    Raises UsageError for options that no run takes, StoreError for a store that cannot be written.
+    """
+    from caltech_sweep.training.device import pick_device
+
+    _check_rows(definition, options.rows)
+    pick_device(options.device)
+    tracking, storage = stores.tracking_uri(options.tracking_uri), stores.storage_uri(options.storage)
+    if tracking == storage:
+        raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
+    stores.check_writable(tracking, "tracking store")
+    stores.check_writable(storage, "study store")
+    return tracking, storage
+
+
+def identity_of(definition: StudyDefinition, data: LoadedData, weights: Weights) -> dict[str, Any]:
+    """Return what must stay the same of a study under its name: its definition, its images, its weights."""
+    initial = {name: source.digest for name, source in weights.items()}
+    known = by_content(definition.identity(), weights)
+    return {**known, "images": data.fingerprint, "initial_weights": initial}
+
+
+def _full_batch_sizes(definition: StudyDefinition, images: int) -> set[int]:
+    """Return the batch sizes of trials that drop a batch which is not full, of those that fill one."""
+    configs = [*variants(definition, ("batch_size", "drop_last"))]
+    dimension: Dimension | None = definition.space.get("batch_size")
+    sizes: set[int] = set()
+    if isinstance(dimension, Range):
+        if any(config.drop_last for config in variants(definition, ("drop_last",), rows=False)):
+            sizes = set(range(int(dimension.low), min(int(dimension.high), images) + 1, int(dimension.step or 1)))
+        configs = [definition.row_config(row) for row in definition.rows]
+    return sizes | {config.batch_size for config in configs if config.drop_last and config.batch_size <= images}
+
+
+def left_out(definition: StudyDefinition, split: Split) -> list[str]:
+    """Return sentences about what no epoch sees: files that are passed over, and images that drop_last leaves out."""
+    sentences = [f"passed over: {split.passed_over}"] if split.passed_over else []
+    images = len(split.train)
+    worst = max(sorted(_full_batch_sizes(definition, images)), key=lambda size: images % size, default=1)
+    if images % worst * 10 > images:
+        sentences.append(
+            f"drop_last leaves out {images % worst:,} of the {images:,} training images in every epoch of batch_size "
+            f"{worst}; choose another batch_size, or set drop_last to false"
+        )
+    return sentences
+
+
+def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> _Checked:
+    """Raise the error of whatever is wrong with a study, its data or the options; nothing is written but caches."""
+    tracking, storage = check_options(definition, options)
+    weights = find_weights(definition, options.tracking_uri)
+    dataset = definition.config({}).dataset
+    with progress_line("decoding images", write) as progress:
+        data = load_dataset(dataset, progress)
+    with progress_line("downloading ImageNet weights", write, 1e6, " MB") as progress:
+        weights |= imagenet_weights(definition, progress)
+    check(definition, data, weights)
+    for sentence in left_out(definition, data.split):
+        write(sentence)
+    parts = {part: len(data.split.part(part)) for part in PARTS}
+    tags = {"dataset.passed_over": data.split.passed_over[:_LONGEST_TAG]} if data.split.passed_over else {}
+    if data.grey_bits < 16:
+        tags[GREY_BITS] = str(data.grey_bits)
+    images = DatasetInfo(data.fingerprint, parts, dataset.root or dataset.name, len(data.split.classes), tags)
+    return _Checked(tracking, storage, weights, data, images)

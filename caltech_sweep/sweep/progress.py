@@ -1,0 +1,154 @@
+"""What a person sees of a running study: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from caltech_sweep.text import duration
+
+
+class Watcher(Protocol):
+    """Told by the coordinator what happens; has no say in it."""
+
+    def study_started(self, name: str, done: int, total: int) -> None:
+        """A study begins with ``done`` of ``total`` trials behind it."""
+
+    def trial_started(self, number: int, name: str, epochs: int) -> None:
+        """A trial got its slot."""
+
+    def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """A trial finished an epoch."""
+
+    def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
+        """A trial ended."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+
+@dataclass
+class _Trial:
+    name: str
+    epochs: int
+    epoch: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    heard: float = 0.0  # when the last epoch ended
+
+    def ended(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Take an epoch that has just ended."""
+        self.epoch, self.metrics, self.heard = epoch, metrics, time.monotonic()
+
+    def left(self) -> str:
+        """Return how long the trial still takes; by its last epoch, since the first ones may have been reused."""
+        seconds = self.metrics.get("epoch_seconds")
+        if seconds is None:
+            return ""
+        return duration(max(0.0, seconds * (self.epochs - self.epoch) - (time.monotonic() - self.heard)))
+
+
+class PlainWatcher:
+    """One line an event; for logs and pipes."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._trials: dict[int, _Trial] = {}
+
+    def study_started(self, name: str, done: int, total: int) -> None:
+        """Say how much is to do."""
+        self._write(f"study {name}: {done} of {total} trials done")
+
+    def trial_started(self, number: int, name: str, epochs: int) -> None:
+        """Say which trial starts."""
+        self._trials[number] = _Trial(name, epochs)
+        self._write(f"[{number}] {name}: started, {epochs} epochs")
+
+    def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Say how an epoch went, at most ten times a trial."""
+        trial = self._trials[number]
+        trial.ended(epoch, metrics)
+        every = max(1, trial.epochs // 10)
+        if epoch % every and epoch != trial.epochs:
+            return
+        left = trial.left()
+        self._write(
+            f"[{number}] {trial.name}: epoch {epoch}/{trial.epochs}, train loss {metrics.get('train/loss', 0):.3f}, "
+            f"val accuracy {metrics.get('val/accuracy', 0):.3f}{f', {left} left' if left else ''}"
+        )
+
+    def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
+        """Say how a trial ended."""
+        self._trials.pop(number, None)
+        self._write(f"[{number}] {name}: {outcome}{', ' + text if text else ''}")
+
+    def note(self, text: str) -> None:
+        """Say it."""
+        self._write(text)
+
+
+class LiveWatcher:
+    """A table of the running trials below the lines of those that ended; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._trials: dict[int, _Trial] = {}
+        self._study, self._done, self._total, self._ended = "", 0, 0, 0
+        self._started = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table)  # draws at once
+        self._lines = PlainWatcher(lambda line: self._live.console.print(line, markup=False, highlight=False))
+
+    def __enter__(self) -> LiveWatcher:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def _table(self) -> Table:
+        now, left = time.monotonic(), ""
+        if self._ended and self._total > self._done:
+            left = f", about {duration((now - self._started) / self._ended * (self._total - self._done))} left"
+        # Text, since a bracket in a plain string would be read as markup.
+        title = Text(f"{self._study}: {self._done} of {self._total} trials{left}")
+        table = Table(title=title, title_justify="left")
+        for column in ("trial", "epoch", "train loss", "val accuracy", "time left"):
+            table.add_column(column)
+        for trial in list(self._trials.values()):
+            loss, accuracy = (trial.metrics.get(key) for key in ("train/loss", "val/accuracy"))
+            table.add_row(
+                Text(trial.name),
+                f"{trial.epoch}/{trial.epochs}",
+                "" if loss is None else f"{loss:.3f}",
+                "" if accuracy is None else f"{accuracy:.3f}",
+                trial.left(),
+            )
+        return table
+
+    def study_started(self, name: str, done: int, total: int) -> None:
+        """Set the table's title."""
+        self._study, self._done, self._total = name, done, total
+
+    def trial_started(self, number: int, name: str, epochs: int) -> None:
+        """Add a line to the table."""
+        self._trials[number] = _Trial(name, epochs)
+
+    def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Update a line of the table."""
+        self._trials[number].ended(epoch, metrics)
+
+    def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
+        """Move a line from the table to the log above it."""
+        self._trials.pop(number, None)
+        if outcome != "interrupted":
+            self._done, self._ended = self._done + 1, self._ended + 1
+        self._lines.trial_ended(number, name, outcome, text)
+
+    def note(self, text: str) -> None:
+        """Print a line above the table."""
+        self._lines.note(text)

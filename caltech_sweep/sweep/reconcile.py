@@ -1,0 +1,74 @@
+"""What a coordinator that died left behind, found by comparing the two stores, and how each thing is mended.
+
+The rule that makes this decidable: a trial's end is written to MLflow first and to Optuna second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from caltech_sweep.sweep.optuna_trials import drop_waiting, end_trial, requeue
+from caltech_sweep.tracking.records import OUTCOMES, Tracker, TrialRecord
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong between the stores: a sentence, and what puts it right, if it can be put right."""
+
+    text: str
+    mend: Callable[[], None] | None
+
+
+def _key(trial: FrozenTrial) -> tuple[int, str]:
+    return trial.number, trial.user_attrs.get("fingerprint", "")
+
+
+def _running_trial(
+    study: optuna.Study, trial: FrozenTrial, record: TrialRecord | None, current: bool
+) -> tuple[str, Callable[[], None]]:
+    """Return what becomes of a trial that Optuna takes for running although nobody runs it."""
+    name = f"trial {trial.number}"
+    ended = record is not None and record.outcome in OUTCOMES and record.outcome != "interrupted"
+    if record is not None and ended:
+        value = record.metrics.get("best/val_accuracy")
+        outcome = record.outcome
+        return (
+            f"{name} ended as {outcome} in the tracking store, but the study store takes it for running: copied",
+            partial(end_trial, study, trial.number, outcome, value if outcome == "complete" else None),
+        )
+    if current:
+        return f"{name} was left running: it waits again", partial(requeue, study, trial.number)
+    return (
+        f"{name} was left running with settings that its row no longer has: it failed",
+        partial(end_trial, study, trial.number, "crashed", None),
+    )
+
+
+def survey(
+    study: optuna.Study,
+    tracker: Tracker,
+    records: Mapping[tuple[int, str], TrialRecord],
+    is_current: Callable[[FrozenTrial], bool],
+) -> Iterator[Finding]:
+    """Yield what is wrong in the two stores of a study that nobody runs; nothing is changed."""
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.RUNNING:
+            yield Finding(*_running_trial(study, trial, records.get(_key(trial)), is_current(trial)))
+        elif trial.state == TrialState.WAITING and not is_current(trial):
+            yield Finding(
+                f"trial {trial.number} waits with settings that its row no longer has: it failed",
+                partial(drop_waiting, study, trial),
+            )
+    for record in records.values():
+        if record.status == "RUNNING":
+            # Killed between its last two calls, a run has its outcome but not yet the status that goes with it.
+            outcome = record.outcome if record.outcome in OUTCOMES else "interrupted"
+            yield Finding(
+                f"run {record.name} is shown as running, but nobody runs it: {outcome}",
+                partial(tracker.finish_trial, record.run_id, outcome, {}, {}, None),
+            )

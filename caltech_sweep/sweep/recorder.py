@@ -1,0 +1,173 @@
+"""What a study leaves in the tracking store: a run for each trial, its epochs and its end, and the study's table.
+
+One trial is one MLflow run, however often it was interrupted or its worker died.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import LostStudyError, StoreError
+from caltech_sweep.stores import reason
+from caltech_sweep.study.definition import StudyDefinition
+from caltech_sweep.study.file import weights_key
+from caltech_sweep.sweep.queue import QueuedTrial
+from caltech_sweep.tracking.records import STORE_TAG, EpochLog, InitialWeights, Tracker, TrialRecord, records_by_trial
+
+DESCRIBE_SECONDS = 60.0  # at most so often the table in the tracking store is renewed while trials run
+FLUSH_SECONDS = 5.0  # how long epochs may wait to be logged together
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the runs record about the data set: a digest of the images, how many each split has, their source."""
+
+    digest: str
+    splits: Mapping[str, int]
+    source: str
+    classes: int
+    tags: Mapping[str, str] = field(default_factory=dict)  # of every run, about what the images needed
+
+
+@dataclass
+class RecordedTrial:
+    """The run of one trial, and the epochs that wait to be logged."""
+
+    run_id: str
+    logged: int = 0  # the last epoch that the tracking store has, or that waits
+    pending: list[EpochLog] = field(default_factory=list)
+    flushed: float = field(default_factory=time.monotonic)
+
+
+class Recorder:
+    """Writes one study into the tracking store.
+
+    ``tags`` are those of every run, ``weights`` what trials start from, and ``describe`` makes the table that becomes
+    the study's description.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        definition: StudyDefinition,
+        data: DatasetInfo,
+        note: Callable[[str], None],
+        *,
+        tags: Mapping[str, str] | None = None,
+        weights: Mapping[str, InitialWeights] | None = None,
+        describe: Callable[[], str] | None = None,
+    ) -> None:
+        self.tracker, self.definition, self.data, self.note = tracker, definition, data, note
+        self.tags, self.weights, self.describe = dict(tags or {}), dict(weights or {}), describe
+        self.records: dict[tuple[int, str], TrialRecord] = {}
+        self._described, self._undescribed = 0.0, False  # when last; whether a trial has ended since
+
+    def start(self, attributes: Mapping[str, Any]) -> None:
+        """Open the study's run, and look which trials have one.
+
+        ``attributes`` are those of the study store's study: of these, its identity and its id are recorded.
+        """
+        own = {key: value for key, value in attributes.items() if key in ("identity", STORE_TAG)}
+        spec = {**self.definition.to_dict(), "images": {**self.data.splits, "classes": self.data.classes}, **own}
+        self.tracker.start_study(self.definition.name, self.definition.title, spec)
+        self.records = records_by_trial(self.tracker, self.definition.name)
+
+    def open(self, queued: QueuedTrial) -> RecordedTrial:
+        """Create a trial's run, or open the one it has."""
+        config = queued.config
+        record = self.records.get((queued.number, config.fingerprint()))
+        if record is None:
+            params = config.to_params()
+            run = RecordedTrial(self.tracker.start_trial(self.definition.name, queued.name, params, self._tags(queued)))
+        else:
+            run = RecordedTrial(record.run_id)
+            run.logged = self.tracker.resume_trial(run.run_id, self._weights_tags(config))
+            if len(record.params) < len(config.to_params()):  # its process died before it had written all this
+                self.tracker.log_params(run.run_id, config.to_params())
+        info = self.data
+        self.tracker.log_dataset(run.run_id, config.dataset.name, info.digest, info.splits, info.source)
+        return run
+
+    def _tags(self, queued: QueuedTrial) -> dict[str, str]:
+        config = queued.config
+        tags = {
+            "trial_number": str(queued.number),
+            "fingerprint": config.fingerprint(),
+            "dataset.digest": self.data.digest,
+            "sampler": self.definition.sampler.name,
+            **self.data.tags,
+            **self._weights_tags(config),
+            **queued.tags,
+            **self.tags,
+        }
+        if queued.row:
+            tags["row"] = queued.row
+        return tags
+
+    def _weights_tags(self, config: TrialConfig) -> dict[str, str]:
+        weights = self.weights.get(weights_key(config))
+        if weights is None:
+            return {}
+        return {"weights.digest": weights.digest, **({"weights.run_id": weights.run_id} if weights.run_id else {})}
+
+    def retry(self, run: RecordedTrial, attempt: int) -> None:
+        """Open a run again whose trial is tried once more."""
+        self.flush(run)
+        run.logged = self.tracker.resume_trial(run.run_id, {"attempt": str(attempt)})
+
+    def epoch(self, run: RecordedTrial, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Log an epoch, soon; one that the store has from before an interruption is logged once."""
+        if epoch > run.logged:
+            run.pending.append((epoch, metrics, int(time.time() * 1000)))
+            run.logged = epoch
+        if time.monotonic() - run.flushed > FLUSH_SECONDS:
+            self.flush(run)
+
+    def flush(self, run: RecordedTrial) -> None:
+        """Log the epochs that wait."""
+        if run.pending:
+            self.tracker.log_epochs(run.run_id, run.pending)
+            run.pending.clear()
+        run.flushed = time.monotonic()
+
+    def end(
+        self,
+        run: RecordedTrial,
+        outcome: str,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        folder: Path | None,
+    ) -> None:
+        """Write a trial's end, with the artifacts in ``folder``."""
+        self.flush(run)
+        self.tracker.finish_trial(run.run_id, outcome, metrics, tags, folder)
+        self._undescribed = True
+
+    def keep_up(self) -> None:
+        """Do now and then what need not be done at once."""
+        self.tracker.keep_up()
+        if self._undescribed and time.monotonic() - self._described > DESCRIBE_SECONDS:
+            self._describe()
+
+    def close(self, complete: bool) -> None:
+        """Close the study's run: complete when it has all its trials."""
+        self.tracker.finish_study(self.definition.name, complete)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Keep the table that is the study's description in the tracking store current."""
+        try:
+            if self.describe is not None:
+                self.tracker.describe_study(self.definition.name, self.describe())
+        except StoreError:  # a store that is away has no table either
+            pass
+        except LostStudyError:
+            raise
+        except Exception as error:  # no table is worth a study
+            self.note(f"the study's description cannot be written: {reason(error)}")
+        self._described, self._undescribed = time.monotonic(), False

@@ -1,0 +1,66 @@
+"""Numbers and names in sentences."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return "1 study" or "3 studies"; ``many`` is for plurals that are not made with an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def readable(name: str) -> str:
+    """Return a file's name as text that every file and stream takes: bytes that are no UTF-8 are shown as ``\\xe9``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" or the list of what is known, to end a sentence about an unknown word."""
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; it may be {', '.join(known)}"
+
+
+@contextmanager
+def progress_line(
+    what: str, write: Callable[[str], None], scale: float = 1, unit: str = ""
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield a progress callback: one rewritten line on a terminal, which ends with the context; few lines elsewhere.
+
+    These are one every tenth, or one whenever what is done has doubled. What is done and the total, 0 when nobody
+    knows it, are divided by ``scale`` and shown in ``unit``.
+    """
+    last, width = -1, 0  # width: characters of the line that has not ended
+
+    def show(done: int, total: int) -> None:
+        nonlocal last, width
+        step = done * 10 // total if total else int(done / scale).bit_length()
+        text = f"{what}: {done / scale:,.0f}{f' of {total / scale:,.0f}' if total else ''}{unit}"
+        if sys.stderr.isatty():
+            whole = 0 < total == done
+            sys.stderr.write(f"\r{text:{width}}" + ("\n" if whole else ""))
+            sys.stderr.flush()
+            width = 0 if whole else len(text)
+        elif step != last:
+            last = step
+            write(text)
+
+    try:
+        yield show
+    finally:
+        if width:
+            sys.stderr.write("\n")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as words a person reads at a glance, such as 45 s, 3 min 20 s or 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,1 @@
+"""The tracking store: MLflow, its records, and what waits for it."""

@@ -1,0 +1,341 @@
+"""Results that the tracking store does not take at the moment: kept in a local journal, replayed when it is back.
+
+While the store answers, everything goes straight to it. The first write that it does not take, and all after that,
+become lines of an append-only file, each on the disk before the study goes on; artifacts are copied beside it. Every
+line is replayed in order and once: what it does is checked against what the store has, so a line that was cut short
+half way, by either side, is not doubled. A run that is created meanwhile has a local id until then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from caltech_sweep import stores
+from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
+from caltech_sweep.text import counted
+from caltech_sweep.tracking.records import EpochLog, StudyRecord, Tracker, TrialRecord
+
+LOCAL = "local-"  # what the id of a run begins with that the store does not know yet
+ID_TAG = "journal.id"  # on a run that was replayed: its local id, by which it is found again
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
+_OF_ITS_COURSE = ("resume_trial", "log_epochs", "finish_trial")  # what a trial that has ended needs no more
+_FILE, _SPOOL, _REJECTED = "entries.jsonl", "artifacts", "rejected.jsonl"
+
+
+class Journal:
+    """An append-only file of entries and of marks that they are done; it is gone when all are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = folder / _FILE
+        self.pending: dict[int, dict[str, Any]] = {}
+        self.runs: dict[str, str] = {}  # run ids by local id
+        self._last = 0
+        for line in self._lines():
+            self._take(line)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        try:
+            lines = self._file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreError(f"the journal {self._file} cannot be read: {error.strerror}") from error
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:  # empty, or cut short by a kill before anyone relied on it
+                continue
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "done" in line:
+            self.pending.pop(line["done"], None)
+            self.runs.update(line.get("runs", {}))
+        else:
+            self.pending[line["n"]] = dict(line)
+            self._last = max(self._last, line["n"])
+
+    def add(self, operation: str, arguments: Mapping[str, Any], folder: Path | None = None) -> None:
+        """Add an entry, and a copy of the artifacts in ``folder``; it is on the disk when this returns."""
+        number = self._last + 1
+        line: dict[str, Any] = {"n": number, "op": operation, "args": dict(arguments)}
+        try:
+            if folder is not None and folder.is_dir():
+                target = self.spool(number)
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(folder, target)
+                line["artifacts"] = True
+            self._append(line)
+        except OSError as error:
+            reason = re.search(r"\[Errno \d+\] ([^:]+)", str(error))  # of many files, what the first met
+            raise StoreError(
+                f"the tracking store takes no results, and its journal {self._file} cannot be written "
+                f"({reason[1] if reason else error}); make room and run the study again"
+            ) from error
+
+    def spool(self, number: int) -> Path:
+        """Return the folder with the artifacts of an entry."""
+        return self.folder / _SPOOL / str(number)
+
+    def done(self, number: int, runs: Mapping[str, str]) -> None:
+        """Mark an entry as done; ``runs`` holds the run ids that it gave to local ids."""
+        self._append({"done": number, "runs": dict(runs)})
+        shutil.rmtree(self.spool(number), ignore_errors=True)
+        self._tidy()
+
+    def reject(self, number: int) -> None:
+        """Set an entry aside that the store will never take, with its artifacts."""
+        with (self.folder / _REJECTED).open("a") as file:
+            file.write(json.dumps(self.pending[number]) + "\n")
+        self._append({"done": number})
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self.pending:
+            return
+        self._file.unlink()
+        if not (self.folder / _REJECTED).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._file.open("ab") as file:
+            file.write(b"\n" + json.dumps(line).encode() + b"\n")  # the first ends a line that was cut short
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(line)
+
+
+def journal_folder(root: Path, study: str, uri: str) -> Path:
+    """Return the folder of a study's journal for one tracking store."""
+    return root / "journal" / f"{study.replace('/', '_')}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+
+
+class JournalingTracker:
+    """A tracker that never loses a write: see the module. ``is_outage`` tells a store that is away from a bad call.
+
+    ``fence`` raises LostStudyError once another process has the study: nothing goes to the store or the journal then.
+    """
+
+    def __init__(
+        self,
+        inner: Tracker,
+        journal: Journal,
+        is_outage: Callable[[Exception], bool],
+        note: Callable[[str], None],
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.inner, self.journal, self._fence = inner, journal, fence
+        self._is_outage, self._note = is_outage, note
+        self._wait, self._next = FIRST_WAIT, 0.0
+        self._last_epoch: dict[str, int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many writes the store does not have yet."""
+        return len(self.journal.pending)
+
+    # -- bringing it to the store ----------------------------------------------------------------------------------
+
+    def keep_up(self) -> None:
+        """Bring what waits to the store, if there is any and it is time to try again."""
+        self._fence()
+        if self.waiting and time.monotonic() >= self._next:
+            self.replay()
+
+    def replay(self) -> bool:
+        """Bring what waits to the store, in order; return whether all of it is there."""
+        count = self.waiting
+        for number, entry in list(self.journal.pending.items()):
+            self._fence()
+            try:
+                self.inner.keep_up()
+                runs = self._apply(entry)
+            except (LostStudyError, ForeignStudyError):
+                raise
+            except Exception as error:
+                if self._is_outage(error):
+                    return self._later()
+                self.journal.reject(number)
+                self._note(
+                    f"the tracking store refuses a write ({entry['op']}: {stores.reason(error)}); "
+                    f"it is kept in {self.journal.folder / _REJECTED}"
+                )
+                continue
+            try:
+                self.journal.done(number, runs)
+            except OSError:  # a disk without room for the mark: the entry is replayed again, which changes nothing
+                return self._later()
+        if count:
+            self._note(f"the tracking store is back: {counted(count, 'write')} replayed")
+        self._wait = FIRST_WAIT
+        return True
+
+    def _later(self) -> bool:
+        self._next = time.monotonic() + self._wait
+        self._wait = min(2 * self._wait, LONGEST_WAIT)
+        return False
+
+    def _apply(self, entry: Mapping[str, Any]) -> dict[str, str]:
+        """Do what an entry says, as far as the store does not have it; return the run ids given to local ids.
+
+        A trial that has ended meanwhile stays as it is: a process that took the study over has trained it.
+        """
+        arguments, operation = dict(entry["args"]), entry["op"]
+        if "run_id" in arguments:
+            arguments["run_id"] = self._real(arguments["run_id"])
+            if operation in _OF_ITS_COURSE and self.inner.has_ended(arguments["run_id"]):
+                return {}
+        if operation == "start_trial":
+            local = arguments["tags"][ID_TAG]
+            known = self._find(arguments["study"], arguments["tags"])
+            if known is None:
+                known = self.inner.start_trial(**arguments)
+            else:
+                self.inner.log_params(known, arguments["params"])
+            return {local: known}
+        if operation == "log_epochs":
+            last = self.inner.last_epoch(arguments["run_id"])
+            arguments["epochs"] = [epoch for epoch in arguments["epochs"] if epoch[0] > last]
+        if operation == "finish_trial":
+            arguments["folder"] = self.journal.spool(entry["n"]) if entry.get("artifacts") else None
+        getattr(self.inner, operation)(**arguments)
+        return {}
+
+    def _find(self, study: str, tags: Mapping[str, str]) -> str | None:
+        """Return the run that a lost answer left, or that another process has made for the same trial."""
+        record = self.inner.study(study)
+        trials = self.inner.trials(record) if record else []
+        same = {"trial_number", "fingerprint"} & tags.keys()
+        for trial in trials:
+            if trial.tags.get(ID_TAG) == tags[ID_TAG] or (same and all(trial.tags.get(k) == tags[k] for k in same)):
+                return trial.run_id
+        return None
+
+    def _real(self, run_id: str) -> str:
+        return self.journal.runs.get(run_id, run_id)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def _direct(self, call: Callable[[], Any]) -> tuple[bool, Any]:
+        """Return whether the store took a write, and what it answered; it is not asked while it has to catch up."""
+        self._fence()
+        if self.waiting:
+            return False, None
+        try:
+            return True, call()
+        except Exception as error:
+            if not self._is_outage(error):
+                raise
+            self._fence()
+            self._next = time.monotonic() + self._wait
+            self._note(
+                f"the tracking store does not take results ({stores.reason(error)}): they are kept in "
+                f"{self.journal.folder} until it does; training goes on"
+            )
+            return False, None
+
+    def _write(self, operation: str, **arguments: Any) -> Any:
+        """Write to the store, or else to the journal."""
+        own = {**arguments, "run_id": self._real(arguments["run_id"])} if "run_id" in arguments else arguments
+        taken, answer = self._direct(partial(getattr(self.inner, operation), **own))
+        if not taken:
+            folder = arguments.pop("folder", None)
+            self.journal.add(operation, arguments, folder)
+        return answer
+
+    def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
+        """Bring what an earlier run left to the store, then create the study there, or go on with it."""
+        if not self.replay():
+            raise StoreError(
+                f"the tracking store does not take the {self.waiting} results that wait in {self.journal.folder}; "
+                "start it, then run the study again"
+            )
+        return self.inner.start_study(name, title, document)
+
+    def finish_study(self, name: str, complete: bool) -> None:
+        """Close a study."""
+        self._write("finish_study", name=name, complete=complete)
+
+    def describe_study(self, name: str, description: str) -> None:
+        """Give a study a description, unless the store is away: the next one says more."""
+        if not self.waiting:
+            self._write("describe_study", name=name, description=description)
+
+    def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
+        """Create a trial's run; return its id, a local one when the store is away."""
+        local = f"{LOCAL}{uuid.uuid4().hex}"
+        # An answer that gets lost is found again by this tag.
+        tags = {**tags, ID_TAG: local}
+        taken, run_id = self._direct(lambda: self.inner.start_trial(study, name, params, tags))
+        if not taken:
+            self.journal.add("start_trial", {"study": study, "name": name, "params": dict(params), "tags": tags})
+        return run_id if taken else local
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Record what a trial trains."""
+        self._write("log_params", run_id=run_id, params=dict(params))
+
+    def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
+        """Open a trial's run again; return the last epoch whose metrics it has, or will have when all is replayed."""
+        last = self._write("resume_trial", run_id=run_id, tags=dict(tags))
+        self._last_epoch[run_id] = max(last or 0, self._last_epoch.get(run_id, 0))
+        return self._last_epoch[run_id]
+
+    def last_epoch(self, run_id: str) -> int:
+        """Return the last epoch whose metrics the store has."""
+        return self.inner.last_epoch(self._real(run_id))
+
+    def has_ended(self, run_id: str) -> bool:
+        """Tell whether a trial's run has its final end in the store."""
+        return self.inner.has_ended(self._real(run_id))
+
+    def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
+        """Record which images a trial used."""
+        self._write("log_dataset", run_id=run_id, name=name, digest=digest, profile=dict(profile), source=source)
+
+    def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
+        """Log the metrics of some epochs."""
+        self._write("log_epochs", run_id=run_id, epochs=[list(epoch) for epoch in epochs])
+        self._last_epoch[run_id] = max([self._last_epoch.get(run_id, 0), *(epoch for epoch, _, _ in epochs)])
+
+    def finish_trial(
+        self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
+    ) -> None:
+        """Keep a trial's artifacts and its end."""
+        end = {"outcome": outcome, "metrics": dict(metrics), "tags": dict(tags)}
+        self._write("finish_trial", run_id=run_id, **end, folder=folder)
+
+    def say_what_waits(self, study: str, write: Callable[[str], None]) -> None:
+        """Try once more, then say what the store does not have and how it gets there."""
+        if self.waiting and not self.replay():
+            write(
+                f"{counted(self.waiting, 'write')} of study {study} not in the tracking store yet, but in "
+                f"{self.journal.folder}; bring them there with: caltech-sweep replay"
+            )
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def study(self, name: str) -> StudyRecord | None:
+        """Return a study, or None."""
+        return self.inner.study(name)
+
+    def trials(self, study: StudyRecord) -> list[TrialRecord]:
+        """Return the trials of a study, the oldest first."""
+        return self.inner.trials(study)
+
+
+def journals(root: Path, uri: str) -> dict[str, Path]:
+    """Return the journals below a folder whose writes are for a tracking store, by the names of their folders."""
+    digest = journal_folder(root, "", uri).name
+    return {folder.name.removesuffix(digest): folder for folder in sorted((root / "journal").glob(f"*{digest}"))}

@@ -1,0 +1,164 @@
+"""What is recorded of studies and trials, and the interface of whoever keeps it; knows no tracking library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
+FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended, in the terms of both stores."""
+
+    optuna: str
+    mlflow: str
+
+
+# Every way a trial can end, and nothing else maps one store's word to the other's.
+OUTCOMES = {
+    "complete": Outcome("COMPLETE", "FINISHED"),
+    "pruned": Outcome("PRUNED", "KILLED"),
+    "diverged": Outcome("FAIL", "FAILED"),
+    "out_of_memory": Outcome("FAIL", "FAILED"),
+    "data_error": Outcome("FAIL", "FAILED"),
+    "crashed": Outcome("FAIL", "FAILED"),
+    "interrupted": Outcome("WAITING", "KILLED"),
+}
+
+
+_LARGEST = 1e308  # MLflow's databases keep infinity as the largest number that they have
+
+
+def not_a_number(metrics: Mapping[str, float]) -> str | None:
+    """Return "NAME is VALUE" of the first of a trial's own metrics that is NaN or infinite, or None."""
+    for name, value in metrics.items():
+        if not math.isfinite(value) or abs(value) > _LARGEST:
+            return f"{name} is {value}"
+    return None
+
+
+def sound_outcome(outcome: str, metrics: Mapping[str, float]) -> str:
+    """Return a recorded outcome; a complete trial whose results are not numbers, of an older version, diverged."""
+    own = {name: value for name, value in metrics.items() if name.startswith(("best/", "test", "val/", "train/"))}
+    return "diverged" if outcome == "complete" and not_a_number(own) else outcome
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The file that trials start from: its SHA-256, and the run that it is of, if it is."""
+
+    path: Path
+    digest: str
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial's run as the store has it; ``outcome`` is "running" until it ends."""
+
+    run_id: str
+    study: str
+    name: str
+    row: str | None
+    number: int
+    outcome: str
+    status: str
+    fingerprint: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    start_time: int  # milliseconds since 1970
+    artifact_uri: str
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One study's parent run: its document is ``StudyDefinition.to_dict()`` as last run."""
+
+    name: str
+    run_id: str
+    experiment_id: str
+    document: Mapping[str, Any]
+    store: str | None = None  # the id of the study store that runs it; None in a study of an earlier version
+    former: tuple[str, ...] = ()  # those of the study stores that ran it before
+
+    def has(self, tags: Mapping[str, str]) -> bool:
+        """Tell whether a trial's run is this study's, by its tags, rather than of another study of its name."""
+        owner = tags.get(STORE_TAG)
+        return owner is None or self.store is None or owner == self.store or owner in self.former
+
+
+GREY_BITS = "dataset.grey_bits"  # the tag of a run whose sixteen-bit grey images use fewer bits
+
+
+def grey_bits(tags: Mapping[str, str]) -> int:
+    """Return how many bits the sixteen-bit grey images of a run have; 16 where its tags do not say."""
+    text = tags.get(GREY_BITS, "")
+    return int(text) if text in ("8", "10", "12", "14") else 16
+
+
+# Outcomes that are nobody's choice of settings: enough of these in a row stop a study.
+FAILURES = ("out_of_memory", "data_error", "crashed")
+
+EpochLog = tuple[int, Mapping[str, float], int]  # 1-based epoch, metrics by name, time in milliseconds since 1970
+
+
+class Tracker(Protocol):
+    """Keeps studies and their trials; the coordinator writes through nothing else."""
+
+    def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
+        """Create a study, or go on with it; return its run id."""
+
+    def finish_study(self, name: str, complete: bool) -> None:
+        """Close a study: complete when it has all its trials."""
+
+    def describe_study(self, name: str, description: str) -> None:
+        """Give a study a description in Markdown."""
+
+    def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
+        """Create a trial's run; return its id."""
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Record what a trial trains; those that are recorded already stay as they are."""
+
+    def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
+        """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
+
+    def last_epoch(self, run_id: str) -> int:
+        """Return the last epoch whose metrics a run has, or 0."""
+
+    def has_ended(self, run_id: str) -> bool:
+        """Tell whether a trial's run has its final end."""
+
+    def keep_up(self) -> None:
+        """Called from time to time: bring to the store what waits for it, without blocking for long."""
+
+    def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
+        """Record which images a trial used."""
+
+    def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
+        """Log the metrics of some epochs."""
+
+    def finish_trial(
+        self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
+    ) -> None:
+        """Keep a trial's artifacts, log what is known only at its end, and set its final status."""
+
+    def study(self, name: str) -> StudyRecord | None:
+        """Return a study, or None."""
+
+    def trials(self, study: StudyRecord) -> list[TrialRecord]:
+        """Return the trials of a study, the oldest first."""
+
+
+def records_by_trial(tracker: Tracker, name: str) -> dict[tuple[int, str], TrialRecord]:
+    """Return the tracking store's runs of a study by trial number and fingerprint, the latest of equals."""
+    study = tracker.study(name)
+    trials = tracker.trials(study) if study else []
+    return {(record.number, record.fingerprint): record for record in trials}

@@ -1,0 +1,232 @@
+"""A folder of results worth keeping, by key: written atomically, checked when read, the longest unused dropped first.
+
+An entry is a folder of two files, a small header and its data. It is written beside its place and then renamed, so
+that whatever dies meanwhile, it is either absent or whole; any number of processes may share the folder. Nothing waits
+for the disk: what a power cut tears is found by its checksum like any other damage, and can be computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from caltech_sweep.files import remove_abandoned, try_lock, workplace
+from caltech_sweep.training.heartbeat import beat
+
+FORMAT = 1
+KINDS = ("stage", "features")
+DEFAULT_BUDGET = 20 * 10**9  # bytes
+_HEADER, _DATA = "header.json", "data"
+_WRITING, _DROPPED = ".writing-", ".dropped-"
+_BLOCK = 1 << 22  # bytes read at once for a checksum
+_LOOK_AGAIN = 0.05  # seconds between two attempts to take a lock
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kept result: ``used`` is when it was last written or read, in seconds since 1970."""
+
+    name: str
+    kind: str
+    bytes: int
+    used: float
+
+
+def default_budget(folder: Path) -> int:
+    """Return 20 GB, or a tenth of the disk that is free or held by the folder, if that is less; bytes."""
+    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
+    available = shutil.disk_usage(place).free + ReuseStore(folder, 0).size()
+    return min(DEFAULT_BUDGET, available // 10)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+class ReuseStore:
+    """The kept results of one folder, at most ``budget`` bytes of them.
+
+    Nothing that goes wrong here fails a trial: a damaged entry is dropped, and the first entry that cannot be
+    written is the last that is tried. What the user should know of it waits in :meth:`take_warnings`.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder, self.budget = folder, budget
+        self._full = self._refused = False
+        self._warnings: list[str] = []
+
+    def take_warnings(self) -> tuple[str, ...]:
+        """Return the sentences that have come up since the last call."""
+        taken, self._warnings = tuple(self._warnings), []
+        return taken
+
+    def has(self, name: str) -> bool:
+        """Return whether an entry is there; whether it is sound shows when it is opened."""
+        return (self.folder / name / _HEADER).exists()
+
+    def open(self, name: str) -> tuple[dict[str, Any], Path] | None:
+        """Return the header and the data file of an entry, or None; a damaged one is dropped with a warning."""
+        place = self.folder / name
+        try:
+            header = self._verified(place)
+        except (FileNotFoundError, NotADirectoryError):  # not there, or just dropped by another process
+            return None
+        except OSError as error:
+            self._warnings.append(f"{place} cannot be read ({error.strerror}); what it holds is computed again")
+            return None
+        if header is None:
+            self._warnings.append(f"{place} is damaged; it is dropped and what it held is computed again")
+            self.drop(name)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(place)
+        return header, place / _DATA
+
+    def _verified(self, place: Path) -> dict[str, Any] | None:
+        """Return the header of an entry, or None where a checksum is wrong."""
+        checksum, _, text = (place / _HEADER).read_bytes().partition(b"\n")
+        if checksum != b"%08x" % zlib.crc32(text):
+            return None
+        document: dict[str, Any] = json.loads(text)
+        data = place / _DATA
+        if document.get("format") != FORMAT or data.stat().st_size != document["bytes"]:
+            return None
+        if _checksum(data) != document["crc32"]:
+            return None
+        header: dict[str, Any] = document["header"]
+        return header
+
+    def write(self, name: str, header: Mapping[str, Any], size: int, fill: Callable[[Path], None]) -> bool:
+        """Keep an entry whose data, about ``size`` bytes, ``fill`` writes into the path it is given.
+
+        Returns False, with one warning for this store's lifetime, when it cannot be kept: the disk is full or cannot
+        be written (``fill`` raises OSError), after which nothing is tried any more, or the budget is smaller than it.
+        """
+        if self._full:
+            return False
+        if size > self.budget:
+            if not self._refused:
+                mega = f"{size / 1e6:,.0f} MB is more than the whole budget of {self.budget / 1e6:,.0f} MB"
+                self._warnings.append(f"what is too large is not kept for reuse in {self.folder}: {mega}")
+            self._refused = True
+            return False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(size)
+            with workplace(self.folder, _WRITING) as place:
+                fill(place / _DATA)
+                self._write_header(place, header)
+                if not self.has(name):
+                    self.drop(name)  # the remains of an entry that somebody has half removed
+                with contextlib.suppress(FileExistsError):  # another process kept the same result first
+                    self._rename(place, self.folder / name)
+            self._make_room(0)
+        except OSError as error:
+            return self._stop(error.strerror or str(error))
+        return True
+
+    def _stop(self, reason: str) -> bool:
+        self._full = True
+        self._warnings.append(f"nothing more is kept for reuse in {self.folder}: {reason}; training goes on")
+        return False
+
+    @staticmethod
+    def _rename(source: Path, target: Path) -> None:
+        try:
+            source.rename(target)
+        except OSError as error:
+            # By its number, not by looking: the other entry may have been dropped since.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(*error.args) from error
+            raise
+
+    @staticmethod
+    def _write_header(place: Path, header: Mapping[str, Any]) -> None:
+        data = place / _DATA
+        document = {"format": FORMAT, "bytes": data.stat().st_size, "crc32": _checksum(data), "header": dict(header)}
+        text = json.dumps(document).encode()
+        (place / _HEADER).write_bytes(b"%08x\n" % zlib.crc32(text) + text)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Let one process at a time compute an entry; the others wait and then find it."""
+        place = self.folder / "locks"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(place / name, os.O_RDWR | os.O_CREAT)
+        except OSError:  # nothing can be written here, so there is nothing to wait for
+            yield
+            return
+        try:
+            while try_lock(descriptor) is False:
+                beat()  # whoever computes it may take long
+                time.sleep(_LOOK_AGAIN)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def entries(self) -> list[Entry]:
+        """Return what is kept, the longest unused first."""
+        found = []
+        for place in self.folder.glob("*-*"):
+            kind = place.name.partition("-")[0]
+            if kind not in KINDS:
+                continue
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                size = sum(file.stat().st_size for file in place.iterdir())
+                found.append(Entry(place.name, kind, size, place.stat().st_mtime_ns / 1e9))
+        return sorted(found, key=lambda entry: (entry.used, entry.name))
+
+    def size(self) -> int:
+        """Return the bytes of all entries."""
+        return sum(entry.bytes for entry in self.entries())
+
+    def clear(self) -> int:
+        """Drop every entry that is not being written; return the bytes that were freed."""
+        entries = self.entries()
+        for entry in entries:
+            self.drop(entry.name)
+        self._sweep()
+        return sum(entry.bytes for entry in entries)
+
+    def drop(self, name: str) -> None:
+        """Remove an entry, if it is there, in one step; whoever has it open keeps what he has."""
+        aside = self.folder / f"{_DROPPED}{uuid.uuid4().hex}"
+        with contextlib.suppress(OSError):  # not there, or another process was faster
+            (self.folder / name).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        self._sweep()
+        entries = self.entries()
+        total = sum(entry.bytes for entry in entries)
+        for entry in entries:
+            if total + size <= self.budget:
+                return
+            self.drop(entry.name)
+            total -= entry.bytes
+
+    def _sweep(self) -> None:
+        """Remove what processes that died have left half written."""
+        remove_abandoned([*self.folder.glob(f"{_WRITING}*"), *self.folder.glob(f"{_DROPPED}*")])
+
+
+@cache
+def open_store(folder: Path, budget: int) -> ReuseStore:
+    """Return this process's store of a folder: the same for every trial, so that it warns once."""
+    return ReuseStore(folder, budget)

@@ -1,0 +1,263 @@
+"""States of a training under the key of all that decided them: where a trial starts, and what it leaves.
+
+A stage is the state after some epoch: weights, optimiser state, the best-on-val weights so far and the history of
+epochs. Resuming after a kill, sharing between trials and skipping a repeated trial are all the same search for the
+longest stage on a trial's own list of learning rates. Frozen weights are not stored: the key names where they came
+from, and the model a trial starts from has them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.errors import ModelError
+from caltech_sweep.files import file_digest
+from caltech_sweep.training.cache import ReuseStore, open_store
+from caltech_sweep.training.device import surroundings
+from caltech_sweep.training.evaluate import Evaluation
+from caltech_sweep.training.fit import EpochResult, Training
+from caltech_sweep.training.keys import AUGMENTATION_VERSION, StageUse, digest, recipe, stage_key
+from caltech_sweep.training.models import TRANSFORMING, imagenet_file, load_state
+from caltech_sweep.training.schedule import learning_rates
+
+SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
+_FIRST_RATE = 100e6  # bytes a second, taken for granted until a save has been timed
+_HEADER_ROOM = 100_000  # bytes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The state after an epoch: a header that JSON can hold, and tensors by dotted name, all on the CPU."""
+
+    header: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Return the tensors below ``prefix``, by the rest of their names."""
+        start = f"{prefix}."
+        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+
+
+@lru_cache(maxsize=64)
+def _known_digest(path: Path, size: int, changed: int) -> str:
+    return file_digest(path)
+
+
+def initial_weights(config: TrialConfig, weights_file: Path | None, known: str | None = None) -> str:
+    """Return what names the initial weights: the contents of a file, whatever its name.
+
+    ImageNet weights go by the name of the published file, which holds its checksum and is checked when it is read.
+    ``known`` is the file's SHA-256, where that is checked when it is read; otherwise it is computed here. Raises
+    ModelError for a file that is not there.
+    """
+    if config.weights == "none":
+        return "none"
+    if config.weights == "imagenet":
+        return f"imagenet {imagenet_file(config.arch).name}" + (
+            " with transform_input" if config.arch in TRANSFORMING else ""
+        )
+    if known is not None:
+        return f"file {known}"
+    path = Path(config.weights[5:]) if config.weights.startswith("file:") else weights_file
+    try:
+        if path is None:
+            raise FileNotFoundError
+        status = path.stat()
+        return f"file {_known_digest(path, status.st_size, status.st_mtime_ns)}"
+    except OSError as error:
+        raise ModelError(f"weights: there is no file {path} for {config.weights}") from error
+
+
+def identity(
+    config: TrialConfig,
+    data: LoadedData,
+    device: torch.device,
+    weights_file: Path | None,
+    features: bool,
+    known: str | None = None,
+) -> dict[str, Any]:
+    """Return all that decides a training's weights but its learning rates, as one dict that JSON can hold.
+
+    ``features`` says whether the outputs of frozen layers are kept. On the CPU that changes no bit; elsewhere this is
+    not certain, so there it counts.
+    """
+    augmentation = {"augmentation": AUGMENTATION_VERSION} if config.augment else {}
+    return {
+        **recipe(config),
+        **augmentation,
+        "initial": initial_weights(config, weights_file, known),
+        "outputs": config.outputs or len(data.split.classes),
+        "data": data.fingerprint,
+        "crop": config.dataset.crop,
+        "surroundings": surroundings(config, device),
+        "features": features and device.type != "cpu",
+    }
+
+
+def _name(base: str, rates: tuple[float, ...]) -> str:
+    return f"stage-{stage_key(base, rates)}"
+
+
+def stored_epochs(
+    config: TrialConfig, data: LoadedData, device: torch.device, weights_file: Path | None, use: StageUse
+) -> int:
+    """Return how many epochs of a trial are in the store already, without training or building anything.
+
+    torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
+    """
+    base, rates = digest(identity(config, data, device, weights_file, use.features)), learning_rates(config)
+    store = open_store(use.folder, use.budget)
+    return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def capture(training: Training) -> Stage:
+    """Return the state of a training after at least one epoch; the tensors may be the training's own."""
+    assert training.best is not None
+    frozen = _frozen(training.model)
+    states = {"model": training.model.state_dict()}
+    if training.best.epoch != training.epoch:  # otherwise the best weights are these
+        states["best"] = training.best_weights
+    tensors = {f"{k}.{name}": v for k, state in states.items() for name, v in state.items() if name not in frozen}
+    for index, values in training.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
+    history = training.history
+    tensors["val.predictions"] = torch.stack([epoch.val.predictions for epoch in history])
+    tensors["val.confidences"] = torch.stack([epoch.val.confidences for epoch in history])
+    header = {"best_epoch": training.best.epoch, "history": [_as_record(epoch) for epoch in history]}
+    return Stage(header, {name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def _as_record(epoch: EpochResult) -> dict[str, Any]:
+    kept = [f.name for f in fields(epoch) if f.name not in ("val", "reused")]
+    val = {"loss": epoch.val.loss, "accuracy": epoch.val.accuracy}
+    return {**{name: getattr(epoch, name) for name in kept}, "val": val}
+
+
+def restore(training: Training, stage: Stage) -> None:
+    """Put a training that has not begun into a stored state, bit for bit; its history is marked as reused."""
+    model, optimizer = training.model, training.optimizer
+    load_state(model, stage.group("model"), strict=False)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in stage.group("optimizer").items():
+        index, _, key = name.partition(".")
+        states.setdefault(int(index), {})[key] = _laid_out_like(parameters[int(index)], value)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    by_epoch = (stage.tensors[f"val.{name}"].clone() for name in ("predictions", "confidences"))
+    values = zip(stage.header["history"], *by_epoch, strict=True)
+    training.history = [
+        EpochResult(**{**record, "val": Evaluation(**record["val"], predictions=p, confidences=c), "reused": True})
+        for record, p, c in values
+    ]
+    training.epoch = len(training.history)
+    training.best = training.history[stage.header["best_epoch"] - 1]
+    best = stage.group("best")
+    state = model.state_dict()
+    training.best_weights = {name: best.get(name, value).detach().clone() for name, value in state.items()}
+
+
+def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return an optimiser's tensor in its parameter's memory layout, which the fused optimisers rely on."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+
+
+class TrialStages:
+    """The stages of one trial: the longest stored one to start from, and those that it leaves."""
+
+    def __init__(self, use: StageUse, training: Training, weights_file: Path | None, known: str | None = None) -> None:
+        config = training.config
+        self._use, self._training = use, training
+        self._store: ReuseStore = open_store(use.folder, use.budget)
+        self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
+        self._trial = config.fingerprint()
+        self._base, self._rates = digest(self._identity), learning_rates(config)
+        self._saved = time.monotonic()
+        self.seconds = 0.0  # that loading and saving took
+        self._trained = 0.0  # seconds that this process has trained
+        self._cost: float | None = None  # seconds of the last save
+        self._passing: str | None = None  # the last stage that only serves resuming, until there is a later one
+
+    def resume(self) -> None:
+        """Put the training into its longest sound stored state, if there is one."""
+        start = time.monotonic()
+        names = (_name(self._base, self._rates[:epoch]) for epoch in range(len(self._rates), 0, -1))
+        stage = next((stage for stage in map(self._load, names) if stage is not None), None)
+        if stage is not None:
+            restore(self._training, stage)
+            if stage.header.get("trial") == self._trial:
+                self._supersede(self._training.epoch)
+        self.seconds += time.monotonic() - start
+
+    def _load(self, name: str) -> Stage | None:
+        found = self._store.open(name) if self._store.has(name) else None
+        if found is None:
+            return None
+        header, path = found
+        try:
+            return Stage(header, load_file(path))
+        except FileNotFoundError:  # dropped by another process just now
+            return None
+
+    def after(self, result: EpochResult) -> None:
+        """Save the state after an epoch that has just been trained, if another may need it or it is time to."""
+        self._trained += result.seconds
+        name = _name(self._base, self._rates[: result.epoch])
+        if self._store.has(name) or not self._is_due(result.epoch):
+            return
+        start = time.monotonic()
+        stage = capture(self._training)
+
+        def fill(path: Path) -> None:
+            try:
+                save_file(stage.tensors, path)
+            except SafetensorError as error:  # how it reports a disk that is full
+                raise OSError(str(error)) from error
+
+        header = {**stage.header, "identity": self._identity, "trial": self._trial}
+        if self._store.write(name, header, _size(stage), fill):
+            self._supersede(result.epoch)
+        self._saved = time.monotonic()
+        self._cost = self._saved - start
+        self.seconds += self._cost
+
+    def _supersede(self, epoch: int) -> None:
+        """Drop the stage that served resuming until there was a later one: it would push out what others need."""
+        if self._passing is not None:
+            self._store.drop(self._passing)
+        self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
+
+    def _is_needed(self, epoch: int) -> bool:
+        return epoch in self._use.save_at or epoch == len(self._rates)
+
+    def _is_due(self, epoch: int) -> bool:
+        if self._is_needed(epoch):
+            return True
+        if time.monotonic() - self._saved < self._use.every_seconds:
+            return False
+        cost = self._cost if self._cost is not None else _guess(self._training) / _FIRST_RATE
+        return self.seconds + cost <= SAVING_SHARE * self._trained
+
+
+def _size(stage: Stage) -> int:
+    return sum(value.nbytes for value in stage.tensors.values()) + _HEADER_ROOM
+
+
+def _guess(training: Training) -> int:
+    """Return about how many bytes a stage takes: two copies of the trained weights and the optimiser's state."""
+    trained = sum(parameter.nbytes for parameter in training.model.parameters() if parameter.requires_grad)
+    return trained * 3

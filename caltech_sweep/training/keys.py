@@ -1,0 +1,77 @@
+"""What decides the weights after each epoch, as keys that any two trials may share; knows no torch until asked.
+
+Two trainings that start alike, see the same data under the same settings, and whose lists of learning rates agree
+for k epochs have the same weights for k epochs, whatever their ``step_size``, ``gamma`` and ``epochs``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caltech_sweep.config import FIRST_DATASET_FIELDS, FLOAT_FIELDS, TrialConfig
+from caltech_sweep.training.schedule import _SCHEDULE
+
+if TYPE_CHECKING:
+    pass
+
+AUGMENTATION_VERSION = 2  # of what the augmentations draw and do; counts where there are any
+
+_TEST_ONLY = ("test_views", "test_batch_size")  # validation has a batch size of its own
+_BY_NAME = ("dataset", "weights", "outputs", "precision", "channels_last")  # what they stand for decides
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """Where a trial finds and leaves what can be reused, and when it saves."""
+
+    folder: Path
+    budget: int  # bytes of the whole folder
+    save_at: frozenset[int] = frozenset()  # epochs after which another trial may branch; the last is always saved
+    every_seconds: float = 60.0  # at most so often for resuming, and never above 2% of the training time
+    features: bool = True  # keep the outputs of frozen layers
+
+
+def digest(value: Any) -> str:
+    """Return 32 hex digits of anything that JSON can hold; floats count to their last bit."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def recipe(config: TrialConfig) -> dict[str, Any]:
+    """Return the settings that decide the weights whatever the schedule, the machine and the names of files.
+
+    A setting that nothing reads, such as the angle of a rotation that is not asked for, is left out. A field that a
+    later version adds counts where it is not at its default, until it is named here.
+    """
+    idle = {*_SCHEDULE, *_TEST_ONLY, *_BY_NAME}
+    if config.optimizer != "sgd":
+        idle.add("momentum")
+    if not config.augment:
+        idle.add("augment_probability")
+    if "rotation" not in config.augment:
+        idle.add("rotation_degrees")
+    counted = config.counted()
+    values = {name: value for name, value in counted.items() if name not in idle}
+    values.update({f"dataset.{k}": v for k, v in counted["dataset"].items() if k not in FIRST_DATASET_FIELDS})
+    values["normalize"] = config.resolved_normalize()
+    return {name: float(value) if name in FLOAT_FIELDS else value for name, value in values.items()}
+
+
+def trunk_key(config: TrialConfig) -> str:
+    """Return a key that is equal for two configs of one study exactly when only their schedules set them apart.
+
+    Such trials share an epoch for each learning rate that their lists have in common from the start. Weights and
+    dataset count by name here, since no file is read; in the store their contents count.
+    """
+    dataset = config.counted()["dataset"]
+    return digest([recipe(config), dataset, config.weights, config.outputs, config.precision, config.channels_last])
+
+
+def stage_key(base: str, rates: Sequence[float]) -> str:
+    """Return the key of the state after ``len(rates)`` epochs; ``base`` is the key of all but the learning rates."""
+    return digest([base, [float(rate).hex() for rate in rates]])

@@ -1,0 +1,82 @@
+"""One step of a network in the shapes that a study gives it, before anything is written.
+
+It runs on torch's "meta" device, which computes shapes and no numbers: the same layers complain about the same sizes,
+in a fraction of a second and of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import ModelError
+from caltech_sweep.training.models import model_on_meta, train_mode
+
+
+def batch_kinds(config: TrialConfig, images: int) -> frozenset[int]:
+    """Return which batches an epoch over so many images has: of one image (1), of more (2); to layers all are alike."""
+    last = 0 if config.drop_last else images % config.batch_size
+    sizes = {min(config.batch_size, images), last}
+    return frozenset(min(size, 2) for size in sizes if size)
+
+
+def rehearse(
+    config: TrialConfig,
+    num_classes: int,
+    batches: Iterable[int],
+    weights_file: Path | None = None,
+    digest: str | None = None,
+) -> None:
+    """Raise ModelError when the network cannot be built, or cannot train and evaluate a trial's batches.
+
+    ``batches`` holds how many images they have; more than two are as good as two.
+    """
+    model = model_on_meta(config, num_classes, weights_file, digest)
+    outputs = config.outputs or num_classes
+    for size in sorted(batches, reverse=True):
+        if (problem := _problem(model, size, config.dataset.crop, outputs)) is None:
+            continue
+        if size == 1 and _problem(model, 2, config.dataset.crop, outputs) is None:
+            raise ModelError(
+                f"batch_size: {config.batch_size} leaves a batch of one image, which {config.arch} cannot train at "
+                f"a crop of {config.dataset.crop} pixels ({problem}); set drop_last to true, or another batch_size"
+            )
+        raise ModelError(
+            f"arch: {config.arch} cannot be trained on crops of {config.dataset.crop} pixels ({problem}); "
+            f"{_way_out(config.arch, model)}"
+        )
+
+
+def _problem(model: nn.Module, size: int, crop: int, outputs: int) -> str | None:
+    """Train a batch and evaluate one; return the first line of what a layer says against it, or None."""
+    try:
+        train_mode(model)
+        images = torch.zeros(size, 3, crop, crop, device="meta")
+        logits = model(images)
+        F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device="meta")).backward()
+        model.eval()
+        with torch.no_grad():
+            evaluated = model(images)
+    except NotImplementedError:  # an operation that the meta device lacks says nothing about sizes
+        return None
+    except Exception as error:  # each layer has errors of its own: RuntimeError, ValueError, AssertionError
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if logits.shape != (size, outputs) or evaluated.shape != (size, outputs):
+        return f"it gives {tuple(evaluated.shape)} outputs instead of {(size, outputs)}"
+    return None
+
+
+def _way_out(arch: str, model: nn.Module) -> str:
+    """Return what the crop has to be: of some networks exactly one size, of others at least one."""
+    weights = list(torchvision.models.get_model_weights(arch))
+    least = max(weights[0].meta["min_size"]) if weights else 224
+    exactly = getattr(model, "image_size", least if arch.startswith("maxvit") else None)
+    if exactly:
+        return f"it takes exactly {exactly}: set dataset.crop to {exactly}, and dataset.resize to at least that"
+    return f"set dataset.crop to {least} or more, and dataset.resize to at least that, or choose another arch"

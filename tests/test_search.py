@@ -1,0 +1,348 @@
+"""The search against Optuna's own ask-and-tell loop: every sampler and pruner, stopped and gone on with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.errors import UsageError
+from caltech_sweep.seeds import derive
+from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition, SubsetOf
+from caltech_sweep.sweep.optuna_store import MEMORY, open_study
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from conftest import Cli
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+EPOCHS = 6
+SPACE = {
+    "lr": Range(1e-4, 1.0, log=True),
+    "momentum": Range(0.0, 0.95),
+    "batch_size": Range(8, 64, integer=True),
+    "freeze": Choices(("none", "conv")),
+}
+ROWS = (
+    Row("One", {"lr": 0.1, "momentum": 0.9, "batch_size": 32, "freeze": "none"}),
+    Row("Two", {"lr": 0.001, "momentum": 0.5, "batch_size": 16, "freeze": "conv"}),
+)
+SEARCH = StudyDefinition("s", "A search", 24, {"name": "shapes"}, {"epochs": EPOCHS}, SPACE, ROWS)
+GRID = replace(
+    SEARCH,
+    space={
+        "lr": Range(0.1, 0.3, step=0.1),
+        "batch_size": Range(8, 10, integer=True),
+        "augment": SubsetOf(("hflip", "rotation")),
+    },
+    rows=(Row("Row", {"lr": 0.3, "batch_size": 9, "augment": ["hflip"]}),),
+    trials=60,
+)
+COMBINATIONS = set(
+    itertools.product((0.1, 0.2, 0.3), (8, 9, 10), ((), ("hflip",), ("rotation",), ("hflip", "rotation")))
+)
+
+
+def curve(config: TrialConfig) -> list[float]:
+    """Return a validation accuracy an epoch with one best learning rate, and settings that matter more and less."""
+    peak = math.exp(-((math.log10(config.lr) + 1.5) ** 2)) * (0.5 + 0.5 * config.momentum)
+    peak *= (1.0 if config.freeze == "none" else 0.8) - abs(config.batch_size - 30) / 200
+    return [peak * (1 - 0.5**epoch) for epoch in range(1, EPOCHS + 1)]
+
+
+def seed_of(number: int) -> int:
+    return derive(3, "sampler", number) % 2**32
+
+
+STOCK: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda number: optuna.samplers.TPESampler(seed=seed_of(number)),
+    "random": lambda number: optuna.samplers.RandomSampler(seed=seed_of(number)),
+    "gp": lambda number: optuna.samplers.GPSampler(seed=seed_of(number)),
+    "qmc": lambda number: optuna.samplers.QMCSampler(seed=3),
+    "cmaes": lambda number: optuna.samplers.CmaEsSampler(seed=seed_of(number)),
+    "nsgaii": lambda number: optuna.samplers.NSGAIISampler(seed=seed_of(number), population_size=8),
+}
+ENOUGH = {"gp": 12}  # trials, two of them from the model: each takes it a tenth of a second
+ARGUMENTS = {"nsgaii": {"population_size": 8}}
+PRUNERS: dict[str, tuple[dict[str, Any], Callable[[], optuna.pruners.BasePruner]]] = {
+    "median": ({"startup_trials": 3, "warmup_epochs": 1}, lambda: optuna.pruners.MedianPruner(3, 2)),
+    "percentile": (
+        {"percentile": 70, "startup_trials": 3},
+        lambda: optuna.pruners.PercentilePruner(70, n_startup_trials=3),
+    ),
+    "halving": ({}, optuna.pruners.SuccessiveHalvingPruner),
+    "hyperband": ({"max_resource": EPOCHS}, lambda: optuna.pruners.HyperbandPruner(max_resource=EPOCHS)),
+    "threshold": ({"lower": 0.2}, lambda: optuna.pruners.ThresholdPruner(lower=0.2)),
+}
+
+
+def searched(name: str, pruner: str | None = None, trials: int = 24) -> StudyDefinition:
+    sampler = Component(name, {"seed": 3, **ARGUMENTS.get(name, {})})
+    return replace(
+        SEARCH, trials=trials, sampler=sampler, pruner=Component(pruner, PRUNERS[pruner][0]) if pruner else None
+    )
+
+
+def suggest(trial: optuna.Trial) -> TrialConfig:
+    return TrialConfig(
+        dataset=SEARCH.config({}).dataset,
+        epochs=EPOCHS,
+        lr=trial.suggest_float("lr", 1e-4, 1.0, log=True),
+        momentum=trial.suggest_float("momentum", 0.0, 0.95),
+        batch_size=trial.suggest_int("batch_size", 8, 64),
+        freeze=trial.suggest_categorical("freeze", ["none", "conv"]),
+    )
+
+
+def stock(
+    name: str, pruner: str | None = None, trials: int = 24, workers: int = 1
+) -> list[tuple[TrialConfig, str, int]]:
+    """Run Optuna's own loop; return each trial's config, state and number of epochs."""
+    study = optuna.create_study(direction="maximize", pruner=PRUNERS[pruner][1]() if pruner else None, study_name="s")
+    for row in ROWS:
+        study.enqueue_trial(dict(row.settings))
+    if pruner is None:
+        study.pruner = optuna.pruners.NopPruner()
+    done: list[tuple[TrialConfig, str, int]] = []
+    for start in range(0, trials, workers):
+        asked = []
+        for number in range(start, start + workers):
+            study.sampler = STOCK[name](number)
+            trial = study.ask()
+            asked.append((trial, suggest(trial)))
+        for trial, config in asked:
+            values, epoch = curve(config), 0
+            pruned = False
+            for epoch, value in enumerate(values, 1):
+                if pruner is not None:
+                    trial.report(value, epoch)
+                    pruned = trial.number >= len(ROWS) and epoch < EPOCHS and trial.should_prune()
+                if pruned:
+                    break
+            study.tell(
+                trial, None if pruned else max(values), state=TrialState.PRUNED if pruned else TrialState.COMPLETE
+            )
+            done.append((config, "PRUNED" if pruned else "COMPLETE", epoch))
+    return done
+
+
+def run(
+    definition: StudyDefinition, uri: str, tracker: MemoryTracker, slots: int = 1, script: Any = None
+) -> ScriptedExecutor:
+    """Run the coordinator on a study that is opened anew."""
+    executor = ScriptedExecutor(script or (lambda config: Script(curve(config))), slots)
+    run_scripted(definition, executor, tracker, open_study(definition, uri, definition.identity()))
+    return executor
+
+
+def outcome(definition: StudyDefinition, uri: str) -> list[tuple[TrialConfig, str, int]]:
+    trials = open_study(definition, uri, definition.identity()).trials
+    return [(TrialConfig.from_dict(t.user_attrs["config"]), t.state.name, t.last_step or EPOCHS) for t in trials]
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'optuna.db'}"
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("name", STOCK)
+def test_every_sampler_suggests_what_it_suggests_in_optuna_s_own_loop(name: str, workers: int, uri: str) -> None:
+    definition = searched(name, trials=ENOUGH.get(name, 24))
+    run(definition, uri, MemoryTracker(), workers)
+    assert outcome(definition, uri) == stock(name, None, definition.trials, workers)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_pruner_prunes_what_it_prunes_in_optuna_s_own_loop(name: str, uri: str) -> None:
+    definition = searched("tpe", name)
+    run(definition, uri, MemoryTracker())
+    mine = outcome(definition, uri)
+    assert mine == stock("tpe", name)
+    assert {state for _, state, _ in mine} == {"COMPLETE", "PRUNED"}
+
+
+@pytest.mark.parametrize(("name", "pruner"), [*((name, None) for name in STOCK), *(("tpe", name) for name in PRUNERS)])
+def test_a_study_that_is_opened_anew_for_each_trial_samples_what_one_run_does(
+    name: str, pruner: str | None, uri: str
+) -> None:
+    definition, tracker = searched(name, pruner, ENOUGH.get(name, 18)), MemoryTracker()
+    for total in range(len(ROWS), definition.trials + 1):
+        executor = run(replace(definition, trials=total), uri, tracker)
+        assert [job.number for job in executor.jobs] == ([0, 1] if total == 2 else [total - 1])
+    assert outcome(definition, uri) == stock(name, pruner, definition.trials)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_four_workers_stopped_again_and_again_run_each_trial_once(name: str, uri: str, tmp_path: Path) -> None:
+    definition, tracker = searched(name, trials=ENOUGH.get(name, 20)), MemoryTracker()
+    stops = 0
+    while True:
+        executor = ScriptedExecutor(lambda config: Script(curve(config)), slots=4)
+        study = open_study(definition, uri, definition.identity())
+        coordinator = scripted_coordinator(definition, executor, tracker, tmp_path, study)
+        with stopping_after(executor, coordinator, polls=EPOCHS + 3):
+            if coordinator.run().complete:
+                break
+        stops += 1
+    trials = study.trials
+    assert stops >= 2 and [t.state for t in trials] == [TrialState.COMPLETE] * definition.trials
+    assert len({t.user_attrs["fingerprint"] for t in trials}) == len(tracker.runs) == definition.trials
+    assert all([epoch for epoch, _, _ in r.history] == list(range(1, EPOCHS + 1)) for r in tracker.runs.values())
+
+
+@contextmanager
+def stopping_after(executor: ScriptedExecutor, coordinator: Any, polls: int) -> Iterator[None]:
+    original, count = executor.poll, itertools.count(1)
+
+    def poll(timeout: float) -> list:
+        if next(count) >= polls:
+            coordinator.request_stop()
+        return original(timeout)
+
+    executor.poll = poll  # type: ignore[method-assign]
+    yield
+
+
+IN_A_NEW_PROCESS = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_search import MemoryTracker, run, searched
+definition = searched({name!r}, trials={trials})
+print(json.dumps([job.config.lr for job in run(definition, {uri!r}, MemoryTracker()).jobs]))
+"""
+
+
+def rates_in_a_new_process(name: str, uri: str, trials: int) -> list[float]:
+    code = IN_A_NEW_PROCESS.format(tests=str(Path(__file__).parent), name=name, uri=uri, trials=trials)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rates: list[float] = json.loads(result.stdout)
+    return rates
+
+
+def test_with_the_defaults_tpe_proposes_from_its_model_once_ten_trials_have_ended(tmp_path: Path) -> None:
+    tpe = [rate for total in (14, 30) for rate in rates_in_a_new_process("tpe", f"sqlite:///{tmp_path}/tpe.db", total)]
+    random = rates_in_a_new_process("random", f"sqlite:///{tmp_path}/random.db", 30)
+    assert tpe[:10] == random[:10]
+    assert all(one != other for one, other in zip(tpe[10:], random[10:], strict=True))
+    assert tpe == [config.lr for config, _, _ in stock("tpe", trials=30)]
+
+
+def test_a_row_outside_the_space_does_not_blind_the_sampler(uri: str) -> None:
+    outside = (Row("Far", {"lr": 5.0, "momentum": 0.9, "batch_size": 32, "freeze": "none"}),)
+    definition = replace(searched("gp", trials=30), rows=outside)
+    rates = [job.config.lr for job in run(definition, uri, MemoryTracker()).jobs]
+    assert rates[0] == 5.0
+    late = [abs(math.log10(rate) + 1.5) for rate in rates[-10:]]  # decades from the best one
+    assert sorted(late)[5] < 0.5  # a blind sampler is 1.0 away in the median
+
+
+def settings(job: Any) -> tuple[float, int, tuple[str, ...]]:
+    return job.config.lr, job.config.batch_size, job.config.augment
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("name", ["grid", "brute_force"])
+def test_an_exhaustive_sampler_tries_each_combination_once_and_says_that_it_ends(
+    name: str, slots: int, uri: str, tmp_path: Path
+) -> None:
+    definition, tracker, said = replace(GRID, sampler=Component(name, {"seed": 1})), MemoryTracker(), []
+    jobs = []
+    for total in (10, 60, 60):
+        part = replace(definition, trials=total)
+        executor, study = ScriptedExecutor(slots=slots), open_study(part, uri, part.identity())
+        coordinator = scripted_coordinator(part, executor, tracker, tmp_path, study, write=said.append)
+        assert coordinator.run().complete
+        jobs += executor.jobs
+    sampled = [settings(job) for job in jobs if job.number > 0]
+    if name == "brute_force":  # as in Optuna, a row's combination is not tried again
+        sampled.append(settings(jobs[0]))
+    assert len(sampled) == len(COMBINATIONS) and set(sampled) == COMBINATIONS
+    assert said.count("the study ends here: all 36 combinations of its space have been tried, each once") == 2
+
+
+@pytest.mark.parametrize("name", ["grid", "brute_force"])
+def test_a_combination_that_failed_is_tried_again_by_the_next_run(name: str, uri: str) -> None:
+    definition, tracker = replace(GRID, sampler=Component(name, {"seed": 1}), rows=()), MemoryTracker()
+
+    def failing(config: TrialConfig) -> Script:
+        return Script([0.5], failure="crashed" if config.lr == 0.2 and config.batch_size == 9 else None)
+
+    run(definition, uri, tracker, script=failing)
+    again = run(definition, uri, tracker)
+    assert {settings(job) for job in again.jobs} == {c for c in COMBINATIONS if c[:2] == (0.2, 9)}
+    assert run(definition, uri, tracker).jobs == []
+
+
+EXHAUSTIVE_STUDY = """\
+title: A grid
+dataset: {name: shapes}
+trials: 9
+sampler: {name: NAME}
+space:
+  lr: {low: 0.1, high: 0.2}
+expand:
+  gamma: [0.1, 0.5]
+rows:
+  - name: Row
+    set: {lr: 0.1}
+"""
+
+
+def test_an_endless_space_and_a_row_outside_are_refused_with_their_lines(cli: Cli) -> None:
+    path = Path("sweeps/all.yaml")
+    path.write_text(EXHAUSTIVE_STUDY.replace("NAME", "grid"))
+    result = cli("run", "all")
+    assert result.exit_code == 2 and not Path("mlruns").exists()
+    assert (
+        "all.yaml:6: space.lr: has no end of values, and sampler grid tries all of them; give it a step"
+        in result.output
+    )
+    assert (
+        "all.yaml:7: expand: sampler grid tries every combination anyway; move these settings to space" in result.output
+    )
+    path.write_text(
+        "dataset: {name: shapes}\ntrials: 3\nsampler: {name: brute_force}\nspace: {lr: {choices: [0.1, 0.2]}}\n"
+        "rows:\n  - {name: Far, set: {lr: 5}}\n"
+    )
+    result = cli("run", "all")
+    assert "all.yaml:6: rows[0]: 'Far' lies outside the space (lr); sampler grid allows that" in result.output
+
+
+@pytest.mark.parametrize(("name", "package"), [("cmaes", "cmaes"), ("gp", "scipy"), ("qmc", "scipy")])
+def test_a_sampler_without_its_package_is_refused_with_the_command_that_installs_it(
+    name: str, package: str, place: Path
+) -> None:
+    study = place / "sweeps" / "tiny.yaml"
+    study.write_text(study.read_text().replace("name: random", f"name: {name}"))
+    code = f"import sys; sys.modules[{package!r}] = None; from caltech_sweep.cli import main; main(['run', 'tiny'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"sampler {name} needs the package {package}, which is not installed: " in result.stderr
+    assert "pip install 'caltech-sweep[samplers]'" in result.stderr
+    assert not (place / "mlruns").exists()
+
+
+def test_a_sampler_that_cannot_suggest_ends_the_study_with_a_sentence(uri: str) -> None:
+    definition = replace(SEARCH, sampler=Component("tpe", {"seed": 0, "n_ei_candidates": -3, "startup_trials": 2}))
+    with pytest.raises(UsageError, match=r"^sampler tpe cannot suggest settings for this study: "):
+        run(definition, uri, MemoryTracker())
+
+
+def test_a_study_in_memory_learns_too() -> None:
+    definition = searched("tpe")
+    executor = ScriptedExecutor(lambda config: Script(curve(config)))
+    run_scripted(definition, executor, MemoryTracker(), open_study(definition, MEMORY, definition.identity()))
+    assert [job.config for job in executor.jobs] == [config for config, _, _ in stock("tpe")]
