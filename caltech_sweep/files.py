@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,12 +42,12 @@ def workplace(parent: Path, prefix: str) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def remove_abandoned(places: Iterable[Path]) -> None:
-    """Remove those of these folders whose process has died; what belongs to another user stays.
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the folders that ``workplace`` made below ``parent`` and whose process has died.
 
-    Without locks nobody can tell whether a process has died, so everything stays.
+    What belongs to another user stays. Without locks nobody can tell whether a process has died, so everything stays.
     """
-    for place in places:
+    for place in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             if time.time() - place.stat().st_mtime < _YOUNG:
                 continue

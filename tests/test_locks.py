@@ -17,15 +17,14 @@ for module in pkgutil.walk_packages(caltech_sweep.__path__, "caltech_sweep."):
     if module.name != "caltech_sweep.__main__":
         importlib.import_module(module.name)
 from pathlib import Path
-from caltech_sweep import locks, stores, workplaces
-from caltech_sweep.data import files
-from caltech_sweep.training.store import ReuseStore
-assert not locks.AVAILABLE
+from caltech_sweep import files, stores
+from caltech_sweep.training.cache import ReuseStore
+assert not files.AVAILABLE
 here = Path.cwd()
 with stores.only_one(f"sqlite:///{here}/x.db", "study"), files.alone(here), ReuseStore(here, 0).lock("entry"):
-    with workplaces.workplace(here, "work-") as place:
+    with files.workplace(here, "work-") as place:
         os.utime(place, (0, 0))
-        workplaces.remove_abandoned([place])
+        files.remove_abandoned(here, "work-")
         assert place.is_dir()  # nobody can tell that its process has died
     assert not place.exists()
 print("done")
@@ -41,8 +40,8 @@ def test_without_fcntl_every_module_imports_and_what_needs_a_lock_goes_on(tmp_pa
 HOLD = """
 import sys
 from pathlib import Path
-from caltech_sweep import locks, workplaces
-with workplaces.workplace(Path.cwd(), "work-") as place:
+from caltech_sweep.files import workplace
+with workplace(Path.cwd(), "work-") as place:
     print(place, flush=True)
     sys.stdin.read()
 """
@@ -56,9 +55,22 @@ def test_a_folder_is_abandoned_when_its_process_was_killed_and_not_before(tmp_pa
     ) as holder:
         assert holder.stdout is not None
         place = Path(holder.stdout.readline().strip())
+        assert place.parent == tmp_path
         os.utime(place, (0, 0))
-        remove_abandoned([place])
+        remove_abandoned(tmp_path, "work-")
         assert place.is_dir()
         holder.kill()
-    remove_abandoned([place])
+    remove_abandoned(tmp_path, "work-")
     assert not place.exists()
+
+
+def test_only_what_has_the_prefix_and_lies_in_the_folder_goes(tmp_path: Path) -> None:
+    from caltech_sweep.files import remove_abandoned
+
+    for name in ("work-old", "mine"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    remove_abandoned(tmp_path / "mine", "work-")
+    assert (tmp_path / "work-old").is_dir()
+    remove_abandoned(tmp_path, "work-")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

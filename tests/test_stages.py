@@ -422,7 +422,7 @@ def test_the_default_budget_is_a_tenth_of_the_disk_at_most(tmp_path: Path) -> No
 HAMMER = """
 import sys
 from pathlib import Path
-from caltech_sweep.training.store import ReuseStore
+from caltech_sweep.training.cache import ReuseStore
 store, seed = ReuseStore(Path(sys.argv[1]), 6000), int(sys.argv[2])
 for number in range(60):
     name, other = f"stage-{(number * 7 + seed) % 9}", f"stage-{(number + seed) % 9}"

@@ -122,7 +122,7 @@ def _scratch(stack: ExitStack) -> Path:
     """Return a folder for what trials leave; those of runs that were killed are removed."""
     try:
         place = Path(tempfile.gettempdir())
-        remove_abandoned(place.glob(f"{_SCRATCH}*"))
+        remove_abandoned(place, _SCRATCH)
         return stack.enter_context(workplace(place, _SCRATCH))
     except OSError as error:
         raise StoreError(

@@ -223,7 +223,8 @@ class ReuseStore:
 
     def _sweep(self) -> None:
         """Remove what processes that died have left half written."""
-        remove_abandoned([*self.folder.glob(f"{_WRITING}*"), *self.folder.glob(f"{_DROPPED}*")])
+        for prefix in (_WRITING, _DROPPED):
+            remove_abandoned(self.folder, prefix)
 
 
 @cache
