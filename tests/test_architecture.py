@@ -42,13 +42,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "testing"),
     ("serving", "sweep"),
     ("training", "report"),
+    ("artifacts",),
     ("tracking",),
-    ("artifacts", "data"),
+    ("data",),
     ("study",),
     ("stores",),
     ("files",),
-    ("config",),
     ("rules",),
+    ("config",),
     ("seeds", "text", "paths", "errors", "__version__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from caltech_sweep.sweep.importance import weigh
 
 import browser as real
 from browser import Browser, chromium, mlflow_server
-from caltech_sweep.report.page import Options, build_page
+from caltech_sweep.report.page.assemble import build_page
+from caltech_sweep.report.page.importance import weigh
+from caltech_sweep.report.page.section import Options
 from caltech_sweep.tracking import MlflowTracker
 from test_page import new_store, write_store
 

@@ -89,7 +89,7 @@ def test_rows_have_the_trunk_keys_of_the_first_version(study: str, trunk: str) -
 
 @dataclass(frozen=True)
 class LaterDataset(DatasetConfig):
-    background: bool = False
+    letterbox: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ LATER_CHANGES: list[dict[str, Any]] = [
     {"layers": ("fc",)},
     {"betas": [0.9, 0.99]},
     {"teacher": "study:x"},
-    {"dataset": LaterDataset(background=True)},
+    {"dataset": LaterDataset(letterbox=True)},
 ]
 
 

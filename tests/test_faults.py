@@ -160,7 +160,7 @@ def test_a_batch_that_does_not_fit_is_tried_once_more_and_named(place: Path, run
     arguments = ["--set=arch=alexnet", *size, "--set=epochs=1", "--row", "First", "--no-reuse", "--device", "cpu"]
     code, said = run_limited(place, None, 500_000_000, *arguments)
     assert code == 1 and "Traceback" not in said, said
-    assert "a batch of 8 images did not fit on cpu; it is tried again alone on its device" in said
+    assert "a batch of 8 images did not fit on cpu; retried with its device to itself" in said
     assert "study tiny: 1 out_of_memory" in said
 
 

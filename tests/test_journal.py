@@ -63,8 +63,7 @@ def run(tracker: MemoryTracker, folder: Path) -> list[str]:
     journaling = JournalingTracker(tracker, Journal(folder / "journal"), is_outage, notes.append)
     executor = ScriptedExecutor(lambda config: Script([0.1, 0.3, 0.2], deaths=config.lr == 0.1))
     (folder / "scratch").mkdir(parents=True)
-    coordinator = scripted_coordinator(THREE, executor, tracker, folder / "scratch", new_study())
-    coordinator.tracker = journaling
+    coordinator = scripted_coordinator(THREE, executor, journaling, folder / "scratch", new_study())
     assert coordinator.run().complete
     for _ in range(100):
         if journaling.replay():

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.sweep.executors.base import Epoch
 from caltech_sweep.sweep.lease import LEASES, Lease, fencing
-from caltech_sweep.sweep.optuna_store import database_of, open_study
+from caltech_sweep.sweep.optuna_store import engine_of, open_study
 from caltech_sweep.testing import ScriptedExecutor, epoch_metrics, scripted_coordinator
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.writer import MlflowTracker, is_outage
@@ -120,7 +120,7 @@ def study_in(uri: str) -> optuna.Study:
 
 def test_no_transaction_that_writes_to_the_study_store_is_committed_once_the_study_is_lost(uri: str) -> None:
     study = study_in(uri)
-    engine = database_of(study._storage)
+    engine = engine_of(study)
     assert engine is not None
     first, second = lease(uri), lease(uri)
     first.acquire()
@@ -172,7 +172,7 @@ def test_a_coordinator_that_has_lost_its_study_writes_nothing_and_another_ends_i
     def coordinator(held: Lease, executor: ScriptedExecutor) -> tuple:
         study, tracker = study_in(uri), MlflowTracker(inner.uri)
         tracker.guard(held.check)
-        engine = database_of(study._storage)
+        engine = engine_of(study)
         assert engine is not None
         journal = Journal(tmp_path / "journal")
         journaling = JournalingTracker(tracker, journal, is_outage, lambda text: None, held.check)

@@ -396,7 +396,7 @@ def test_a_classifier_and_the_page_see_the_pixels_of_the_cache(home: Path) -> No
     config = replace(config, resize=40, background="navy", exif="ignore")
     data = load_dataset(config)
     trial = TrialConfig(dataset=config, arch="resnet18")
-    card = json.loads(json.dumps(make_card(trial, ["a", "b"], data.grey_bits)))
+    card = json.loads(json.dumps(make_card(trial, ["a", "b"], grey_bits=data.grey_bits)))
     classifier = Classifier(card, build_model(trial, 2).state_dict(), torch.device("cpu"))
     thumbnail = open_thumbnails(config, data.grey_bits)
     for part in ("train", "val", "test"):

@@ -18,10 +18,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from caltech_sweep.data import inspect_dataset
+from caltech_sweep.stores import storage_uri
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import load_study
+from caltech_sweep.sweep.optuna_store import open_study
+from caltech_sweep.sweep.preflight import identity_of
 from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
+from caltech_sweep.tracking.records import STORE_TAG
 from caltech_sweep.tracking.writer import MlflowTracker
 from conftest import invoke
 
@@ -169,13 +174,22 @@ def test_a_pruner_and_a_space_of_few_settings_make_a_count_the_most(place: Path)
     assert counts(invoke("plan", "many").stdout, "sampled") == ("270", "up to 90")
 
 
+def started(study: StudyDefinition) -> MlflowTracker:
+    """Return a tracking store in which the study store of the current folder has begun a study."""
+    data = inspect_dataset(study.config({}).dataset)
+    tracker = MlflowTracker(create=True)
+    own = open_study(study, storage_uri(None), identity_of(study, data, {}))
+    tracker.start_study(study.name, study.title, {**study.to_dict(), STORE_TAG: own.user_attrs[STORE_TAG]})
+    return tracker
+
+
 def record(
     tracker: MlflowTracker, study: StudyDefinition, number: int, outcome: str, tags: dict[str, str], **settings: object
 ) -> None:
     config = study.config({"lr": 0.01, **settings})
     own = {"trial_number": str(number), "fingerprint": config.fingerprint(), **tags}
     run_id = tracker.start_trial(study.name, f"trial-{number:03d}", config.to_params(), own)
-    tracker.finish_trial(run_id, outcome, {}, {}, None)
+    tracker.finish_trial(run_id, outcome, {"best/val_accuracy": 0.5, "test/accuracy": 0.5}, {}, None)
 
 
 def test_trials_that_are_known_count_exactly_and_repeats_do_not_count(place: Path) -> None:
@@ -186,8 +200,7 @@ def test_trials_that_are_known_count_exactly_and_repeats_do_not_count(place: Pat
     )
     study = family_study(place, rows="", expand="", **dict(zip(("trials", "space", "fixed"), family, strict=True)))
     assert counts(invoke("plan", "many").stdout, "sampled") == ("20 to 45", "20 to 45")
-    tracker = MlflowTracker(create=True)
-    tracker.start_study("many", "Many", study.to_dict())
+    tracker = started(study)
     record(tracker, study, 0, "complete", {}, epochs=9)
     record(tracker, study, 1, "crashed", {}, epochs=9)  # another is sampled in its place
     record(tracker, study, 2, "interrupted", {}, epochs=4)
@@ -199,8 +212,7 @@ def test_trials_that_are_known_count_exactly_and_repeats_do_not_count(place: Pat
 
 def test_a_family_that_was_begun_lacks_what_its_other_schedules_need(place: Path) -> None:
     study = family_study(place, trials="trials: 10")
-    tracker = MlflowTracker(create=True)
-    tracker.start_study("many", "Many", study.to_dict())
+    tracker = started(study)
     record(tracker, study, 1, "complete", {}, step_size=10, epochs=20)
     record(tracker, study, 2, "complete", {"family": "1"}, step_size=20, epochs=40)
     # Of the family's tree: 20 + 20 more of step 10, and of step 30 what differs from step 20 after epoch 20: 20.

@@ -20,6 +20,7 @@ from caltech_sweep.errors import ModelError
 from caltech_sweep.sweep.executors.base import Job
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.training import checkpoints as stages
+from caltech_sweep.training import device
 from caltech_sweep.training import keys as reuse
 from caltech_sweep.training.cache import ReuseStore, default_budget
 from caltech_sweep.training.checkpoints import identity, stored_epochs
@@ -300,7 +301,7 @@ def test_other_images_devices_versions_and_code_never_share(
     assert stored() == 4
     assert stored(load_dataset(replace(SHAPES, images_per_class=7))) == 0
     changes: list[tuple[object, str, object]] = [
-        (reuse, "TRAINING_VERSION", reuse.TRAINING_VERSION + 1),
+        (device, "TRAINING_VERSION", device.TRAINING_VERSION + 1),
         (torch, "__version__", "9.9.9"),
         (sys.modules["torchvision"], "__version__", "9.9.9"),
         (sys.modules["numpy"], "__version__", "9.9.9"),

@@ -21,25 +21,12 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
+# The import of caltech_sweep.tracking above sets MLflow up, so these must come after it.
+import mlflow.artifacts
+import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
-
-import caltech_sweep
-from caltech_sweep import stores
-from caltech_sweep.errors import StoreError, UsageError
-from caltech_sweep.files import file_digest
-from caltech_sweep.serving.registry import ALIAS, _registered_model
-from caltech_sweep.serving.runs import MODEL_NAME, _read_run, _Trained
-from caltech_sweep.tracking.records import TrialRecord
-from caltech_sweep.tracking.writer import MlflowTracker
-
-# The import of caltech_sweep.tracking above sets MLflow up, so these must come after it.
-with warnings.catch_warnings():  # about type hints of MLflow's own, when this module is first imported
-    warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
-    import mlflow.pyfunc
-import mlflow.artifacts
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -53,8 +40,17 @@ from mlflow.utils.validation import (
     _validate_model_alias_name_reserved,
     _validate_model_name,
 )
+from PIL import Image
 
+import caltech_sweep
+from caltech_sweep import stores
+from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.files import file_digest
+from caltech_sweep.serving.registry import ALIAS, _registered_model
+from caltech_sweep.serving.runs import MODEL_NAME, _read_run, _Trained
 from caltech_sweep.serving.served_model import CARD, WEIGHTS, Classifier
+from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.writer import MlflowTracker
 
 _PACKAGES = ("mlflow", "torch", "torchvision", "pillow", "safetensors", "numpy", "pandas")
 
@@ -142,7 +138,7 @@ def _save_model(folder: Path, trained: _Trained, metadata: Mapping[str, Any], ml
             warnings.filterwarnings("ignore", message="Operation with range is deprecated")
             mlflow.pyfunc.save_model(
                 folder,
-                python_model=str(package / "served_model.py"),
+                python_model=str(package / "serving" / "served_model.py"),
                 code_paths=[str(package)],
                 artifacts={"weights": weights.as_uri(), "card": card.as_uri()},
                 signature=SIGNATURE,

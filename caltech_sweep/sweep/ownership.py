@@ -213,7 +213,7 @@ def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTrack
         outcome, value = "crashed", None
     state = TrialState[OUTCOMES[outcome].optuna]
     seen = {}
-    if definition.pruner is not None and state != TrialState.FAIL:
+    if definition.pruner is not None:
         seen = {metric.step: metric.value for metric in tracker.history(run.run_id, "val/accuracy")}
     if state == TrialState.PRUNED:
         value = seen[max(seen)] if seen else None

@@ -1,0 +1,50 @@
+"""What the README shows works as it is written there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from caltech_sweep.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [
+    "\n".join(line[4:] for line in found.splitlines()) for found in re.findall(r"(?:^(?:    .*)?\n)+", README, re.M)
+]
+
+
+def example(word: str) -> str:
+    """Return the one indented example that contains a word."""
+    (found,) = [text for text in EXAMPLES if word in text]
+    return found.strip() + "\n"
+
+
+def test_the_study_and_the_mocked_trial_run_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(example("title: My sweep"), encoding="utf-8")
+    (tmp_path / "test_mine.py").write_text(example("ScriptedExecutor"), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 passed" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"caltech-sweep ([a-z]+)", README))))
+def test_every_command_that_is_shown_exists(command: str) -> None:
+    assert command in main.commands
+
+
+def test_every_target_of_make_that_is_shown_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+
+
+def test_every_option_that_is_shown_exists() -> None:
+    for line in re.findall(r"caltech-sweep (?:[a-z]+ ).*", README):
+        words = line.split("#")[0].split()
+        options = {name for option in main.commands[words[1]].params for name in option.opts}
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= options or words[1] == "data", line
