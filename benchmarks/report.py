@@ -164,9 +164,7 @@ def main() -> None:
             timed(f"build a store of {arguments.runs:,} runs", lambda: build_store(folder, arguments.runs))
 
         def imports() -> None:
-            import statsmodels.stats.contingency_tables
-            import statsmodels.stats.multitest
-            import statsmodels.stats.proportion  # noqa: F401
+            import scipy.stats  # noqa: F401
 
             import caltech_sweep.report.build  # noqa: F401
 

@@ -136,7 +136,7 @@ HURTS: list[tuple[list[Callable[[Path], None]], list[str], int]] = [
     (
         [a_truncated_checkpoint, lines_lost, a_prediction_changed],
         [
-            *("trial 2 (trial-002): checkpoints/best.safetensors has", "bytes instead of"),
+            "trial 2 (trial-002): checkpoints/best.safetensors is damaged (",
             "trial 1 (Views): predictions/test_tencrop.csv has 21 rows instead of 24",
             "trial 0 (First): predictions/val.csv gives an accuracy of 0.0000 instead of",
         ],
