@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts", "data"),
     ("study",),
     ("stores",),
-    ("files",),
+    ("addresses", "files"),
     ("config",),
     ("rules",),
     ("seeds", "text", "paths", "errors", "__version__"),
