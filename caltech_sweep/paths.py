@@ -13,6 +13,16 @@ ARTIFACTS = STORES / "artifacts"
 CALTECH_FOLDER = "101_ObjectCategories"
 
 
+def file_name(study: str) -> str:
+    """Return a study's name as the name of a file, which no other study's name gives."""
+    return study.replace("%", "%25").replace("/", "%2F")
+
+
+def study_name(file_name: str) -> str:
+    """Return the study whose name gives a :func:`file_name`."""
+    return file_name.replace("%2F", "/").replace("%25", "%")
+
+
 def closest(folder: Path) -> Path:
     """Return a folder, or the closest place above it that is there: what must be written to make it."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
-from caltech_sweep import paths
+from caltech_sweep import addresses, paths
+from caltech_sweep.addresses import SQLITE
+from caltech_sweep.addresses import hide_secrets as hide_secrets
+from caltech_sweep.addresses import sqlite_file as sqlite_file
 from caltech_sweep.errors import StoreError
 from caltech_sweep.files import try_lock
 
@@ -23,57 +26,29 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 T = TypeVar("T")
-_SQLITE = "sqlite:///"
+_VARIABLE = "MLFLOW_TRACKING_URI"
 _RETRY_SECONDS = 1.0
 _ATTEMPTS = 30  # to open a database whose tables another process is creating
 _MADE_TWICE = re.compile("duplicate key|duplicate entry|already exists", re.I)
 _ABANDONED = 3600.0  # seconds after which a store that is being made is taken for one that was given up
 
 
-def absolute(uri: str) -> str:
-    """Return a store's address with an absolute path, since MLflow and SQLAlchemy resolve relative ones anew."""
-    if "://" not in uri:
-        uri = f"{_SQLITE}{uri}"
-    return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).resolve()}" if uri.startswith(_SQLITE) else uri
-
-
 def tracking_uri(named: str | None = None) -> str:
-    """Return the MLflow store: the named one, ``MLFLOW_TRACKING_URI``, or ``mlruns/mlflow.db``."""
-    return absolute(named or os.environ.get("MLFLOW_TRACKING_URI") or str(paths.MLFLOW_DB))
+    """Return the MLflow store: the named one, ``MLFLOW_TRACKING_URI``, or ``mlruns/mlflow.db``.
+
+    Raises UsageError for an address that is not understood.
+    """
+    given = os.environ.get(_VARIABLE) if named is None else ""
+    return addresses.read(given, addresses.TRACKING, _VARIABLE) if given else _named(named, addresses.TRACKING)
 
 
 def storage_uri(named: str | None = None) -> str:
-    """Return the Optuna store: the named one, or ``mlruns/optuna.db``."""
-    return absolute(named or str(paths.OPTUNA_DB))
+    """Return the Optuna store: the named one, or ``mlruns/optuna.db``; raise UsageError as for the other store."""
+    return _named(named, addresses.STUDIES)
 
 
-_USER = re.compile(r"(?<=://)([^\s'\"<>]*)@")
-_PARAMETER = re.compile(
-    r"((?:^|(?<=[^\w-]))[\w-]*(?:password|passwd|pwd|token|secret|credential|signature|key|sig)=)([^&;,\s'\"<>]*)", re.I
-)
-_HEADER = re.compile(r"\b(Basic|Bearer) [\w+/=.~-]{6,}")
-_SHORTEST = 3  # characters of what is looked for without its surroundings
-
-
-def _secrets_of(address: str) -> list[str]:
-    """Return an address's secrets as drivers may tell them: whole, decoded, and cut where a reader may cut them."""
-    users = [user.partition(":")[2] or user for user in _USER.findall(address)]
-    found = users + [value for _, value in _PARAMETER.findall(address)]
-    found += [unquote(secret) for secret in found]
-    parts = {part for secret in found for part in (secret, *re.split(r"[/:@?#&%]", secret)) if len(part) >= _SHORTEST}
-    return sorted(parts, key=len, reverse=True)
-
-
-def hide_secrets(text: str, address: str = "") -> str:
-    """Return an address, or a sentence with addresses in it, without users, passwords, tokens and keys.
-
-    What a sentence tells of ``address`` is hidden even where it is cut out of it, as in a driver's own words.
-    """
-    text = _USER.sub("***@", text)
-    text = _PARAMETER.sub(r"\1***", _HEADER.sub(r"\1 ***", text))
-    for secret in _secrets_of(address):
-        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
-    return text
+def _named(named: str | None, kind: addresses.Kind) -> str:
+    return addresses.read(str(kind.file) if named is None else named, kind)
 
 
 def reason(error: BaseException, address: str = "") -> str:
@@ -117,11 +92,6 @@ def _why(uri: str) -> str:
     return f"; its folder {file.parent} cannot be written, and must be for this: copy it to another place"
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """Return the file of an SQLite store, or None for another kind."""
-    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
-
-
 def connect_read_only(uri: str) -> Callable[[], sqlite3.Connection] | None:
     """Return what connects to an SQLite store in a folder that cannot be written; None for any other store.
 
@@ -151,11 +121,6 @@ def check_file(uri: str, what: str, create: bool) -> None:
     file = sqlite_file(uri)
     if file is None:
         return
-    if "?" in str(file) or unquote(str(file)) != str(file):
-        raise StoreError(
-            f"the {what} cannot be {hide_secrets(str(file))}, since ? and % mean something else in the address of a "
-            "store; rename the folder, or choose another place"
-        )
     if not file.exists() and not create:
         raise StoreError(f"there is no {what} {file} yet; run a study first, such as `make sweep STUDY=demo`")
     try:
@@ -202,7 +167,7 @@ def make_whole(uri: str, make: Callable[[str], None]) -> None:
             shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".new-{file.name}-") as folder:
         made = Path(folder) / file.name
-        make(f"{_SQLITE}{made}")
+        make(f"{SQLITE}{made}")
         with contextlib.suppress(FileExistsError):  # another process was faster, and its store is as good
             os.link(made, file)
 
@@ -263,7 +228,7 @@ def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -
 
 
 def _lock_file(file: Path, study: str) -> Path:
-    return file.parent / "locks" / f"{study.replace('/', '_')}.lock"
+    return file.parent / "locks" / f"{paths.file_name(study)}.lock"
 
 
 def _take(lock: IO[str], study: str, shared: bool = False) -> None:

@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("study",),
     ("stores",),
-    ("files",),
+    ("addresses", "files"),
     ("rules",),
     ("config",),
     ("seeds", "text", "paths", "errors", "__version__"),

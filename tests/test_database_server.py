@@ -53,12 +53,12 @@ class Server:
         self.call("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
 
     def address(self, database: str) -> str:
-        return f"postgresql+psycopg2://tester:hunter2@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://tester:hunter2@127.0.0.1:{self.port}/{database}"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    pytest.importorskip("psycopg2", reason="needs psycopg2: pip install psycopg2-binary")
+    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'psycopg[binary]'")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not found:
         pytest.skip("needs PostgreSQL: apt-get install postgresql")
@@ -83,12 +83,11 @@ def server() -> Iterator[Server]:
     )
     server.start()
     try:
-        import psycopg2
+        import psycopg
 
         for name in ("mlflow", "optuna"):
-            connection = psycopg2.connect(server.address("postgres").replace("+psycopg2", ""))
-            connection.autocommit = True
-            connection.cursor().execute(f"CREATE DATABASE {name}")
+            connection = psycopg.connect(server.address("postgres"), autocommit=True)
+            connection.execute(f"CREATE DATABASE {name}")
             connection.close()
         yield server
     finally:
@@ -255,7 +254,7 @@ def test_a_study_whose_process_died_is_free_once_its_lease_has_run_out(place: Pa
 
 
 def test_a_server_that_is_not_there_is_a_sentence_at_once(place: Path) -> None:
-    address = f"postgresql+psycopg2://tester:hunter2@127.0.0.1:{free_port()}/mlflow"
+    address = f"postgresql://tester:hunter2@127.0.0.1:{free_port()}/mlflow"
     begun = time.monotonic()
     for option in ("--tracking-uri", "--storage"):
         result = invoke("run", "tiny", "--in-process", "--threads", "1", option, address)

@@ -48,6 +48,9 @@ REFERENCES = {
 }
 
 
+_LONGEST_NAME = 150  # bytes: a file's name has 255, of which three stand for one / and a digest takes some
+
+
 def weights_key(config: TrialConfig) -> str:
     """Return the name of the weights that a trial starts from; every network has its own ImageNet weights."""
     return f"imagenet {config.arch}" if config.weights == "imagenet" else config.weights
@@ -406,6 +409,19 @@ def list_studies(folder: Path = paths.STUDIES) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
+def name_problem(name: str) -> str | None:
+    """Return what is wrong with a study's name, which files and folders are named after, or None."""
+    if not name.strip():
+        return "the name of a study is empty; leave it out for that of its file"
+    if name != name.strip() or not name.isprintable():
+        return "the name of a study has a space at an end or a character that cannot be printed; remove it"
+    if {"", ".", ".."} & set(name.split("/")):
+        return "the name of a study leads out of the folder of its files; write words, with a / only between them"
+    if len(name.encode()) > _LONGEST_NAME:
+        return f"the name of a study is longer than {_LONGEST_NAME} bytes; shorten it"
+    return None
+
+
 def load_study(
     study: str,
     overrides: Sequence[str] = (),
@@ -421,6 +437,9 @@ def load_study(
     Raises StudyFileError with every problem of the file, or UsageError for the arguments.
     """
     path = find_study(study, folder)
+    wrong = name_problem(path.stem if name is None else name)
+    if wrong:
+        raise UsageError(f"{path if name is None else f'--name {name!r}'}: {wrong}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -429,7 +448,7 @@ def load_study(
     if not isinstance(root, CommentedMap):
         raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {_plain(root)!r}"])
     reader = _Reader(str(path))
-    definition = _read(reader, root, name or path.stem)
+    definition = _read(reader, root, name if name is not None else path.stem)
     if not reader.problems:
         reader.exhaustive(root, definition)
     if reader.problems:

@@ -134,9 +134,7 @@ def _replay(
     Returns the studies that still lack some.
     """
     incomplete = set()
-    names = {name.replace("/", "_"): name for name in tracked}
-    for safe, folder in journals(stores.journal_root(study_store), tracking).items():
-        study = names.get(safe, safe)
+    for study, folder in journals(stores.journal_root(study_store), tracking, lambda: tracked):
         if study in foreign:
             continue
         try:

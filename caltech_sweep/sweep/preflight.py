@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep import stores
+from caltech_sweep import addresses, stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
@@ -167,7 +167,7 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[str
     _check_rows(definition, options.rows)
     pick_device(options.device)
     tracking, storage = stores.tracking_uri(options.tracking_uri), stores.storage_uri(options.storage)
-    if tracking == storage:
+    if addresses.is_same(tracking, storage):
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
     stores.check_writable(tracking, "tracking store")
     stores.check_writable(storage, "study store")

@@ -33,7 +33,7 @@ from caltech_sweep.sweep.progress import LiveWatcher, PlainWatcher, Watcher
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
 from caltech_sweep.sweep.sharing import branch_epochs
-from caltech_sweep.tracking.journal import Journal, JournalingTracker, journal_folder, journals
+from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals, own_folder
 from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
 from caltech_sweep.tracking.writer import MlflowTracker, Owner, git_state, is_outage
 from caltech_sweep.training.keys import StageUse
@@ -191,7 +191,8 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         _guard(stack, study, tracker, held)
         watcher = _watcher(stack, write)
         await_outages(study, watcher.note)
-        journal = Journal(journal_folder(stores.journal_root(checked.storage), definition.name, checked.tracking))
+        root = stores.journal_root(checked.storage)
+        journal = Journal(own_folder(root, definition.name, checked.tracking, lambda: _names(tracker)))
         journaling = JournalingTracker(tracker, journal, is_outage, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
         executor = make_executor(options)
@@ -212,16 +213,19 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         return coordinator.run(options.confirm)
 
 
+def _names(tracker: MlflowTracker) -> list[str]:
+    return [record.name for record in tracker.studies()]
+
+
 def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[str], None]) -> bool:
     """Bring to a tracking store what waits for it in journals; return whether all of it is there."""
     tracking, storage = stores.tracking_uri(tracking_uri), stores.storage_uri(storage_uri)
-    found = journals(stores.journal_root(storage), tracking)
+    found = journals(stores.journal_root(storage), tracking, lambda: _names(MlflowTracker(tracking)))
     if not found:
         write("nothing waits to be replayed")
         return True
     tracker, complete = MlflowTracker(tracking), True
-    names = {record.name.replace("/", "_"): record.name for record in tracker.studies()}
-    for study, folder in ((names.get(safe, safe), folder) for safe, folder in found.items()):
+    for study, folder in found:
         try:
             check_own(study, tracker, storage)
             with holding(storage, study) as held:

@@ -15,12 +15,12 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep import stores
+from caltech_sweep import addresses, paths, stores
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.records import EpochLog, StudyRecord, Tracker, TrialRecord
@@ -117,8 +117,55 @@ class Journal:
 
 
 def journal_folder(root: Path, study: str, uri: str) -> Path:
-    """Return the folder of a study's journal for one tracking store."""
-    return root / "journal" / f"{study.replace('/', '_')}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+    """Return the folder of a study's journal for one tracking store, however the store's address is written."""
+    return root / "journal" / f"{paths.file_name(study)}-{_digest(addresses.identity(uri), 16)}"
+
+
+def own_folder(root: Path, study: str, uri: str, names: Callable[[], Iterable[str]]) -> Path:
+    """Return :func:`journal_folder`, to which the study's journal of an earlier version is moved, if there is one.
+
+    ``names`` tells the names of the studies in the tracking store.
+    """
+    place = journal_folder(root, study, uri)
+    for folder in _former(root, uri):
+        if not place.exists() and _study_of(folder, names()) == study:
+            try:
+                folder.rename(place)
+            except OSError as error:
+                raise StoreError(f"the journal {folder} cannot be moved to {place.name}: {error.strerror}") from error
+    return place
+
+
+def journals(root: Path, uri: str, names: Callable[[], Iterable[str]]) -> list[tuple[str, Path]]:
+    """Return the studies and folders of the journals below ``root`` whose writes are for a tracking store."""
+    ending = f"-{_digest(addresses.identity(uri), 16)}"
+    found = [
+        (paths.study_name(folder.name.removesuffix(ending)), folder)
+        for folder in sorted((root / "journal").glob(f"*{ending}"))
+    ]
+    return found + [(_study_of(folder, names()), folder) for folder in _former(root, uri)]
+
+
+def _digest(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _former(root: Path, uri: str) -> list[Path]:
+    """Return the journals for a tracking store of earlier versions, which went by the words of its address."""
+    written = {uri, *(re.sub(r"^postgresql(\+\w+)?:", f"postgresql{driver}:", uri) for driver in ("", "+psycopg2"))}
+    endings = sorted(_digest(text, 8) for text in written)
+    return [folder for ending in endings for folder in sorted((root / "journal").glob(f"*-{ending}"))]
+
+
+def _study_of(folder: Path, names: Iterable[str]) -> str:
+    """Return whose journal of an earlier version this is, in whose name / and _ are the same."""
+    for entry in Journal(folder).pending.values():
+        arguments = entry["args"]
+        if "study" in arguments or entry["op"] == "finish_study":
+            return str(arguments.get("study", arguments.get("name")))
+    written = folder.name[: -len("-") - 8]
+    alike = [name for name in names if name.replace("/", "_") == written]
+    return written if written in alike or not alike else alike[0]
 
 
 class JournalingTracker:
@@ -333,9 +380,3 @@ class JournalingTracker:
     def trials(self, study: StudyRecord) -> list[TrialRecord]:
         """Return the trials of a study, the oldest first."""
         return self.inner.trials(study)
-
-
-def journals(root: Path, uri: str) -> dict[str, Path]:
-    """Return the journals below a folder whose writes are for a tracking store, by the names of their folders."""
-    digest = journal_folder(root, "", uri).name
-    return {folder.name.removesuffix(digest): folder for folder in sorted((root / "journal").glob(f"*{digest}"))}
