@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -236,8 +237,34 @@ def test_a_server_that_speaks_no_http_or_hangs_is_a_sentence(tmp_path: Path) -> 
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/file.bin"
         with pytest.raises(DatasetError, match="could not be reached .*timed out"):
             download(url, tmp_path / "file.bin", [SHA], quiet, mend="MEND", retry=RETRY.new(total=0), timeout_s=0.1)
+    started = time.monotonic()
     with pytest.raises(DatasetError, match=r"could not be reached \(.*refused\); run again to try"):
         download(url, tmp_path / "file.bin", [SHA], quiet, mend="MEND")
+    assert time.monotonic() - started < 2  # at once: there is most likely no network
+
+
+def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+
+    def answer(listener: socket.socket, head: str, body: bytes) -> None:
+        with listener:
+            connection, _ = listener.accept()
+        with connection:
+            connection.recv(10_000)
+            connection.sendall(f"HTTP/1.1 {head}\r\nConnection: close\r\n\r\n".encode() + body)
+
+    def serve_twice() -> None:
+        answer(listener, f"200 OK\r\nContent-Length: {len(BODY)}", BODY[:300_000])
+        time.sleep(0.3)  # nobody listens
+        answer(socket.create_server(address), "206 Partial\r\nContent-Range: bytes 300000-/*", BODY[300_000:])
+
+    thread = threading.Thread(target=serve_twice)
+    thread.start()
+    url, retry = f"http://127.0.0.1:{address[1]}/file.bin", RETRY.new(backoff_factor=0.2)
+    download(url, tmp_path / "file.bin", [SHA], quiet, mend="MEND", retry=retry, timeout_s=5)
+    thread.join()
+    assert (tmp_path / "file.bin").read_bytes() == BODY
 
 
 @pytest.mark.parametrize(
