@@ -47,8 +47,3 @@ def image_cache() -> Path:
 def reuse_store() -> Path:
     """Return the folder of training states and frozen features that trials share."""
     return data_home() / "reuse"
-
-
-def weights_home() -> Path:
-    """Return the folder of downloaded pretrained weights."""
-    return data_home() / "weights"

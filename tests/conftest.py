@@ -36,7 +36,7 @@ Cli = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def no_other_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no store or dataset outside a test's own folder be seen."""
-    for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA"):
+    for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 

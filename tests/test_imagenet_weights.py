@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
@@ -20,6 +22,7 @@ from server import FileServer, serve
 
 ARCH = "squeezenet1_1"
 CONFIG = TrialConfig(arch=ARCH, weights="imagenet")
+CHECKPOINTS = "torch/hub/checkpoints"  # of torch.hub, below TORCH_HOME's parent
 
 
 class Code:
@@ -37,6 +40,10 @@ def state() -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return torchvision.models.get_model(ARCH).state_dict()
+
+
+def ours() -> nn.Module:
+    return build_model(CONFIG, 101)
 
 
 def saved(content: object) -> bytes:
@@ -57,7 +64,7 @@ def publish(server: FileServer, body: bytes, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("CALTECH_SWEEP_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with serve() as running:
         yield running
 
@@ -72,7 +79,42 @@ def test_weights_are_downloaded_once_and_loaded(
         assert torch.equal(model.state_dict()["features.0.weight"], state["features.0.weight"])
         assert model.state_dict()["classifier.1.weight"].shape[0] == 101
     assert server.asked == [None, "bytes=2000000-", "bytes=4000000-"]
-    assert [p.name for p in (tmp_path / "data" / "weights").iterdir()] == [name]
+    assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == [name]
+
+
+def test_torchvision_and_this_package_share_their_downloads(
+    server: FileServer, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    publish(server, saved(state), monkeypatch)
+    weights = next(iter(torchvision.models.get_model_weights(ARCH)))
+
+    def theirs() -> nn.Module:
+        return torchvision.models.get_model(ARCH, weights=weights)
+
+    for first, second in ((theirs, ours), (ours, theirs)):
+        server.asked.clear()
+        kept, loaded = (make().state_dict()["features.0.weight"] for make in (first, second))
+        assert torch.equal(kept, loaded) and server.asked == [None]
+        shutil.rmtree(tmp_path / CHECKPOINTS)
+
+
+def test_a_cache_that_cannot_be_written_is_read(
+    server: FileServer, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / CHECKPOINTS).mkdir(parents=True)
+    (tmp_path / CHECKPOINTS / publish(server, saved(state), monkeypatch)).write_bytes(saved(state))
+    (tmp_path / CHECKPOINTS).chmod(0o555)
+    ours()
+    assert not server.asked
+
+
+def test_a_cache_that_cannot_be_made_names_the_variable_that_helps(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(server, b"", monkeypatch)
+    (tmp_path / "torch").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"checkpoints cannot be made \(Not a directory\).* variable TORCH_HOME"):
+        ours()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -80,7 +122,7 @@ def test_a_damaged_file_is_noticed_and_fetched_again(
     server: FileServer, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     body = saved(state)
-    target = tmp_path / "data" / "weights" / publish(server, body, monkeypatch)
+    target = tmp_path / CHECKPOINTS / publish(server, body, monkeypatch)
     target.parent.mkdir(parents=True)
     middle = len(body) // 2
     flipped = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
@@ -99,7 +141,7 @@ def test_offline_is_one_sentence_with_the_mend(
 ) -> None:
     body = saved(state)
     name = publish(server, body, monkeypatch)
-    folder = tmp_path / "data" / "weights"
+    folder = tmp_path / CHECKPOINTS
     del server.files[name]
     with pytest.raises(ModelError) as caught:
         build_model(CONFIG, 101)

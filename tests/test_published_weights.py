@@ -13,7 +13,6 @@ import torch
 import torchvision
 from torch import nn
 
-from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.errors import ModelError
@@ -35,18 +34,15 @@ def first_weights(arch: str) -> torchvision.models.WeightsEnum:
 
 @pytest.fixture
 def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
-    """Put a state dict where this package and torchvision's own builders each expect the published file."""
+    """Put a state dict where this package and torchvision's own builders expect the published file."""
     monkeypatch.setenv("CALTECH_SWEEP_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
     def put(arch: str, state: OrderedDict[str, torch.Tensor]) -> None:
         published = first_weights(arch)
         monkeypatch.setattr(published.value, "url", f"http://localhost:9/{arch}.pth")  # no digits to check, no server
-        ours, theirs = paths.weights_home() / f"{arch}.pth", tmp_path / "hub" / "checkpoints" / f"{arch}.pth"
-        for folder in (ours.parent, theirs.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, ours)
-        theirs.symlink_to(ours)
+        (tmp_path / "torch/hub/checkpoints").mkdir(parents=True, exist_ok=True)
+        torch.save(state, tmp_path / "torch/hub/checkpoints" / f"{arch}.pth")
 
     return put
 

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from caltech_sweep import paths
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.fetch.download import download, is_there
 from caltech_sweep.errors import DatasetError, ModelError
@@ -79,8 +78,8 @@ def _published(arch: str) -> torchvision.models.WeightsEnum:
 
 
 def imagenet_file(arch: str) -> Path:
-    """Return where the published ImageNet weights of a network lie, or will."""
-    return paths.weights_home() / str(_published(arch).url).rsplit("/", 1)[-1]
+    """Return where the published ImageNet weights of a network lie, or will: where torchvision looks for them too."""
+    return Path(torch.hub.get_dir(), "checkpoints", str(_published(arch).url).rsplit("/", 1)[-1])
 
 
 def _checksums(arch: str) -> list[str]:
@@ -103,7 +102,8 @@ def fetch_imagenet(arch: str, progress: Callable[[int, int], None]) -> Path:
     try:
         download(url, target, _checksums(arch), progress, mend=f"or put {target.name} into {target.parent}")
     except DatasetError as error:
-        raise ModelError(f"weights: the ImageNet weights of {arch} are not available: {error}") from error
+        reason = str(error).replace("CALTECH_SWEEP_DATA", "TORCH_HOME")  # which names the folder of these files
+        raise ModelError(f"weights: the ImageNet weights of {arch} are not available: {reason}") from error
     return target
 
 

@@ -1,20 +1,19 @@
-"""Downloads that are resumed and checked: a ``.part`` file grows until it is whole and its checksum is right."""
+"""Downloads that are resumed and checked: a ``.part`` file grows until it is whole, which its checksum decides."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import http.client
-import json
+import logging
 import re
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
 
 from caltech_sweep import stores
 from caltech_sweep.errors import DatasetError
@@ -22,45 +21,21 @@ from caltech_sweep.files import BLOCK, ELSEWHERE, alone, make_folder, write_all
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all (0 when the server does not say)
 
-WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts that bring nothing new; each new byte starts them afresh
 MAX_DOWNLOAD = 4 << 30  # bytes; the largest published weights have 2.5e9
+MAY_PASS = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are asked again
+# No server at all is most likely no network, which is said at once: connect=0.
+RETRY = Retry(
+    4, connect=0, status_forcelist=MAY_PASS, backoff_factor=0.5, raise_on_status=False, respect_retry_after_header=False
+)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its warnings tell whole URLs, secrets too
 
 
 class _BrokenError(Exception):
-    """An attempt that failed; ``again`` says whether another may do better, ``heard`` whether the server spoke."""
+    """An attempt that did not complete the file; ``again`` says whether another one may."""
 
-    def __init__(self, text: str, again: bool = True, heard: bool = True) -> None:
-        self.again, self.heard = again, heard
+    def __init__(self, text: str, again: bool = False) -> None:
+        self.again = again
         super().__init__(text)
-
-
-@dataclass(frozen=True)
-class _Note:
-    """What the server said about the file whose first bytes are in ``.part``: kept beside it, to notice another."""
-
-    source: str  # a digest of the URL, which may hold a secret
-    validator: str | None  # for If-Range
-    total: int  # bytes; 0 when the server does not say
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps([self.source, self.validator, self.total]))
-
-    @classmethod
-    def read(cls, path: Path, url: str) -> _Note | None:
-        try:
-            source, validator, total = json.loads(path.read_text())
-        except (OSError, ValueError, TypeError):
-            return None
-        usable = source == _source(url) and isinstance(validator, str | None) and isinstance(total, int)
-        return cls(source, validator, total) if usable else None
-
-
-def _note_path(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
-
-
-def _source(url: str) -> str:
-    return hashlib.sha256(url.encode()).hexdigest()
 
 
 def shown(url: str) -> str:
@@ -103,7 +78,7 @@ def download(
     progress: Progress,
     *,
     mend: str,
-    waits_s: Sequence[float] = WAITS_S,
+    retry: Retry = RETRY,
     timeout_s: float = 30.0,
 ) -> None:
     """Make ``target`` the file at ``url``, going on with what an earlier call left in ``target.part``.
@@ -118,118 +93,96 @@ def download(
         try:
             if is_there(target, checksums):
                 return
-            _receive(url, part, progress, mend, waits_s, timeout_s)
-            if not is_there(part, checksums):
+            if not checksums:
+                part.unlink(missing_ok=True)  # nothing would tell whether the rest belongs to it
+            for last in (False, True):  # what was put together from several answers may be of two files: once more
+                whole = is_there(part, checksums) or _receive(url, part, progress, mend, retry, timeout_s)
+                if is_there(part, checksums):
+                    break
                 part.unlink()
-                raise DatasetError(
-                    f"{shown(url)} sent a file without the expected checksum {' or '.join(checksums)}, so it was "
-                    f"deleted: it was damaged on its way or is another file; run again, {mend}"
-                )
+                if whole or last:
+                    raise DatasetError(
+                        f"{shown(url)} sent a file without the expected checksum {' or '.join(checksums)}, so it was "
+                        f"deleted: it was damaged on its way or is another file; run again, {mend}"
+                    )
             part.replace(target)
         except OSError as error:
             raise DatasetError(f"{target} cannot be stored ({error.strerror}); {ELSEWHERE}") from error
-        finally:
-            if not part.exists():
-                with contextlib.suppress(OSError):
-                    _note_path(part).unlink()
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _receive(url: str, part: Path, progress: Progress, mend: str, waits_s: Sequence[float], timeout_s: float) -> None:
-    """Fill ``part``, trying again while it grows or a wait is left."""
-    left, furthest, heard = list(waits_s), _size(part), False
+def _receive(url: str, part: Path, progress: Progress, mend: str, retry: Retry, timeout_s: float) -> bool:
+    """Fill ``part``, trying again while it grows or a try is left; tell whether all of it came in one answer."""
+    furthest = _size(part)
+    whole, left, again = not furthest, int(retry.total or 0), retry
     while True:
         try:
-            _attempt(url, part, progress, timeout_s)
-            return
+            _attempt(url, part, progress, again, timeout_s)
+            return whole
         except _BrokenError as error:
-            heard = heard or error.heard
-            if _size(part) > furthest:
-                left, furthest = list(waits_s), _size(part)
-            if not (left and error.again and heard):  # no server at all is most likely no network: say so at once
-                kept = f"; the {_size(part) / 1e6:.1f} MB that arrived are kept" if _size(part) else ""
-                what = "go on" if kept else "try"
+            have = _size(part)
+            if have > furthest:
+                left, furthest = int(retry.total or 0), have
+            if not (left and error.again):
+                kept = f"; the {have / 1e6:.1f} MB that arrived are kept" if have else ""
                 reason = stores.hide_secrets(str(error), url)
                 raise DatasetError(
-                    f"{shown(url)} {reason}{kept}; run again to {what} when it answers, {mend}"
+                    f"{shown(url)} {reason}{kept}; run again to {'go on' if kept else 'try'} when it answers, {mend}"
                 ) from error
-            time.sleep(left.pop(0))
+            whole, left, again = False, left - 1, retry.new(connect=None)  # there is a server
 
 
-def _attempt(url: str, part: Path, progress: Progress, timeout_s: float) -> None:
-    """Ask once for what is missing and append it; raise _BrokenError when that did not complete the file."""
-    note = _Note.read(_note_path(part), url)
-    have = _size(part) if note else 0
-    if note and note.total and have == note.total:
-        return  # killed just before the checksum
-    headers = {"User-Agent": "caltech-sweep", "Accept-Encoding": "identity"}
-    if note and have:
-        headers["Range"] = f"bytes={have}-"
-        if note.validator:
-            headers["If-Range"] = note.validator
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
-    except urllib.error.HTTPError as error:
-        with error:
-            _refused(error, part, have)
-        return
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        heard = not isinstance(error, urllib.error.URLError)
-        raise _BrokenError(f"could not be reached ({stores.reason(error)})", heard=heard) from error
-    with response:
-        have, total = _start(response, part, note, have, url)
-        _append(response, part, have, total, progress)
+def _attempt(url: str, part: Path, progress: Progress, retry: Retry, timeout_s: float) -> None:
+    """Ask for what is missing and append it; raise _BrokenError when that did not complete the file."""
+    have = _size(part)
+    headers = {"User-Agent": "caltech-sweep", "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    if not have:
+        del headers["Range"]
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=retry))
+        try:
+            response = session.get(url, headers=headers, stream=True, timeout=timeout_s)
+        except requests.RequestException as error:
+            raise _BrokenError(f"could not be reached ({stores.reason(_origin(error))})") from error
+        with response:
+            _append(response, part, _start(response, part, have), progress)
 
 
-def _refused(error: urllib.error.HTTPError, part: Path, have: int) -> None:
-    """Sort an HTTP error: return when ``part`` is already whole, else raise whether to try again."""
-    if error.code == 416 and have:
-        total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", "").strip())
-        if total and int(total[1]) == have:
-            return
+def _origin(error: BaseException) -> BaseException:
+    """Return the first of a chain of errors, as the later ones tell the whole URL and their own names."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return error
+
+
+def _start(response: requests.Response, part: Path, have: int) -> int:
+    """Return where the body begins: after the ``have`` bytes that are there, or at 0."""
+    status, span = response.status_code, response.headers.get("Content-Range", "")
+    if status == 206 and span.strip().startswith(f"bytes {have}-"):
+        return have
+    if status in (206, 416) and have:
         part.unlink()
-        raise _BrokenError("has no such part of the file any more")
-    raise _BrokenError(
-        f"answered {error.code} {error.reason}", again=error.code >= 500 or error.code in (408, 425, 429)
-    )
+        raise _BrokenError("has no such part of the file", again=True)
+    if status != 200:
+        raise _BrokenError(f"answered {status} {response.reason}")
+    return 0
 
 
-def _start(response: http.client.HTTPResponse, part: Path, note: _Note | None, have: int, url: str) -> tuple[int, int]:
-    """Return where the body begins and how long the file is; forget ``part`` when the body is another file's."""
+def _append(response: requests.Response, part: Path, have: int, progress: Progress) -> None:
     length = response.headers.get("Content-Length", "")
-    total = int(length) if length.isdecimal() else 0
-    if response.status == 206 and note and have:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-        whole = int(found[2]) if found and found[2] != "*" else note.total
-        if not found or int(found[1]) != have or (note.total and whole != note.total):
-            part.unlink()
-            raise _BrokenError("sent another part of the file than was asked for")
-        return have, whole
-    if response.status != 200:
-        raise _BrokenError(f"answered {response.status} {response.reason}", again=False)
-    tag = response.headers.get("ETag", "")
-    strong = tag if tag.startswith('"') else response.headers.get("Last-Modified")  # a weak tag may not be used
-    part.write_bytes(b"")
-    _Note(_source(url), strong, total).write(_note_path(part))
-    return 0, total
-
-
-def _append(response: http.client.HTTPResponse, part: Path, have: int, total: int, progress: Progress) -> None:
-    with part.open("ab", buffering=0) as file:  # unbuffered: a full disk is noticed at the write, not at the close
-        while True:
-            try:
-                block = response.read(BLOCK)
-            except (OSError, http.client.HTTPException) as error:
-                raise _BrokenError(f"stopped after {have / 1e6:.1f} MB ({stores.reason(error)})") from error
-            if not block:
-                break
-            have += len(block)
-            if have > MAX_DOWNLOAD:
-                raise _BrokenError(f"sends more than {MAX_DOWNLOAD / 1e9:.1f} GB", again=False)
-            write_all(file, block)
-            progress(have, total)
-    if have < total:
-        raise _BrokenError(f"stopped after {have / 1e6:.1f} of {total / 1e6:.1f} MB")
+    total = have + int(length) if length.isdecimal() else 0
+    with part.open("ab" if have else "wb", buffering=0) as file:  # unbuffered: a full disk is noticed at the write
+        try:
+            for block in response.raw.stream(BLOCK, decode_content=False):
+                have += len(block)
+                if have > MAX_DOWNLOAD:
+                    raise _BrokenError(f"sends more than {MAX_DOWNLOAD / 1e9:.1f} GB")
+                write_all(file, block)
+                progress(have, total)
+        except HTTPError as error:
+            of = f" of {total / 1e6:.1f}" if total else ""
+            raise _BrokenError(f"stopped after {have / 1e6:.1f}{of} MB", again=True) from error
