@@ -21,7 +21,7 @@ from pathlib import Path
 from caltech_sweep.study.definition import Component, Range, StudyDefinition
 from caltech_sweep.sweep.coordinator import Coordinator
 from caltech_sweep.sweep.optuna_store import open_study
-from caltech_sweep.sweep.progress import PlainWatcher
+from caltech_sweep.sweep.progress import PlainProgress
 from caltech_sweep.sweep.recorder import Images
 from caltech_sweep.testing import ScriptedExecutor, epoch_metrics
 from caltech_sweep.tracking.writer import MlflowTracker
@@ -46,7 +46,7 @@ def ours(folder: Path, trials: int, pruner: Component | None) -> float:
     study = open_study(definition, f"sqlite:///{folder / 'optuna.db'}", definition.identity())
     images = Images("digest", {"train": 3856, "val": 1928, "test": 2893}, "benchmark", 101)
     coordinator = Coordinator(
-        definition, study, tracker, ScriptedExecutor(), PlainWatcher(lambda line: None), folder / "scratch", images
+        definition, study, tracker, ScriptedExecutor(), PlainProgress(lambda line: None), folder / "scratch", images
     )
     start = time.perf_counter()
     coordinator.run()

@@ -22,8 +22,8 @@ import torch
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.training.cache import ReuseStore
-from caltech_sweep.training.keys import StageUse
+from caltech_sweep.training.cache import Cache
+from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.schedule import learning_rates, shared_epochs
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 
@@ -48,7 +48,7 @@ def run_all(configs: Sequence[TrialConfig], data: LoadedData, folder: Path | Non
     for config in configs:
         rates = learning_rates(config)
         branches = frozenset(shared_epochs(rates, learning_rates(other)) for other in configs) - {0}
-        use = StageUse(folder, BUDGET, branches, every_seconds=math.inf) if folder else None
+        use = CacheOptions(folder, BUDGET, branches, every_seconds=math.inf) if folder else None
         trial = run_trial(config, data, CPU, stages=use)
         while True:
             try:
@@ -56,7 +56,7 @@ def run_all(configs: Sequence[TrialConfig], data: LoadedData, folder: Path | Non
             except StopIteration as end:
                 outcomes.append(end.value)
                 break
-    return Timed(time.perf_counter() - start, sum(outcome.stage_seconds for outcome in outcomes), outcomes)
+    return Timed(time.perf_counter() - start, sum(outcome.cache_seconds for outcome in outcomes), outcomes)
 
 
 def compare(title: str, on: Timed, off: Timed) -> None:
@@ -101,7 +101,7 @@ def main() -> None:
         rows, place = [config(*row) for row in TRANSFER], Path(name)
         if options.only != "frozen":
             compare("transfer table", run_all(rows, data, place), run_all(rows, data, None))
-            ReuseStore(place, 0).clear()
+            Cache(place, 0).clear()
         for title, lr in (("frozen conv, first trial", 0.01), ("frozen conv, second trial", 0.012)):
             if options.only == "transfer":
                 break

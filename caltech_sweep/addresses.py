@@ -100,7 +100,7 @@ def _shown(address: str) -> str:
 
 
 def read(text: str, kind: Kind, source: str = "") -> str:
-    """Return an address with an absolute path, since MLflow and SQLAlchemy resolve relative ones anew.
+    """Return an address with an absolute path, since MLflow and SQLAlchemy resolve relative ones again.
 
     Raises UsageError for one that is not understood; ``source`` is where it was given, if not by its option.
     """
@@ -225,7 +225,7 @@ def _file(text: str, kind: Kind) -> str:
         raise _NotUnderstoodError("is a device or the like; name a database file")
     if "?" in str(file) or unquote(str(file)) != str(file):
         raise _NotUnderstoodError(
-            "cannot be used, since ? and % mean something else in the address of a store; leave out settings after a "
+            "cannot be used, because ? and % are special characters in a database URL; leave out settings after a "
             "?, rename the folder, or choose another place"
         )
     return f"{SQLITE}{file}"

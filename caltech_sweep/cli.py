@@ -24,7 +24,7 @@ class _Group(click.Group):
             click.echo(f"Error: {error}", err=True)
             context.exit(error.exit_code)
         except MemoryError as error:
-            click.echo(f"Error: the memory is full ({error}); use fewer or smaller images, or more memory", err=True)
+            click.echo(f"Error: out of memory ({error}); use fewer or smaller images, or more memory", err=True)
             context.exit(1)
         except Exception as error:
             from caltech_sweep.stores import failure
@@ -61,14 +61,14 @@ data_option = click.option(
     "--data", metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/."
 )
 device_option = click.option(
-    "--device", help="Device of every trial, such as cpu or cuda:1; default the GPUs, or the CPU."
+    "--device", help="Device for all trials, such as cpu or cuda:1 (default: all GPUs, else the CPU)."
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores."
 )
 row_option = click.option("--row", "rows", multiple=True, metavar="NAME", help="Run only this row; may be repeated.")
 replicates_option = click.option(
-    "--replicates", type=click.IntRange(1), help="Seeds that every row is trained on; default the file's."
+    "--replicates", type=click.IntRange(1), help="Number of seeds per row (default: from the study file)."
 )
 name_option = click.option("--name", help="Store the study under another name.")
 
@@ -95,7 +95,7 @@ def main() -> None:
     is_flag=True,
     help="Take the study over from another study store, such as a lost one: rebuild it from its runs.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Worker processes; default one a GPU, or one.")
+@click.option("--workers", type=click.IntRange(1), help="Worker processes (default: one per GPU, or one).")
 @click.option("--per-device", type=click.IntRange(1), default=1, help="Workers that share a GPU.")
 @device_option
 @threads_option
@@ -103,7 +103,14 @@ def main() -> None:
 @replicates_option
 @click.option("--confirm", type=click.IntRange(0), default=0, metavar="K", help="Repeat the K best on fresh seeds.")
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
-@click.option("--stage-budget", type=click.FloatRange(0), metavar="GB", help="Disk for what is shared.")
+@click.option(
+    "--cache-size",
+    "--stage-budget",
+    "cache_size",
+    type=click.FloatRange(0),
+    metavar="GB",
+    help="Disk for what is shared.",
+)
 @click.option(
     "--hang-timeout",
     type=click.FloatRange(30),
@@ -119,7 +126,7 @@ def main() -> None:
     show_default=True,
     help="Stop after so many trials in a row that crashed, ran out of memory or met bad data.",
 )
-@click.option("--in-process", is_flag=True, help="Train in this very process, for debugging.")
+@click.option("--in-process", is_flag=True, help="Train in this process, for debugging.")
 def run(
     study: str,
     overrides: tuple[str, ...],
@@ -149,7 +156,7 @@ def run(
         _say(summary.stopped)
         sys.exit(1)
     if not summary.complete:
-        _say("stopped; the same command goes on with it")
+        _say("stopped; run the same command to resume")
         sys.exit(130)
     _say(f"see the tables with: caltech-sweep report {definition.name}")
     if summary.failures:
@@ -237,7 +244,7 @@ def report(
     data: str | None,
     tracking_uri: str | None,
 ) -> None:
-    """Print the comparison tables of STUDIES, or of all, from the tracking store alone.
+    """Print the comparison tables of STUDIES, or of all, from the tracking store only.
 
     The format html is a whole page that opens offline: tables, curves, the search, confusion matrices, classes, and
     the images that were most confidently wrong, from the dataset's folder where it is there.
@@ -267,7 +274,7 @@ def report(
 
 @main.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Loopback unless you say otherwise.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @tracking_option
 def ui(port: int, host: str, tracking_uri: str | None) -> None:
     """Serve the MLflow UI on the tracking store.
@@ -287,10 +294,10 @@ def cache(clear: bool) -> None:
     Example: caltech-sweep cache --clear
     """
     from caltech_sweep import paths
-    from caltech_sweep.training.cache import ReuseStore, default_budget
+    from caltech_sweep.training.cache import Cache, default_budget
 
-    folder = paths.reuse_store()
-    store = ReuseStore(folder, 0)
+    folder = paths.cache_folder()
+    store = Cache(folder, 0)
     if clear:
         click.echo(f"freed {store.clear() / 1e9:.2f} GB in {folder}")
         return
@@ -300,11 +307,11 @@ def cache(clear: bool) -> None:
 
 
 @main.group(invoke_without_command=True)
-@click.option("--from", "source", type=click.Path(path_type=Path), help="A folder, .tar.gz or .zip that you have.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="A folder, .tar.gz or .zip of your own.")
 @click.option("--url", help="Where to download from instead of the public archive.")
 @click.pass_context
 def data(context: click.Context, source: Path | None, url: str | None) -> None:
-    """Get Caltech-101: download, verify and unpack it, or take a copy that you have.
+    """Get Caltech-101: download, verify and unpack it, or take a copy of your own.
 
     Example: caltech-sweep data --from 101_ObjectCategories.tar.gz
     """
@@ -419,13 +426,13 @@ def predict(
 
 @main.command()
 @click.argument("study", required=False)
-@click.option("--fix", is_flag=True, help="Mend what can be mended; without it nothing is changed.")
+@click.option("--fix", is_flag=True, help="Fix what can be fixed; without it nothing is changed.")
 @tracking_option
 @storage_option
 def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str | None) -> None:
-    """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and mend it.
+    """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and fix it.
 
-    The exit code is 0 when nothing is left to mend, else 1. A study that is being run, or that belongs
+    The exit code is 0 when nothing is left to fix, else 1. A study that is being run, or that belongs
     to another study store, is skipped.
 
     Example: caltech-sweep doctor --fix
@@ -436,18 +443,18 @@ def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str 
     diagnosis = examine(study, tracking_uri, storage, fix, click.echo)
     skipped = f", {diagnosis.skipped} skipped" if diagnosis.skipped else ""
     examined = counted(diagnosis.studies, "study", "studies")
-    click.echo(f"{examined} examined{skipped}: {diagnosis.found} found, {diagnosis.mended} mended")
+    click.echo(f"{examined} examined{skipped}: {diagnosis.found} found, {diagnosis.fixed} fixed")
     if not diagnosis.healthy:
         if not fix:
-            _say("mend what can be mended with: caltech-sweep doctor --fix")
+            _say("fix what can be fixed with: caltech-sweep doctor --fix")
         sys.exit(1)
 
 
 @main.command()
 @tracking_option
-@click.option("--storage", help="Optuna store, beside which the journals are; default mlruns/optuna.db.")
+@click.option("--storage", help="Optuna store, next to which the journals are; default mlruns/optuna.db.")
 def replay(tracking_uri: str | None, storage: str | None) -> None:
-    """Bring to the tracking store what it did not take while a study ran; the next run of the study does so, too.
+    """Upload results that were kept while the tracking store was down; the next run of the study does so, too.
 
     Example: caltech-sweep replay
     """

@@ -34,13 +34,13 @@ class DatasetConfig:
     """Which images a trial sees and how they are cut; shapes are in pixels."""
 
     name: str = "caltech101"  # caltech101 | shapes (drawn by code) | folder
-    root: str | None = None  # folder of class folders, for name "folder" alone
+    root: str | None = None  # folder of class folders, only for name "folder"
     classes: int | str | tuple[str, ...] | None = None  # first N | first_half | second_half | names | all
     images_per_class: int | None = None  # at most so many of each class in each split
     resize: int = 256  # short side, pixels
     crop: int = 224  # centre crop, pixels, square
     val_fraction: float = 1 / 3  # of train, class by class
-    test_fraction: float = 1 / 3  # for "folder" alone; Caltech-101 has its official rule
+    test_fraction: float = 1 / 3  # only for "folder"; Caltech-101 has its official rule
     split_seed: int = 0
     background: str = "white"  # what transparent pixels show
     exif: str = "apply"  # turn an image as its EXIF orientation says, or ignore that as torchvision does
@@ -60,7 +60,7 @@ class TrialConfig:
     freeze: Freeze = "none"
     optimizer: str = "sgd"
     lr: float = 0.01
-    momentum: float = 0.9  # SGD alone
+    momentum: float = 0.9  # SGD only
     weight_decay: float = 5e-5
     step_size: int = 20  # epochs between learning-rate drops
     gamma: float = 0.1  # factor of each drop
@@ -75,7 +75,7 @@ class TrialConfig:
     test_batch_size: int = 256  # images a step in evaluation
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
-    channels_last: bool | None = None  # None: on CUDA alone
+    channels_last: bool | None = None  # None: on CUDA only
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain nested dict that :meth:`from_dict` reads back."""
@@ -115,7 +115,7 @@ class TrialConfig:
         return values
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that are equal exactly when every field is equal, where the images lie aside.
+        """Return 16 hex digits that are equal exactly when every field is equal, except where the images lie.
 
         A field that a later version adds changes no fingerprint while it has its default.
         """

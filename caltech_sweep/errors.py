@@ -8,11 +8,11 @@
     ├── StoreError             a tracking or study store that cannot be read or written
     ├── ForeignStudyError      a study in the tracking store that another study store runs
     ├── LostStudyError         a study that another process has taken over while this one ran it
-    └── TrialError             one trial failed; the study goes on
+    └── TrialError             one trial failed; the study continues
         ├── DivergedError      the training loss, or another number of the trial, became NaN or infinite
         └── OutOfMemoryError   the batch did not fit on the device
 
-Each message is a sentence: what is wrong, where, and the mend.
+Each message is a sentence: what is wrong, where, and how to fix it.
 """
 
 
@@ -64,7 +64,7 @@ class LostStudyError(CaltechSweepError):
 
 
 class TrialError(CaltechSweepError):
-    """One trial failed; the study goes on."""
+    """One trial failed; the study continues."""
 
     exit_code = 1
 

@@ -30,22 +30,22 @@ _YOUNG = 60.0  # seconds; folders without a lock that are younger may be about t
 
 
 @contextlib.contextmanager
-def workplace(parent: Path, prefix: str) -> Iterator[Path]:
+def locked_directory(parent: Path, prefix: str) -> Iterator[Path]:
     """Yield a new folder below ``parent``, locked; whatever is still there at the end is removed."""
     place = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
         with opened(place) as descriptor:
             if descriptor is not None:
-                try_lock(descriptor)  # nobody else knows it yet
+                try_lock(descriptor)  # no other process knows it yet
             yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove the folders that ``workplace`` made below ``parent`` and whose process has died.
+    """Remove the folders that ``locked_directory`` made below ``parent`` and whose process has died.
 
-    What belongs to another user stays. Without locks nobody can tell whether a process has died, so everything stays.
+    What belongs to another user stays. Without locks it is not known whether a process has died, so everything stays.
     """
     for place in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
@@ -156,7 +156,7 @@ def try_lock(descriptor: int, shared: bool = False) -> bool | None:
 
 
 def wait_for_lock(descriptor: int) -> None:
-    """Lock an open file or folder as soon as nobody else holds it; do nothing where there are no"""
+    """Lock an open file or folder as soon as no other process holds it; do nothing where there are no"""
     if AVAILABLE:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

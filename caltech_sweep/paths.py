@@ -44,6 +44,6 @@ def image_cache() -> Path:
     return data_home() / "cache"
 
 
-def reuse_store() -> Path:
+def cache_folder() -> Path:
     """Return the folder of training states and frozen features that trials share."""
     return data_home() / "reuse"

@@ -37,7 +37,7 @@ def is_number(value: Any) -> bool:
 
 def integer(low: int) -> Rule:
     """Return the rule of an integer with a lower bound."""
-    return Rule(f"a whole number of at least {low}", lambda v: is_integer(v) and v >= low, "integer")
+    return Rule(f"an integer >= {low}", lambda v: is_integer(v) and v >= low, "integer")
 
 
 def number(words: str, accepts: Callable[[float], bool]) -> Rule:
@@ -111,7 +111,7 @@ TRIAL_RULES = {
     "test_batch_size": integer(1),
     "seed": integer(0),
     "precision": one_of("auto", "float32", "bfloat16"),
-    "channels_last": optional(BOOLEAN, "CUDA alone"),
+    "channels_last": optional(BOOLEAN, "CUDA only"),
 }
 DATASET_RULES = {
     "name": one_of("caltech101", "folder", "shapes"),

@@ -95,7 +95,7 @@ def _why(uri: str) -> str:
 def connect_read_only(uri: str) -> Callable[[], sqlite3.Connection] | None:
     """Return what connects to an SQLite store in a folder that cannot be written; None for any other store.
 
-    A store with a write-ahead log is opened by writing beside it, unless SQLite is told that nobody changes it
+    A store with a write-ahead log is opened by writing next to it, unless SQLite is told that nothing changes it
     (SQLite, "Write-Ahead Logging", on read-only databases). Raises StoreError when its log still holds changes.
     """
     file = sqlite_file(uri)
@@ -111,7 +111,7 @@ def connect_read_only(uri: str) -> Callable[[], sqlite3.Connection] | None:
 
 
 def journal_root(storage: str) -> Path:
-    """Return the folder below which results wait that a tracking store does not take: beside the study store."""
+    """Return the folder below which results wait for an unavailable tracking store: next to the study store."""
     file = sqlite_file(storage)
     return file.parent if file is not None else paths.STORES.resolve()
 
@@ -157,7 +157,7 @@ def check_writable(uri: str, what: str) -> None:
 def make_whole(uri: str, make: Callable[[str], None]) -> None:
     """Let ``make`` create a missing SQLite store under a name of its own, then put it in its place in one step.
 
-    A process that is killed while it creates tables would leave a store that nobody can open.
+    A process that is killed while it creates tables would leave a store that cannot be opened.
     """
     file = sqlite_file(uri)
     if file is None or file.exists():
@@ -206,7 +206,7 @@ def tune_sqlite(engine: Engine, patience: int) -> None:
 
 
 def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -> None:
-    """Let whoever needs a new connection to a database server wait ``patience`` seconds for one that is away.
+    """Let a new connection to a database server wait ``patience`` seconds for one that is away.
 
     With ``pool_pre_ping`` every use of a connection that died needs a new one.
     """
@@ -222,7 +222,7 @@ def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -
                 if time.monotonic() > end:
                     raise
                 if not told:
-                    note(f"the study store does not answer ({reason(error)}): waiting for it; training goes on")
+                    note(f"the study store does not answer ({reason(error)}): waiting for it; training continues")
                 told = True
             time.sleep(_RETRY_SECONDS)
 
@@ -239,7 +239,7 @@ def _take(lock: IO[str], study: str, shared: bool = False) -> None:
 
 
 def check_free(uri: str, study: str) -> None:
-    """Raise the StoreError of :func:`only_one` while another process runs a study; nothing is written."""
+    """Raise the StoreError of :func:`study_lock` while another process runs a study; nothing is written."""
     file = sqlite_file(uri)
     if file is None or not _lock_file(file, study).is_file():
         return
@@ -248,7 +248,7 @@ def check_free(uri: str, study: str) -> None:
 
 
 @contextlib.contextmanager
-def only_one(uri: str, study: str) -> Iterator[None]:
+def study_lock(uri: str, study: str) -> Iterator[None]:
     """Hold the lock of a study in a local store while it runs; the lock of a process that died is free.
 
     Raises StoreError while another process runs the study.

@@ -58,7 +58,7 @@ class ScriptedExecutor:
         self._tries: dict[int, int] = {}
 
     def free(self) -> int:
-        """Return how many slots are free; a job that is to run alone is not told from another."""
+        """Return how many slots are free; a job that needs its device to itself is treated like any other."""
         return self._slots - len(self._events)
 
     def submit(self, job: Job) -> None:
@@ -84,7 +84,7 @@ class ScriptedExecutor:
             }
             events.append(Done(job.number, final))
         self.jobs.append(job)
-        self._events[job.number], self._lockstep[job.number] = events, job.lockstep
+        self._events[job.number], self._lockstep[job.number] = events, job.wait_each_epoch
 
     def poll(self, timeout: float) -> list[Event]:
         """Return the next event of every running job that does not wait for an answer."""
@@ -249,16 +249,16 @@ def scripted_coordinator(
     """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker."""
     from caltech_sweep.sweep.coordinator import Coordinator, Limits
     from caltech_sweep.sweep.optuna_store import MEMORY, open_study
-    from caltech_sweep.sweep.progress import PlainWatcher
+    from caltech_sweep.sweep.progress import PlainProgress
     from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
     from caltech_sweep.sweep.recorder import DatasetInfo, Recorder
 
     def make_job(queued: QueuedTrial) -> Job:
-        return Job(queued.number, queued.config, scratch / str(queued.number), lockstep=queued.prunable)
+        return Job(queued.number, queued.config, scratch / str(queued.number), wait_each_epoch=queued.prunable)
 
     study = study or open_study(definition, MEMORY, definition.identity())
     data = DatasetInfo("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
-    progress = PlainWatcher(write)
+    progress = PlainProgress(write)
     recorder = Recorder(tracker, definition, data, progress.note)
     queue = TrialQueue(definition, study, only)
     return Coordinator(queue, recorder, executor, progress, make_job, limits or Limits())

@@ -169,7 +169,7 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter)
     launches: int = 0
     rounds: int = 0
-    mended: Counter[str] = field(default_factory=Counter)
+    fixed: Counter[str] = field(default_factory=Counter)
     stops: int = 0
     refused: int = 0  # runs of the second user
     problems: list[str] = field(default_factory=list)
@@ -278,9 +278,11 @@ def disturb(place: Path, workers: int, took: float, chance: random.Random, tally
                 tally.kills[victim] += 1
         _wait(process, LAST_CHANCE)
         for line in said().splitlines():
-            mended = re.search(r"(it waits again|copied|but nobody runs it: \w+|it is tried again|sampled again)", line)
-            if mended:
-                tally.mended[mended[1]] += 1
+            fixed = re.search(
+                r"(it waits again|copied|but no process is running it: \w+|it is tried again|sampled again)", line
+            )
+            if fixed:
+                tally.fixed[fixed[1]] += 1
         if process.returncode not in (0, -signal.SIGKILL):
             tally.problems.append(f"the command ended with {process.returncode}: {said()[-2000:]}")
         return process.returncode == 0
@@ -345,7 +347,7 @@ def summary(tally: Tally, seed: int, seconds: float) -> str:
         f"{tally.count} kills (seed {seed}) in {tally.launches} starts and {tally.rounds} studies, "
         f"{seconds / 60:.1f} minutes",
         "killed: " + ", ".join(f"{victim} {tally.kills[victim]}" for victim in VICTIMS),
-        "mended: " + (", ".join(f"{what} {count}" for what, count in tally.mended.most_common()) or "nothing"),
+        "fixed: " + (", ".join(f"{what} {count}" for what, count in tally.fixed.most_common()) or "nothing"),
         f"stopped for a moment: {tally.stops}; runs of a second user refused: {tally.refused}",
         *tally.problems,
         "every report equals the undisturbed one" if not tally.problems else "FAILED",

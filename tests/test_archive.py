@@ -89,7 +89,7 @@ def get(server: FileServer, target: Path, checksum: str = SHA, tries: int = 2) -
     seen: list[int] = []
     retry = RETRY.new(total=tries, backoff_factor=0)
     url = server.url("file.bin?token=hidden")
-    download(url, target, [checksum], lambda done, _: seen.append(done), mend="MEND", retry=retry)
+    download(url, target, [checksum], lambda done, _: seen.append(done), fix="MEND", retry=retry)
     assert target.read_bytes() == BODY and sorted(p.name for p in target.parent.iterdir()) == [target.name]
     return seen
 
@@ -149,7 +149,7 @@ def test_a_file_that_changes_during_the_download_is_not_mixed(server: FileServer
     def change(done: int, total: int) -> None:
         server.files["file.bin"] = BODY
 
-    download(server.url("file.bin"), tmp_path / "file.bin", [SHA], change, mend="MEND")
+    download(server.url("file.bin"), tmp_path / "file.bin", [SHA], change, fix="MEND")
     assert (tmp_path / "file.bin").read_bytes() == BODY
     assert server.asked == [None, "bytes=400000-", None, "bytes=400000-"]
 
@@ -163,7 +163,7 @@ def test_another_file_that_comes_in_pieces_is_fetched_twice_at_most(server: File
 
 def test_without_a_checksum_nothing_is_gone_on_with(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "file.bin.part").write_bytes(b"of another file")
-    download(server.url("file.bin"), tmp_path / "file.bin", [], quiet, mend="MEND")
+    download(server.url("file.bin"), tmp_path / "file.bin", [], quiet, fix="MEND")
     assert (tmp_path / "file.bin").read_bytes() == BODY and server.asked == [None]
 
 
@@ -236,10 +236,10 @@ def test_a_server_that_speaks_no_http_or_hangs_is_a_sentence(tmp_path: Path) -> 
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, and never answers
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/file.bin"
         with pytest.raises(DatasetError, match="could not be reached .*timed out"):
-            download(url, tmp_path / "file.bin", [SHA], quiet, mend="MEND", retry=RETRY.new(total=0), timeout_s=0.1)
+            download(url, tmp_path / "file.bin", [SHA], quiet, fix="MEND", retry=RETRY.new(total=0), timeout_s=0.1)
     started = time.monotonic()
     with pytest.raises(DatasetError, match=r"could not be reached \(.*refused\); run again to try"):
-        download(url, tmp_path / "file.bin", [SHA], quiet, mend="MEND")
+        download(url, tmp_path / "file.bin", [SHA], quiet, fix="MEND")
     assert time.monotonic() - started < 2  # at once: there is most likely no network
 
 
@@ -262,7 +262,7 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> Non
     thread = threading.Thread(target=serve_twice)
     thread.start()
     url, retry = f"http://127.0.0.1:{address[1]}/file.bin", RETRY.new(backoff_factor=0.2)
-    download(url, tmp_path / "file.bin", [SHA], quiet, mend="MEND", retry=retry, timeout_s=5)
+    download(url, tmp_path / "file.bin", [SHA], quiet, fix="MEND", retry=retry, timeout_s=5)
     thread.join()
     assert (tmp_path / "file.bin").read_bytes() == BODY
 

@@ -1,4 +1,4 @@
-"""The page and the MLflow UI in a real browser: what is seen, what is asked for, and what the console says."""
+"""The page and the MLflow UI in a real browser: what is seen, what is requested, and what the console says."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from caltech_sweep.data.shapes import shapes_split
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import SUMS
 from caltech_sweep.serving.promote import promote
-from caltech_sweep.serving.runs import make_card
+from caltech_sweep.serving.runs import model_spec
 from caltech_sweep.serving.served_model import Classifier
 from caltech_sweep.study.file import load_study
 from caltech_sweep.sweep.preflight import RunOptions
@@ -229,8 +229,8 @@ def test_the_logged_model_holds_no_pickle_and_says_what_it_needs(promoted: Store
         f"{name}=={installed(name).split('+')[0]}"
         for name in ("mlflow", "torch", "torchvision", "pillow", "safetensors", "numpy", "pandas")
     ]
-    card = json.loads((folder / "artifacts" / "model.json").read_text())
-    assert card["outputs"] == CLASSES and (card["arch"], card["resize"], card["crop"]) == ("resnet18", 40, 32)
+    spec = json.loads((folder / "artifacts" / "model.json").read_text())
+    assert spec["outputs"] == CLASSES and (spec["arch"], spec["resize"], spec["crop"]) == ("resnet18", 40, 32)
     example = json.loads((folder / "serving_input_example.json").read_text())["dataframe_split"]
     assert Image.open(io.BytesIO(base64.b64decode(example["data"][0][0]))).size == (32, 32)
 
@@ -242,9 +242,9 @@ def model_folder(store: Store) -> Path:
 
 def test_the_card_follows_the_training_config() -> None:
     config = TrialConfig(weights="imagenet", dataset=DatasetConfig(resize=300, crop=280))
-    card = make_card(config, ["ant", "bee"])
-    assert card["outputs"] == ["ant", "bee"] and (card["resize"], card["crop"]) == (300, 280)
-    assert card["mean"] == (0.485, 0.456, 0.406) and card["std"] == (0.229, 0.224, 0.225)
+    spec = model_spec(config, ["ant", "bee"])
+    assert spec["outputs"] == ["ant", "bee"] and (spec["resize"], spec["crop"]) == (300, 280)
+    assert spec["mean"] == (0.485, 0.456, 0.406) and spec["std"] == (0.229, 0.224, 0.225)
 
 
 def registry(store: Store) -> tuple[Any, ...]:
@@ -386,7 +386,7 @@ def test_a_broken_image_is_named_and_the_others_are_predicted(promoted: Store, i
         cut,
         cut,
         f"Error: {tmp_path}/empty.jpg cannot be read as an image: it is empty",
-        f"Error: {tmp_path}/text.png cannot be read as an image: it is of no kind that is known",
+        f"Error: {tmp_path}/text.png cannot be read as an image: unknown image format",
         f"Error: {tmp_path}/none.png cannot be read: No such file or directory",
     ]
 
@@ -470,9 +470,9 @@ def test_a_damaged_or_foreign_registered_model_is_refused(store: Store, images: 
 
 def test_weights_of_another_network_are_refused(trained: Store) -> None:
     state = load_file(trained.checkpoint(trained.best()))
-    card = make_card(TrialConfig(arch="resnet34"), CLASSES)
+    spec = model_spec(TrialConfig(arch="resnet34"), CLASSES)
     with pytest.raises(ModelError, match="the weights do not fit resnet34 with 6 outputs"):
-        Classifier(card, state, torch.device("cpu"))
+        Classifier(spec, state, torch.device("cpu"))
 
 
 # -- served ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from caltech_sweep.config import AUGMENT_CHOICES, DatasetConfig, TrialConfig
 from caltech_sweep.study.file import load_study
-from caltech_sweep.training.keys import digest, recipe, trunk_key
+from caltech_sweep.training.keys import digest, prefix_key, recipe
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 
@@ -82,9 +82,9 @@ def test_rows_have_the_fingerprints_that_stores_know_them_by(study: str) -> None
     ("study", "trunk"),
     [("transfer", "b020a058ec657cc1d7eeb2b42090de87"), ("augment", "b47b87731bd44ea532d75daefaca0cb6")],
 )
-def test_rows_have_the_trunk_keys_of_the_first_version(study: str, trunk: str) -> None:
+def test_rows_have_the_trunk_keys_of_the_first_version(study: str, prefix: str) -> None:
     definition = load_study(str(SWEEPS / f"{study}.yaml"))
-    assert trunk_key(definition.row_config(definition.rows[0])) == trunk
+    assert prefix_key(definition.row_config(definition.rows[0])) == prefix
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ LATER_CHANGES: list[dict[str, Any]] = [
 @given(configs)
 def test_a_new_field_at_its_default_changes_no_fingerprint_and_no_key(config: TrialConfig) -> None:
     assert later(config).fingerprint() == config.fingerprint()
-    assert trunk_key(later(config)) == trunk_key(config)
+    assert prefix_key(later(config)) == prefix_key(config)
     assert recipe(later(config)) == recipe(config)  # with the data and the machine, all that a stage's key is made of
 
 
 def test_a_new_field_at_any_other_value_changes_every_fingerprint_and_key() -> None:
     variants = [TrialConfig(), *(later(TrialConfig(), **changes) for changes in LATER_CHANGES)]
-    for key in (TrialConfig.fingerprint, trunk_key, lambda config: digest(recipe(config))):
+    for key in (TrialConfig.fingerprint, prefix_key, lambda config: digest(recipe(config))):
         assert len({key(config) for config in variants}) == len(variants)

@@ -141,7 +141,7 @@ def test_only_sampled_trials_are_pruned_and_rows_set_the_bar() -> None:
     assert (pruned.status, pruned.outcome) == ("KILLED", "pruned")
     assert [epoch for epoch, _, _ in tracker.runs[pruned.run_id].history] == [1, 2]
     assert study.trials[1].value == 0.2
-    assert [job.lockstep for job in executor.jobs] == [False, True, True, True, True, True]
+    assert [job.wait_each_epoch for job in executor.jobs] == [False, True, True, True, True, True]
 
 
 def test_a_stop_lets_trials_wait_and_the_next_run_finishes_them_in_their_runs(tmp_path: Path) -> None:

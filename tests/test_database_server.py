@@ -174,7 +174,7 @@ def check_study(stores: tuple[str, ...], name: str, epochs: int = EPOCHS) -> Non
     trials = optuna.load_study(study_name=name, storage=stores[3]).get_trials()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
     looked = invoke("doctor", name, *stores)
-    assert looked.exit_code == 0 and "1 study examined: 0 found, 0 mended" in looked.output, looked.output
+    assert looked.exit_code == 0 and "1 study examined: 0 found, 0 fixed" in looked.output, looked.output
 
 
 def test_of_two_coordinators_started_together_exactly_one_runs(place: Path, stores: tuple[str, ...]) -> None:

@@ -49,7 +49,7 @@ def contents(place: Path) -> dict[str, list[str]]:
 def test_a_healthy_store_is_left_alone(copied: Path) -> None:
     before = contents(copied)
     result = invoke("doctor")
-    assert (result.exit_code, result.output) == (0, "1 study examined: 0 found, 0 mended\n")
+    assert (result.exit_code, result.output) == (0, "1 study examined: 0 found, 0 fixed\n")
     assert invoke("doctor", "tiny", "--fix").exit_code == 0 and contents(copied) == before
     wrong = invoke("doctor", "tinny")
     assert wrong.exit_code == 2 and "there is no study 'tinny' in either store; did you mean 'tiny'?" in wrong.output
@@ -167,11 +167,11 @@ def test_what_is_hurt_is_named_then_mended_and_found_no_more(
     before = contents(copied)
     looked = invoke("doctor")
     assert looked.exit_code == 1 and "would mend" in looked.output and contents(copied) == before
-    mended = invoke("doctor", "--fix")
-    assert mended.exit_code == 0, mended.output
+    fixed = invoke("doctor", "--fix")
+    assert fixed.exit_code == 0, fixed.output
     for sentence in sentences:
-        assert sentence in looked.output and sentence in mended.output
-    assert invoke("doctor").output == "1 study examined: 0 found, 0 mended\n"
+        assert sentence in looked.output and sentence in fixed.output
+    assert invoke("doctor").output == "1 study examined: 0 found, 0 fixed\n"
     run = invoke(*RUN)
     assert (f"study tiny: {again} complete" if again else "nothing to do") in run.output, run.output
     looked = invoke("doctor")
@@ -188,7 +188,7 @@ def test_a_moved_store_finds_its_artifacts_again(copied: Path, monkeypatch: pyte
     assert looked.exit_code == 1 and looked.output.count("would mend") == 1
     assert "its artifacts are no longer in" in looked.output and "their locations follow" in looked.output
     assert invoke("doctor", "--fix").exit_code == 0
-    assert invoke("doctor").output == "1 study examined: 0 found, 0 mended\n"
+    assert invoke("doctor").output == "1 study examined: 0 found, 0 fixed\n"
     assert MlflowTracker().artifact(trials()[0].run_id, "config.yaml").is_file()
     assert "nothing to do" in invoke(*RUN).output
     shutil.rmtree(moved / "mlruns" / "artifacts")
@@ -204,7 +204,7 @@ def test_stores_of_another_version_name_the_command_that_upgrades_them(
     sql(copied, "mlflow.db", "UPDATE alembic_version SET version_num = 'cfd24bdc0731'")
     sql(copied, "optuna.db", "UPDATE alembic_version SET version_num = 'v3.0.0.a'")
     result = invoke("doctor", "--fix")
-    assert result.exit_code == 1 and "0 studies examined: 2 found, 0 mended" in result.output
+    assert result.exit_code == 1 and "0 studies examined: 2 found, 0 fixed" in result.output
     assert f"run `mlflow db upgrade sqlite:///{copied}/mlruns/mlflow.db`" in result.output
     assert f"run `optuna storage upgrade --storage sqlite:///{copied}/mlruns/optuna.db`" in result.output
     again = invoke(*RUN)

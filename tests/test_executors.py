@@ -77,8 +77,8 @@ def processes(workers: int) -> ProcessExecutor:
     return ProcessExecutor(runner, workers, ["cpu"], threads=None)
 
 
-def job(tmp_path: Path, number: int = 0, seed: int = 0, epochs: int = 3, lockstep: bool = False) -> Job:
-    return Job(number, TrialConfig(seed=seed, epochs=epochs), tmp_path, lockstep=lockstep)
+def job(tmp_path: Path, number: int = 0, seed: int = 0, epochs: int = 3, wait_each_epoch: bool = False) -> Job:
+    return Job(number, TrialConfig(seed=seed, epochs=epochs), tmp_path, wait_each_epoch=wait_each_epoch)
 
 
 def drain(executor: Executor, until: int = 1, seconds: float = 30) -> list[Event]:
@@ -119,7 +119,7 @@ def test_errors_become_outcomes(executor: Executor, tmp_path: Path, seed: int, o
 
 
 def test_a_lockstep_job_waits_for_its_answer(executor: Executor, tmp_path: Path) -> None:
-    executor.submit(job(tmp_path, lockstep=True))
+    executor.submit(job(tmp_path, wait_each_epoch=True))
     events: list[Event] = []
     while not events:
         events += executor.poll(0.2)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.seeds import derive
+from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training import augment
-from caltech_sweep.training.cache import ReuseStore
+from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.features import CHUNK, agrees, split_model
 from caltech_sweep.training.fit import EpochResult, Training
-from caltech_sweep.training.keys import StageUse
+from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.trial import TrialOutcome
 from test_stages import run as run_trial_to_its_end
@@ -36,11 +36,11 @@ def data() -> LoadedData:
 def run(
     config: TrialConfig, data: LoadedData, folder: Path | None = None, features: bool = True
 ) -> tuple[list[EpochResult], TrialOutcome]:
-    return run_trial_to_its_end(config, data, StageUse(folder, BUDGET, features=features) if folder else None)
+    return run_trial_to_its_end(config, data, CacheOptions(folder, BUDGET, features=features) if folder else None)
 
 
 def kept(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in ReuseStore(folder, 0).entries() if entry.kind == "features")
+    return sorted(entry.name for entry in Cache(folder, 0).entries() if entry.kind == "features")
 
 
 def assert_same(got: tuple[list[EpochResult], TrialOutcome], want: tuple[list[EpochResult], TrialOutcome]) -> None:
@@ -133,11 +133,11 @@ def _reference(config: TrialConfig, data: LoadedData) -> tuple[torch.nn.Module, 
         params = augment.draw_params(config.seed, epoch, len(labels), config.augment, config.augment_probability, 0.0)
         seen = (augment.apply(images, params) - 0.5) / 0.5
         order = torch.randperm(
-            len(labels), generator=torch.Generator().manual_seed(derive(config.seed, "shuffle", epoch))
+            len(labels), generator=torch.Generator().manual_seed(derive_seed(config.seed, "shuffle", epoch))
         )
         total = 0.0
         for number, index in enumerate(order.split(config.batch_size), start=1):
-            torch.manual_seed(derive(config.seed, "dropout", epoch, number))
+            torch.manual_seed(derive_seed(config.seed, "dropout", epoch, number))
             loss = F.cross_entropy(model(seen[index]), labels[index])
             optimizer.zero_grad()
             loss.backward()

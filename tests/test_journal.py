@@ -256,7 +256,7 @@ def test_replay_and_doctor_bring_what_waits(place: Path, monkeypatch: pytest.Mon
         run_id = tracker.trials(study)[0].run_id
         Journal(journal_folder(root, "tiny", uri)).add("log_params", {"run_id": run_id, "params": {command[0]: "1"}})
         looked = invoke("doctor")
-        assert looked.exit_code == 1 and "would mend: 1 write in" in looked.output
+        assert looked.exit_code == 1 and "would fix: 1 write in" in looked.output
         assert invoke(*command).exit_code == 0
         assert tracker.client.get_run(run_id).data.params[command[0]] == "1"
     assert "nothing waits" in invoke("replay").output and invoke("doctor").exit_code == 0

@@ -16,7 +16,7 @@ from PIL import Image
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_split
-from caltech_sweep.data.splits import PARTS, Split, folder_split
+from caltech_sweep.data.splits import SPLITS, Split, folder_split
 from caltech_sweep.errors import DatasetError, UsageError
 from conftest import Cli
 
@@ -31,7 +31,7 @@ def put(root: Path, *names: str) -> Path:
 def images_of(split: Split, root: Path) -> dict[str, list[str]]:
     """Return the paths of each class."""
     found: dict[str, list[str]] = {name: [] for name in split.classes}
-    for part in PARTS:
+    for part in SPLITS:
         for item in split.part(part):
             found[item.class_name].append(item.path.relative_to(root).as_posix())
     return {name: sorted(paths) for name, paths in found.items()}
@@ -240,7 +240,7 @@ def odd_names(place: Path) -> Path:
 
 
 def test_names_in_another_encoding_are_listed_as_the_disk_has_them(odd_names: Path, cli: Cli) -> None:
-    rows = b"".join(cli("data", "list", "mine", "--split", part).stdout_bytes for part in PARTS)
+    rows = b"".join(cli("data", "list", "mine", "--split", part).stdout_bytes for part in SPLITS)
     assert b"ant/\xe9t\xe9.png,ant\n" in rows and b"b\xe9e/0.png,b\\xe9e\n" in rows and rows.count(b"\n") == 18
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.errors import DivergedError, ModelError
-from caltech_sweep.serving.runs import make_card
+from caltech_sweep.serving.runs import model_spec
 from caltech_sweep.serving.served_model import Classifier
 from caltech_sweep.study.definition import Component, Range, Row, StudyDefinition
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
@@ -127,14 +127,14 @@ def test_what_an_older_version_took_for_complete_is_neither_shown_nor_promoted(c
 
 def test_a_model_whose_weights_or_outputs_are_no_numbers_predicts_nothing() -> None:
     config = TrialConfig(dataset=SHAPES, arch="squeezenet1_1")
-    card, device = make_card(config, ["a", "b", "c"]), torch.device("cpu")
+    spec, device = model_spec(config, ["a", "b", "c"]), torch.device("cpu")
     state = build_model(config, 3).state_dict()
     crops = [torch.full((3, 32, 32), 200, dtype=torch.uint8)]
-    assert len(Classifier(card, state, device).rank(crops)[0]) == 3
+    assert len(Classifier(spec, state, device).rank(crops)[0]) == 3
     with pytest.raises(ModelError, match="hold NaN or infinity, so it can predict nothing"):
-        Classifier(card, {**state, "features.0.bias": state["features.0.bias"] * NAN}, device)
+        Classifier(spec, {**state, "features.0.bias": state["features.0.bias"] * NAN}, device)
     huge = Classifier(
-        card,
+        spec,
         {
             **state,
             "classifier.1.bias": torch.full((3,), 3e38),

@@ -66,8 +66,8 @@ def test_a_name_of_its_own_lets_a_second_study_store_run_and_no_doctor_touches_t
     sql(copied, "mlflow.db", "UPDATE runs SET status = 'RUNNING' WHERE name = 'Views'")  # what a doctor mends
     before = dump(copied / "mlruns" / "mlflow.db")
     looked = invoke("doctor", "--fix")
-    assert looked.exit_code == 0 and "1 study examined, 1 skipped: 0 found, 0 mended" in looked.output, looked.output
-    assert "tiny: is in the tracking store alone, and belongs to another study store: skipped" in looked.output
+    assert looked.exit_code == 0 and "1 study examined, 1 skipped: 0 found, 0 fixed" in looked.output, looked.output
+    assert "tiny: is only in the tracking store, and belongs to another study store: skipped" in looked.output
     # The same with a study of this name in the study store as well: it was run into another tracking store.
     files = [clone / "mlruns" / name for name in ("optuna.db", "both.db")]
     with closing(sqlite3.connect(files[0])) as source, closing(sqlite3.connect(files[1])) as copy:
@@ -83,7 +83,7 @@ def test_a_name_of_its_own_lets_a_second_study_store_run_and_no_doctor_touches_t
     assert dump(copied / "mlruns" / "mlflow.db") == before
     monkeypatch.chdir(copied)
     looked = invoke("doctor")
-    assert "mine: is in the tracking store alone, and belongs to another study store: skipped" in looked.output
+    assert "mine: is only in the tracking store, and belongs to another study store: skipped" in looked.output
     assert "run Views is shown as running" in looked.output
     sql(copied, "mlflow.db", "UPDATE runs SET status = 'FINISHED' WHERE name = 'Views'")
     assert invoke("report", "tiny", "--format", "json").output == report
@@ -122,7 +122,7 @@ def test_a_lost_study_store_is_rebuilt_by_adoption_and_nothing_is_trained_again(
     assert [
         invoke("report", "tiny", "--format", kind).output for kind in ("json", "markdown", "latex", "csv")
     ] == report
-    assert invoke("doctor").output == "1 study examined: 0 found, 0 mended\n"
+    assert invoke("doctor").output == "1 study examined: 0 found, 0 fixed\n"
     assert "nothing to train" in invoke("plan", "tiny").output
     again = invoke(*RUN, "--adopt", "--trials", "4")
     assert again.exit_code == 0 and "study tiny: 1 complete" in again.output and "rebuilt" not in again.output
@@ -275,7 +275,7 @@ def test_a_study_of_an_earlier_version_goes_on_in_the_study_store_that_has_its_t
     of_an_earlier_version(copied)
     assert invoke(*RUN).exit_code == 2 and invoke("plan", "tiny").exit_code == 2
     monkeypatch.chdir(copied)
-    assert invoke("doctor").output == "1 study examined: 0 found, 0 mended\n"
+    assert invoke("doctor").output == "1 study examined: 0 found, 0 fixed\n"
     assert "nothing to train" in invoke("plan", "tiny").output
     claimed = invoke(*RUN)
     assert claimed.exit_code == 0 and "nothing to do" in claimed.output
@@ -367,7 +367,7 @@ def test_runs_of_another_study_store_are_in_no_table(copied: Path) -> None:
         (study,) = reader.studies(["tiny"])
         assert stray not in [trial.run_id for trial in study.trials] and len(study.trials) == 3
     assert tracker.best_trial("tiny").run_id != stray
-    assert invoke("doctor", "--fix").output == "1 study examined: 0 found, 0 mended\n"
+    assert invoke("doctor", "--fix").output == "1 study examined: 0 found, 0 fixed\n"
     assert tracker.client.get_run(stray).info.lifecycle_stage == "active"
 
 

@@ -30,7 +30,7 @@ from caltech_sweep.errors import DatasetError
 from caltech_sweep.report.page.thumbnails import SIDE, datasets_of, find_thumbnails, open_thumbnails
 from caltech_sweep.serving.promote import promote
 from caltech_sweep.serving.registry import open_model
-from caltech_sweep.serving.runs import make_card
+from caltech_sweep.serving.runs import model_spec
 from caltech_sweep.serving.served_model import Classifier
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.models import build_model
@@ -396,8 +396,8 @@ def test_a_classifier_and_the_page_see_the_pixels_of_the_cache(home: Path) -> No
     config = replace(config, resize=40, background="navy", exif="ignore")
     data = load_dataset(config)
     trial = TrialConfig(dataset=config, arch="resnet18")
-    card = json.loads(json.dumps(make_card(trial, ["a", "b"], grey_bits=data.grey_bits)))
-    classifier = Classifier(card, build_model(trial, 2).state_dict(), torch.device("cpu"))
+    spec = json.loads(json.dumps(model_spec(trial, ["a", "b"], grey_bits=data.grey_bits)))
+    classifier = Classifier(spec, build_model(trial, 2).state_dict(), torch.device("cpu"))
     thumbnail = open_thumbnails(config, data.grey_bits)
     for part in ("train", "val", "test"):
         for name, crop in zip(data.paths(part), data.center_crops(part, 32), strict=True):

@@ -63,7 +63,7 @@ def draw(folder: Path, classes: int = 3, images: int = 6) -> Path:
 
 def counts(plan: str, group: str) -> tuple[str, str]:
     """Return the epochs that a group is asked for and those that are left, as the plan says them."""
-    found = re.search(rf"^{group}: (.+) epochs asked for, (.+) to train$", plan, re.M)
+    found = re.search(rf"^{group}: (.+) epochs requested, (.+) to train$", plan, re.M)
     assert found is not None, plan
     return found[1], found[2]
 
@@ -107,7 +107,7 @@ def test_a_plan_refuses_a_study_that_was_deleted_or_that_another_process_runs(co
 def test_what_a_broken_dataset_leaves_unknown_is_called_unknown(place: Path) -> None:
     (draw(place / "broken") / "class 1" / "0.png").write_bytes(b"no image")
     plan = invoke("plan", "tiny", *FOLDER, "--data", "broken")
-    assert "broken/class 1/0.png (it is of no kind that is known)" in plan.stderr
+    assert "broken/class 1/0.png (unknown image format)" in plan.stderr
     assert "not here" not in plan.output and "101" not in plan.output
     assert re.search(r"^First +2 +unknown +unknown +2 +to train$", plan.stdout, re.M), plan.stdout
     # With a number of outputs the classes do not matter.

@@ -118,7 +118,7 @@ def test_a_trained_googlenet_is_the_same_network_when_it_is_opened_again(publish
     """Its input transform is recorded in its checkpoint; one of an older version, which had none, loads as it was."""
     from safetensors import safe_open
 
-    from caltech_sweep.serving.runs import make_card
+    from caltech_sweep.serving.runs import model_spec
     from caltech_sweep.serving.served_model import Classifier
     from caltech_sweep.training.results import CHECKPOINT, write_artifacts
 
@@ -135,18 +135,18 @@ def test_a_trained_googlenet_is_the_same_network_when_it_is_opened_again(publish
     checkpoint = tmp_path / "run" / CHECKPOINT
     with safe_open(checkpoint, "pt") as file:
         metadata = file.metadata()
-    card = make_card(config, data.split.classes, metadata)
-    assert card["transform_input"] and card["mean"] == NORMALIZE["imagenet"][0]
+    spec = model_spec(config, data.split.classes, metadata)
+    assert spec["transform_input"] and spec["mean"] == NORMALIZE["imagenet"][0]
     crops = list(data.center_crops("test", 32))
     images = data.paths("test")
-    ranking = Classifier(card, outcome.weights, device).rank(crops, top=1)
+    ranking = Classifier(spec, outcome.weights, device).rank(crops, top=1)
     lines = (tmp_path / "run" / "predictions" / "test.csv").read_text().splitlines()[1:]
     assert len(images) == len(lines) == len(ranking)
     for line, [(name, confidence)] in zip(lines, ranking, strict=True):
         assert line.split(",")[2] == name and float(line.split(",")[3]) == pytest.approx(confidence, abs=1e-4)
     further = build_model(replace(config, weights="run:x"), 3, checkpoint)
     assert further.transform_input
-    older = make_card(config, data.split.classes, {"classes": "[]"})
+    older = model_spec(config, data.split.classes, {"classes": "[]"})
     assert not older["transform_input"]
     assert not trained_model("googlenet", 3, outcome.weights).transform_input
     Classifier({k: v for k, v in older.items() if k != "transform_input"}, outcome.weights, device).rank(crops)
@@ -154,12 +154,12 @@ def test_a_trained_googlenet_is_the_same_network_when_it_is_opened_again(publish
 
 def test_mnasnet_trains_to_its_end_and_resumes(tmp_path: Path) -> None:
     """Its checkpoints carry no versions, which it asks for when it loads them."""
-    from caltech_sweep.training.keys import StageUse
+    from caltech_sweep.training.keys import CacheOptions
 
     config = TrialConfig(dataset=SHAPES, arch="mnasnet0_5", epochs=1, batch_size=4)
     data, device = load_dataset(SHAPES), pick_device("cpu")
     for _ in range(2):  # the second restores the first's stage
-        *_, epoch = run_trial(config, data, device, stages=StageUse(tmp_path, 10**9))
+        *_, epoch = run_trial(config, data, device, stages=CacheOptions(tmp_path, 10**9))
         assert epoch.epoch == 1
 
 

@@ -104,8 +104,8 @@ def test_plan_finds_the_weights_of_another_study_in_the_store_that_it_is_given(c
     assert cli("run", "tiny", "--row", "First", *run).exit_code == 0
     assert cli("run", "heir", *run).exit_code == 0
     plan = ("plan", "heir", "--name", "again", "--threads", "1")  # what it would train is in the cache already
-    assert "rows: 2 epochs asked for, 0 to train" in cli(*plan, *here).output
-    assert "rows: 2 epochs asked for, 2 to train" in cli(*plan).output  # the default store has no study tiny
+    assert "rows: 2 epochs requested, 0 to train" in cli(*plan, *here).output
+    assert "rows: 2 epochs requested, 2 to train" in cli(*plan).output  # the default store has no study tiny
 
 
 LATER = "    warmup: int = 0\n    betas: tuple[float, ...] = (0.9, 0.999)\n"
@@ -117,7 +117,7 @@ def test_a_version_with_new_settings_goes_on_with_the_study_of_this_one(copied: 
     package = tmp_path / "later" / "caltech_sweep"
     shutil.copytree(Path(caltech_sweep.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     config = (package / "config.py").read_text(encoding="utf-8")
-    last = "    channels_last: bool | None = None  # None: on CUDA alone\n"
+    last = "    channels_last: bool | None = None  # None: on CUDA only\n"
     assert config.count(last) == 1
     (package / "config.py").write_text(config.replace(last, last + LATER), encoding="utf-8")
     study = copied / "sweeps" / "tiny.yaml"

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.seeds import derive
+from caltech_sweep.seeds import derive_seed
 from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition, SubsetOf
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
@@ -63,7 +63,7 @@ def curve(config: TrialConfig) -> list[float]:
 
 
 def seed_of(number: int) -> int:
-    return derive(3, "sampler", number) % 2**32
+    return derive_seed(3, "sampler", number) % 2**32
 
 
 STOCK: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {

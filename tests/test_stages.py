@@ -22,10 +22,10 @@ from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.training import checkpoints as stages
 from caltech_sweep.training import device
 from caltech_sweep.training import keys as reuse
-from caltech_sweep.training.cache import ReuseStore, default_budget
+from caltech_sweep.training.cache import Cache, default_budget
 from caltech_sweep.training.checkpoints import identity, stored_epochs
 from caltech_sweep.training.fit import EpochResult, learning_rate
-from caltech_sweep.training.keys import StageUse, stage_key, trunk_key
+from caltech_sweep.training.keys import CacheOptions, checkpoint_key, prefix_key
 from caltech_sweep.training.schedule import learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 
@@ -42,11 +42,13 @@ def data() -> LoadedData:
     return load_dataset(SHAPES)
 
 
-def use_of(folder: Path, save_at: frozenset[int] = EVERY_EPOCH, budget: int = 10**9) -> StageUse:
-    return StageUse(folder, budget, save_at, every_seconds=math.inf)
+def use_of(folder: Path, save_at: frozenset[int] = EVERY_EPOCH, budget: int = 10**9) -> CacheOptions:
+    return CacheOptions(folder, budget, save_at, every_seconds=math.inf)
 
 
-def run(config: TrialConfig, data: LoadedData, use: StageUse | None = None) -> tuple[list[EpochResult], TrialOutcome]:
+def run(
+    config: TrialConfig, data: LoadedData, use: CacheOptions | None = None
+) -> tuple[list[EpochResult], TrialOutcome]:
     trial, epochs = run_trial(config, data, CPU, stages=use), []
     while True:
         try:
@@ -55,7 +57,7 @@ def run(config: TrialConfig, data: LoadedData, use: StageUse | None = None) -> t
             return epochs, end.value
 
 
-def kill_after(epochs: int, config: TrialConfig, data: LoadedData, use: StageUse) -> None:
+def kill_after(epochs: int, config: TrialConfig, data: LoadedData, use: CacheOptions) -> None:
     trial = run_trial(config, data, CPU, stages=use)
     for _ in range(epochs):
         next(trial)
@@ -137,7 +139,7 @@ def test_a_branch_of_a_shared_trunk_is_a_training_of_its_own(data: LoadedData, t
 def test_a_repeated_trial_only_evaluates_its_test(data: LoadedData, tmp_path: Path) -> None:
     use = use_of(tmp_path, frozenset())
     first = run(CONFIG, data, use)
-    assert len(ReuseStore(tmp_path, 0).entries()) == 1  # the last epoch is always kept
+    assert len(Cache(tmp_path, 0).entries()) == 1  # the last epoch is always kept
     assert_same(run(CONFIG, data, use), first)
     views = replace(CONFIG, test_views="tencrop", test_batch_size=20)
     assert stored_epochs(views, data, CPU, None, use) == 4
@@ -177,7 +179,7 @@ def test_a_damaged_stage_is_trained_again(harm: str, data: LoadedData, tmp_path:
 
 def test_saves_for_resuming_wait_until_they_are_cheap(data: LoadedData, tmp_path: Path) -> None:
     run(CONFIG, data, replace(use_of(tmp_path, frozenset()), every_seconds=0.0))
-    assert len(ReuseStore(tmp_path, 0).entries()) == 1  # a second of training does not pay for one in the midst of it
+    assert len(Cache(tmp_path, 0).entries()) == 1  # a second of training does not pay for one in the midst of it
 
 
 def test_what_only_serves_resuming_gives_way_to_what_is_later(
@@ -185,7 +187,7 @@ def test_what_only_serves_resuming_gives_way_to_what_is_later(
 ) -> None:
     monkeypatch.setattr(stages, "SAVING_SHARE", math.inf)
     use = replace(use_of(tmp_path, frozenset({2})), every_seconds=0.0)
-    store = ReuseStore(tmp_path, 0)
+    store = Cache(tmp_path, 0)
 
     def epochs() -> list[int]:
         return sorted(len(store.open(entry.name)[0]["history"]) for entry in store.entries())
@@ -345,36 +347,36 @@ SCHEDULES = st.builds(
 def test_two_schedules_share_exactly_the_epochs_in_which_their_rates_agree(
     one: TrialConfig, other: TrialConfig
 ) -> None:
-    assert trunk_key(one) == trunk_key(other)
+    assert prefix_key(one) == prefix_key(other)
     rates, others = learning_rates(one), learning_rates(other)
     assert rates == tuple(learning_rate(one, epoch) for epoch in range(1, one.epochs + 1))
     agree = True
     for epoch in range(1, min(one.epochs, other.epochs) + 1):
         agree = agree and rates[epoch - 1] == others[epoch - 1]
-        assert (stage_key("base", rates[:epoch]) == stage_key("base", others[:epoch])) == agree
+        assert (checkpoint_key("base", rates[:epoch]) == checkpoint_key("base", others[:epoch])) == agree
 
 
 def test_what_sets_two_trunks_apart() -> None:
-    base = trunk_key(CONFIG)
-    assert trunk_key(replace(CONFIG, test_views="tencrop", epochs=9, dataset=replace(SHAPES, root="x"))) == base
+    base = prefix_key(CONFIG)
+    assert prefix_key(replace(CONFIG, test_views="tencrop", epochs=9, dataset=replace(SHAPES, root="x"))) == base
     for changes in (
         {"weights": "imagenet"},
         {"dataset": replace(SHAPES, classes=2)},
         {"seed": 1},
         {"precision": "float32"},
     ):
-        assert trunk_key(replace(CONFIG, **changes)) != base
+        assert prefix_key(replace(CONFIG, **changes)) != base
 
 
 # The store
 
 
-def keep(store: ReuseStore, name: str, content: bytes) -> bool:
+def keep(store: Cache, name: str, content: bytes) -> bool:
     return store.write(name, {"is": name}, len(content), lambda path: path.write_bytes(content) and None)
 
 
 def test_the_budget_drops_what_was_unused_for_longest(tmp_path: Path) -> None:
-    store = ReuseStore(tmp_path / "stages", 3500)
+    store = Cache(tmp_path / "stages", 3500)
     for number in range(3):
         assert keep(store, f"stage-{number}", b"x" * 1000)
         os.utime(store.folder / f"stage-{number}", (number, number))
@@ -389,7 +391,7 @@ def test_the_budget_drops_what_was_unused_for_longest(tmp_path: Path) -> None:
 
 
 def test_what_is_being_written_is_never_dropped(tmp_path: Path) -> None:
-    store, other = ReuseStore(tmp_path, 5000), ReuseStore(tmp_path, 5000)
+    store, other = Cache(tmp_path, 5000), Cache(tmp_path, 5000)
 
     def fill(path: Path) -> None:
         path.write_bytes(b"slow")
@@ -409,7 +411,7 @@ def test_what_is_being_written_is_never_dropped(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    store = ReuseStore(tmp_path / "file" / "stages", 5000)
+    store = Cache(tmp_path / "file" / "stages", 5000)
     assert not keep(store, "stage-1", b"x") and not keep(store, "stage-2", b"x")
     assert len(store.take_warnings()) == 1 and store.open("stage-1") is None
     with store.lock("stage-1"):
@@ -440,5 +442,5 @@ def test_many_processes_share_a_folder(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     processes = [subprocess.Popen([*command, str(seed)], cwd=root) for seed in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
-    assert 0 < ReuseStore(tmp_path, 0).size() <= 6000
+    assert 0 < Cache(tmp_path, 0).size() <= 6000
     assert not list(tmp_path.glob(".*"))

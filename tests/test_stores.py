@@ -310,9 +310,9 @@ def test_studies_whose_names_are_alike_do_not_lock_each_other(place: Path) -> No
     names = ("team/b", "team_b", "team%2Fb", "team%b")
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(stores.only_one(uri, name))
+            stack.enter_context(stores.study_lock(uri, name))
         for name in names:
-            with pytest.raises(StoreError, match="is being run by"), stores.only_one(uri, name):
+            with pytest.raises(StoreError, match="is being run by"), stores.study_lock(uri, name):
                 raise AssertionError
     assert len({journal_folder(place, name, uri) for name in names}) == len(names)
 
@@ -331,7 +331,7 @@ def test_what_waits_in_a_journal_of_an_earlier_version_is_found(copied: Path) ->
         journal.add("log_params", {"run_id": trial.run_id, "params": {command[0]: "1"}})
         journal.add("finish_study", {"name": "team/b", "complete": False})
         looked = invoke("doctor", "team/b")
-        assert looked.exit_code == 1 and "team/b: would mend: 2 writes in" in looked.output, looked.output
+        assert looked.exit_code == 1 and "team/b: would fix: 2 writes in" in looked.output, looked.output
         result = invoke(*command)
         assert result.exit_code == 0, result.output
         assert tracker.client.get_run(trial.run_id).data.params[command[0]] == "1"

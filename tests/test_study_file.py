@@ -77,19 +77,19 @@ rows:
     reference: {val_accuracy: 87.9}
 """
     assert problems(tmp_path, text) == [
-        "x.yaml:2: datset: is not known here; did you mean 'dataset'?",
-        "x.yaml:3: trials: must be a whole number of at least 1, got 0; it counts rows and sampled trials together",
+        "x.yaml:2: datset: is an unknown key; did you mean 'dataset'?",
+        "x.yaml:3: trials: must be an integer >= 1, got 0; it counts rows and sampled trials together",
         "x.yaml:4: sampler.name: there is no sampler 'tpee'; did you mean 'tpe'?",
         "x.yaml:5: pruner.warmup: is no argument of median; did you mean 'warmup_epochs'?",
         "x.yaml:6: fixed.lr: must be a number above 0, got 'fast'",
         "x.yaml:6: fixed.drop_last: must be true or false, got 'off'",
         "x.yaml:8: space.lr.low: must be > 0 for a log range, got 0",
         "x.yaml:9: space.step_size.low: is above high: 9 > 2",
-        "x.yaml:10: space.epochs.choices: must be a whole number of at least 1, got 1.5",
+        "x.yaml:10: space.epochs.choices: must be an integer >= 1, got 1.5",
         "x.yaml:11: space.augment.subset_of: must be a list of hflip, color_jitter, rotation, each at most once, "
         "got ['hflip', 'flip']",
         "x.yaml:14: rows[0].set.freeze: must be one of none, conv, fc, fc_but_last, got 'some'",
-        "x.yaml:15: rows[1].name: 'One' is the name of an earlier row too",
+        "x.yaml:15: rows[1].name: 'One' is a duplicate row name",
         "x.yaml:16: rows[1].set.lr: must be a number above 0, got -1",
         "x.yaml:17: rows[1].reference.val_accuracy: must be a number between 0 and 1, got 87.9",
     ]
@@ -110,7 +110,7 @@ rows:
         ("title: x\nspace: 3\nrows: [{name: a}]\n", "space: must be a mapping of names to values, got 3"),
         ("title: x\nrows: {a: 1}\n", "rows: must be a list"),
         ("title: x\nrows: [3]\n", "rows[0]: must be a mapping"),
-        ("1: 2\n", "1: is not known here"),
+        ("1: 2\n", "1: is an unknown key"),
     ],
 )
 def test_malformed_files_are_sentences(tmp_path: Path, text: str, sentence: str) -> None:
@@ -151,7 +151,7 @@ def test_overrides_fix_settings_for_rows_and_space_and_are_part_of_the_identity(
         ("dataset.clases=3", "did you mean 'dataset.classes'"),
         ("augment=[hflip, hflip]", "each at most once"),
         ("lr=[", "not valid YAML"),
-        ("epochs=true", "a whole number"),
+        ("epochs=true", "an integer"),
     ],
 )
 def test_wrong_overrides_are_sentences(text: str, sentence: str) -> None:

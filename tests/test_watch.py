@@ -16,13 +16,13 @@ import pytest
 from rich.console import Console
 
 from caltech_sweep.sweep import progress as watch
-from caltech_sweep.sweep.progress import LiveWatcher, PlainWatcher, Watcher
+from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
 from caltech_sweep.text import duration, progress_line
 
 METRICS = {"train/loss": 1.25, "val/accuracy": 0.5}
 
 
-def story(watcher: Watcher) -> None:
+def story(watcher: Progress) -> None:
     watcher.study_started("transfer", 1, 3)
     watcher.trial_started(7, "Fourth [model]", 20)
     for epoch in range(1, 21):
@@ -35,7 +35,7 @@ def story(watcher: Watcher) -> None:
 
 def test_plain_lines_are_at_most_ten_a_trial() -> None:
     lines: list[str] = []
-    story(PlainWatcher(lines.append))
+    story(PlainProgress(lines.append))
     assert lines[0] == "study transfer: 1 of 3 trials done"
     assert lines[1] == "[7] Fourth [model]: started, 20 epochs"
     assert lines[2] == "[7] Fourth [model]: epoch 2/20, train loss 1.250, val accuracy 0.500"
@@ -53,7 +53,7 @@ def test_the_time_left_is_told_by_the_last_epoch_though_earlier_ones_were_reused
 ) -> None:
     monkeypatch.setattr(watch.time, "monotonic", lambda: 100.0)
     lines: list[str] = []
-    watcher = PlainWatcher(lines.append)
+    watcher = PlainProgress(lines.append)
     watcher.trial_started(7, "Row", 20)
     for epoch in (2, 4):
         watcher.epoch(7, epoch, {**METRICS, "epoch_seconds": 4.0})
@@ -62,7 +62,7 @@ def test_the_time_left_is_told_by_the_last_epoch_though_earlier_ones_were_reused
 
 def test_the_live_table_shows_what_runs_and_keeps_what_ended() -> None:
     out = io.StringIO()
-    with LiveWatcher(Console(file=out, force_terminal=True, width=100)) as watcher:
+    with LiveProgress(Console(file=out, force_terminal=True, width=100)) as watcher:
         watcher.study_started("transfer", 1, 3)
         watcher.trial_started(7, "Fourth [model]", 20)
         watcher.epoch(7, 5, METRICS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
-from caltech_sweep.data.splits import PARTS, Split, caltech_split, folder_split, subset
+from caltech_sweep.data.splits import SPLITS, Split, caltech_split, folder_split, subset
 from caltech_sweep.errors import DatasetError
 
 TYPE_CHECKING = False
@@ -25,12 +25,12 @@ def dataset_root(config: DatasetConfig) -> Path:
     if config.name == "caltech101" and (root / paths.CALTECH_FOLDER).is_dir():
         root = root / paths.CALTECH_FOLDER
     if not root.is_dir():
-        mend = (
+        fix = (
             "fetch it with `caltech-sweep data`, or name your copy with --data or CALTECH101_ROOT"
             if config.name == "caltech101"
             else "name the folder with --data"
         )
-        raise DatasetError(f"there is no dataset folder {root}; {mend}")
+        raise DatasetError(f"there is no dataset folder {root}; {fix}")
     return root
 
 
@@ -57,9 +57,9 @@ def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> Loa
     if config.name == "shapes":
         split, images = shapes_split(config.resize, config.split_seed)
         if config.classes is not None or config.images_per_class is not None:
-            everything = [item for part in PARTS for item in split.part(part)]
+            everything = [item for part in SPLITS for item in split.part(part)]
             split = subset(split, config)
-            kept = {item.path for part in PARTS for item in split.part(part)}
+            kept = {item.path for part in SPLITS for item in split.part(part)}
             images = [image for item, image in zip(everything, images, strict=True) if item.path in kept]
         flat = np.concatenate([image.ravel() for image in images])
         store = ImageStore(flat, [(image.shape[0], image.shape[1]) for image in images])
@@ -87,4 +87,4 @@ def inspect_dataset(config: DatasetConfig) -> LoadedData:
 
 
 def _files(split: Split) -> list[Path]:
-    return [item.path for part in PARTS for item in split.part(part)]
+    return [item.path for part in SPLITS for item in split.part(part)]

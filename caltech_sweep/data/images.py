@@ -28,7 +28,7 @@ import torchvision
 from torchvision.transforms import functional as tvf
 
 from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules, examine, read_rgb
-from caltech_sweep.data.splits import PARTS, Item, Split
+from caltech_sweep.data.splits import SPLITS, Sample, Split
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.paths import closest
 from caltech_sweep.text import readable
@@ -54,7 +54,9 @@ def _check_shape(size: tuple[int, int], resize: int) -> None:
     """Refuse a ribbon that is a small file and would be gigabytes once its short side is resized."""
     short, long = sorted(size)
     if long * resize * resize > _LARGEST * short:
-        raise DatasetError(f"its {size[0]} x {size[1]} pixels are too long a ribbon to resize to {resize}; crop it")
+        raise DatasetError(
+            f"its {size[0]} x {size[1]} pixels have too extreme an aspect ratio to resize to {resize}; crop it"
+        )
 
 
 def _content_digest(paths: Sequence[Path]) -> str:
@@ -301,12 +303,14 @@ class LoadedData:
 
     def __init__(self, split: Split, store: OpenedStore, root: Path | None) -> None:
         self.split, self._store, self._root, self.grey_bits = split, store.images, root, store.grey_bits
-        starts = np.cumsum([0, *(len(split.part(part)) for part in PARTS)])
-        self._starts = {part: int(start) for part, start in zip(PARTS, starts, strict=False)}
-        listing = [(part, item.class_name, item.label, self._name(item)) for part in PARTS for item in split.part(part)]
+        starts = np.cumsum([0, *(len(split.part(part)) for part in SPLITS)])
+        self._starts = {part: int(start) for part, start in zip(SPLITS, starts, strict=False)}
+        listing = [
+            (part, item.class_name, item.label, self._name(item)) for part in SPLITS for item in split.part(part)
+        ]
         self.fingerprint = hashlib.sha256(json.dumps([store.key, listing]).encode()).hexdigest()[:16]
 
-    def _name(self, item: Item) -> str:
+    def _name(self, item: Sample) -> str:
         return readable((item.path.relative_to(self._root) if self._root else item.path).as_posix())
 
     def paths(self, part: str) -> list[str]:

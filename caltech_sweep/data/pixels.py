@@ -136,7 +136,7 @@ def examine(content: bytes) -> Facts:
 
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
-        raise DatasetError("its pixels are floats, whose range nobody knows; convert it to 8 or 16 bits")
+        raise DatasetError("its pixels are floats, whose range is not known; convert it to 8 or 16 bits")
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     except DatasetError:
         raise
     except UnidentifiedImageError as error:
-        raise DatasetError("it is of no kind that is known") from error
+        raise DatasetError("unknown image format") from error
     except Image.DecompressionBombError as error:
         raise DatasetError(str(error).rstrip(".")) from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from caltech_sweep.data.splits import Item, Split
+from caltech_sweep.data.splits import Sample, Split
 
 CLASSES = ("cross", "disc", "ring", "square", "star", "stripes", "triangle", "wedge")
 COUNTS = {"train": 60, "val": 24, "test": 24}  # images of each class
@@ -69,7 +69,7 @@ def shapes_listing() -> Split:
     """Return which shape is where, without drawing one."""
     parts = {
         part: tuple(
-            Item(Path(name) / f"{part}_{index:03d}", label, name)
+            Sample(Path(name) / f"{part}_{index:03d}", label, name)
             for label, name in enumerate(CLASSES)
             for index in range(count)
         )

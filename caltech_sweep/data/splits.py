@@ -21,11 +21,11 @@ from caltech_sweep.errors import DatasetError
 
 BACKGROUND = "BACKGROUND_Google"
 CALTECH_FOLDERS, CALTECH_FILES = 102, 9145
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Item:
+class Sample:
     """One image: its file (or drawn name), its class index and its class name."""
 
     path: Path
@@ -38,12 +38,12 @@ class Split:
     """The class names in label order, the images of each part, and what of the folder is in none, as words."""
 
     classes: tuple[str, ...]
-    train: tuple[Item, ...]
-    val: tuple[Item, ...]
-    test: tuple[Item, ...]
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    test: tuple[Sample, ...]
     passed_over: str = ""
 
-    def part(self, name: str) -> tuple[Item, ...]:
+    def part(self, name: str) -> tuple[Sample, ...]:
         """Return the images of "train", "val" or "test"."""
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
@@ -65,17 +65,17 @@ def _caltech_files(root: Path) -> tuple[dict[str, list[Path]], PassedOver]:
 
 def _check_caltech(root: Path, files: dict[str, list[Path]]) -> None:
     count = sum(map(len, files.values()))
-    mend = "the official split needs the complete folder; fetch it again with `caltech-sweep data`"
+    fix = "the official split needs the complete folder; fetch it again with `caltech-sweep data`"
     if BACKGROUND not in files:
-        raise DatasetError(f"{root} has no folder {BACKGROUND}, whose files count in the split; {mend}")
+        raise DatasetError(f"{root} has no folder {BACKGROUND}, whose files count in the split; {fix}")
     if not any(path.name == "tmp" for path in files[BACKGROUND]):
         raise DatasetError(
             f"{root / BACKGROUND} lacks the stray file 'tmp', which the official split counts: without it every "
-            f"later class shifts; {mend}, or create it as an empty file"
+            f"later class shifts; {fix}, or create it as an empty file"
         )
     if len(files) != CALTECH_FOLDERS or count != CALTECH_FILES:
         raise DatasetError(
-            f"{root} holds {count:,} files in {len(files)} folders, not {CALTECH_FILES:,} in {CALTECH_FOLDERS}; {mend}"
+            f"{root} holds {count:,} files in {len(files)} folders, not {CALTECH_FILES:,} in {CALTECH_FOLDERS}; {fix}"
         )
 
 
@@ -97,13 +97,13 @@ def _quotas(counts: Sequence[int], fraction: float) -> list[int]:
 
 
 def _carve_val(
-    classes: Sequence[str], train: Sequence[Item], fraction: float, seed: int
-) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    by_class: list[list[Item]] = [[] for _ in classes]
+    classes: Sequence[str], train: Sequence[Sample], fraction: float, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    by_class: list[list[Sample]] = [[] for _ in classes]
     for item in train:
         by_class[item.label].append(item)
-    kept: list[Item] = []
-    val: list[Item] = []
+    kept: list[Sample] = []
+    val: list[Sample] = []
     for label, quota in enumerate(_quotas([len(items) for items in by_class], fraction)):
         items = by_class[label]
         if not 0 < quota < len(items):
@@ -126,13 +126,13 @@ def caltech_split(root: Path, val_fraction: float = 1 / 3, seed: int = 0) -> Spl
     _check_caltech(root, files)
     classes = tuple(name for name in files if name != BACKGROUND)
     labels = {name: label for label, name in enumerate(classes)}
-    train: list[Item] = []
-    test: list[Item] = []
+    train: list[Sample] = []
+    test: list[Sample] = []
     number = 0
     for name, paths in files.items():
         for path in paths:
             if name != BACKGROUND:
-                (test if number % 3 == 0 else train).append(Item(path, labels[name], name))
+                (test if number % 3 == 0 else train).append(Sample(path, labels[name], name))
             number += 1
     kept, val = _carve_val(classes, train, val_fraction, seed)
     return Split(classes, kept, val, tuple(test), str(passed))
@@ -151,8 +151,8 @@ def folder_split(root: Path, val_fraction: float, test_fraction: float, seed: in
             f"{root} must hold at least two folders with images, one a class; it has {len(files)}{other}"
         )
     classes = tuple(files)
-    train: list[Item] = []
-    test: list[Item] = []
+    train: list[Sample] = []
+    test: list[Sample] = []
     for label, (name, paths) in enumerate(files.items()):
         chosen = set(carve(len(paths), test_fraction, [seed, 0, label]).tolist())
         if not 0 < len(chosen) < len(paths) - 1:
@@ -161,7 +161,7 @@ def folder_split(root: Path, val_fraction: float, test_fraction: float, seed: in
                 "add images or change dataset.test_fraction"
             )
         for position, path in enumerate(paths):
-            (test if position in chosen else train).append(Item(path, label, name))
+            (test if position in chosen else train).append(Sample(path, label, name))
     kept, val = _carve_val(classes, train, val_fraction, seed)
     return Split(classes, kept, val, tuple(test), str(passed))
 
@@ -192,14 +192,14 @@ def subset(split: Split, config: DatasetConfig) -> Split:
     classes = split.classes if config.classes is None else _chosen_classes(split.classes, config.classes)
     labels = {name: label for label, name in enumerate(classes)}
 
-    def keep(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    def keep(items: tuple[Sample, ...]) -> tuple[Sample, ...]:
         seen = dict.fromkeys(classes, 0)
         kept = []
         for item in items:
             if item.class_name in labels:
                 seen[item.class_name] += 1
                 if config.images_per_class is None or seen[item.class_name] <= config.images_per_class:
-                    kept.append(Item(item.path, labels[item.class_name], item.class_name))
+                    kept.append(Sample(item.path, labels[item.class_name], item.class_name))
         return tuple(kept)
 
     return replace(split, classes=classes, train=keep(split.train), val=keep(split.val), test=keep(split.test))

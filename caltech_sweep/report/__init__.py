@@ -1,1 +1,1 @@
-"""Comparison tables from the tracking store alone: what was trained, beside what a published table says of it."""
+"""Comparison tables from the tracking store only: what was trained, next to what a published table says of it."""

@@ -44,7 +44,7 @@ def _link(reader: Reader, experiment_id: str) -> Link:
 
 
 def load_tables(studies: Sequence[str], best: int, tracking_uri: str | None) -> list[Table]:
-    """Read the tables of some studies, or of all, from the tracking store alone.
+    """Read the tables of some studies, or of all, from the tracking store only.
 
     Raises UsageError for a study that is not in the store, StoreError for a store that cannot be read or is empty.
     """

@@ -32,7 +32,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Reference:
-    """A published accuracy beside ours."""
+    """A published accuracy next to ours."""
 
     value: float
     difference: float | None = None  # ours minus the published one

@@ -34,8 +34,8 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Return the p-value of the exact McNemar test that two models are right equally often on the same images."""
     from scipy.stats import binomtest
 
-    only_one = [one for one, other in zip(first, second, strict=True) if one != other]
-    return float(binomtest(sum(only_one), len(only_one)).pvalue) if only_one else 1.0
+    study_lock = [one for one, other in zip(first, second, strict=True) if one != other]
+    return float(binomtest(sum(study_lock), len(study_lock)).pvalue) if study_lock else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

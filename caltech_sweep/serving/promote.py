@@ -48,7 +48,7 @@ from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.files import file_digest
 from caltech_sweep.serving.registry import ALIAS, _registered_model
 from caltech_sweep.serving.runs import MODEL_NAME, _read_run, _Trained
-from caltech_sweep.serving.served_model import CARD, WEIGHTS, Classifier
+from caltech_sweep.serving.served_model import SPEC, WEIGHTS, Classifier
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 
@@ -95,7 +95,7 @@ def _choose(tracker: MlflowTracker, study: str, run_id: str | None) -> TrialReco
     if run_id not in trials:
         raise UsageError(f"--run: study {study!r} has no trial with run id {run_id}; see them with caltech-sweep ui")
     if trials[run_id].outcome != "complete":
-        raise UsageError(f"--run: run {run_id} is {trials[run_id].outcome}; a complete trial alone can be promoted")
+        raise UsageError(f"--run: run {run_id} is {trials[run_id].outcome}; only completed trials can be promoted")
     return trials[run_id]
 
 
@@ -127,9 +127,9 @@ def _requirements() -> list[str]:
 def _save_model(folder: Path, trained: _Trained, metadata: Mapping[str, Any], mlflow_model: Model) -> None:
     """Write the MLflow model: code as text, weights as safetensors, everything else as JSON and YAML."""
     with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as temporary:
-        card = Path(temporary) / CARD
-        card.write_text(
-            json.dumps({**trained.card, "sha256": file_digest(trained.checkpoint), **metadata}, indent=2) + "\n"
+        spec = Path(temporary) / SPEC
+        spec.write_text(
+            json.dumps({**trained.spec, "sha256": file_digest(trained.checkpoint), **metadata}, indent=2) + "\n"
         )
         weights = Path(temporary) / WEIGHTS
         shutil.copyfile(trained.checkpoint, weights)
@@ -140,9 +140,9 @@ def _save_model(folder: Path, trained: _Trained, metadata: Mapping[str, Any], ml
                 folder,
                 python_model=str(package / "serving" / "served_model.py"),
                 code_paths=[str(package)],
-                artifacts={"weights": weights.as_uri(), "card": card.as_uri()},
+                artifacts={"weights": weights.as_uri(), "card": spec.as_uri()},
                 signature=SIGNATURE,
-                input_example=_example(trained.card["crop"]),
+                input_example=_example(trained.spec["crop"]),
                 pip_requirements=_requirements(),
                 metadata=dict(metadata),
                 mlflow_model=mlflow_model,
@@ -160,7 +160,7 @@ def _log_model(
 ) -> str:
     """Log the model into the trial's finished run; return its id.
 
-    Through the client, with explicit ids: the fluent ``log_model`` would need the run to be active, and end it anew.
+    Through the client, with explicit ids: the fluent ``log_model`` would need the run to be active, and end it again.
     """
     client = tracker.client
     experiment = client.get_run(trial.run_id).info.experiment_id
@@ -229,8 +229,8 @@ def promote(
         try:
             trial = _choose(tracker, study, run_id)
             trained = _read_run(tracker, trial.run_id, Path(scratch))
-            classifier = Classifier(trained.card, trained.weights, torch.device("cpu"))
-            classifier.rank([classifier.prepare(_example(trained.card["crop"])["image"][0])])
+            classifier = Classifier(trained.spec, trained.weights, torch.device("cpu"))
+            classifier.rank([classifier.prepare(_example(trained.spec["crop"])["image"][0])])
             tags = {
                 "study": study,
                 "run_id": trial.run_id,

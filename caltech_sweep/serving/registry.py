@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from caltech_sweep import stores
 from caltech_sweep.errors import ModelError, StoreError, UsageError
 from caltech_sweep.serving.runs import _fetch, _read_run
-from caltech_sweep.serving.served_model import CARD, WEIGHTS, Classifier, read_card, read_weights
+from caltech_sweep.serving.served_model import SPEC, WEIGHTS, Classifier, read_spec, read_weights
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.device import pick_device
 
@@ -79,16 +79,16 @@ def _find_version(tracker: MlflowTracker, model: str) -> ModelVersion:
 def _open_version(
     tracker: MlflowTracker, found: ModelVersion, scratch: Path
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read the card and weights of a model that ``promote`` logged; the code beside them is not run."""
+    """Read the card and weights of a model that ``promote`` logged; the code next to them is not run."""
     uri = tracker.client.get_model_version_download_uri(found.name, found.version)
     folder = _fetch(tracker, uri, "", scratch)
-    if not (folder / "artifacts" / CARD).is_file():
+    if not (folder / "artifacts" / SPEC).is_file():
         raise ModelError(
             f"{found.name}/{found.version} was not logged by caltech-sweep promote, or lost its card; loading it could "
-            "run pickled code, so it is left alone; promote a study, or ask it with mlflow models predict"
+            "run pickled code, so it is not loaded; promote a study, or ask it with mlflow models predict"
         )
-    card = read_card(folder / "artifacts" / CARD)
-    return card, read_weights(folder / "artifacts" / WEIGHTS, card["sha256"])
+    spec = read_spec(folder / "artifacts" / SPEC)
+    return spec, read_weights(folder / "artifacts" / WEIGHTS, spec["sha256"])
 
 
 def open_model(
@@ -105,7 +105,7 @@ def open_model(
         try:
             if model and re.fullmatch("[0-9a-f]{32}", model) and tracker.run_exists(model):
                 trained = _read_run(tracker, model, scratch, allow_pickle)
-                return Classifier(trained.card, trained.weights, chosen)
+                return Classifier(trained.spec, trained.weights, chosen)
             found = _find_version(tracker, model.removeprefix("models:/")) if model else _default_model(tracker)
             return Classifier(*_open_version(tracker, found, scratch), chosen)
         except (MlflowException, OSError) as error:

@@ -63,7 +63,7 @@ def _read_classes(path: Path) -> list[str]:
         raise StoreError(f"{path} cannot be read as a run's table of classes; was it damaged?") from error
 
 
-def make_card(
+def model_spec(
     config: TrialConfig,
     classes: Sequence[str],
     metadata: Mapping[str, str] | None = None,
@@ -97,7 +97,7 @@ def make_card(
 class _Trained:
     """What a run left of its network."""
 
-    card: dict[str, Any]
+    spec: dict[str, Any]
     checkpoint: Path
     weights: dict[str, torch.Tensor]
 
@@ -139,7 +139,7 @@ def _read_run(tracker: MlflowTracker, run_id: str, scratch: Path, allow_pickle: 
     if not pickled:
         path = tracker.checked_artifact(run_id, CHECKPOINT)
         weights, metadata = _read_checkpoint(path, run_id, run.data.tags.get("fingerprint", ""))
-        return _Trained(make_card(config, json.loads(metadata["classes"]), metadata), path, weights)
+        return _Trained(model_spec(config, json.loads(metadata["classes"]), metadata), path, weights)
     if not allow_pickle:
         raise ModelError(
             f"run {run_id} has its weights as a pickle ({folder}/{pickled[0]}), which can run code when it is loaded; "
@@ -147,4 +147,4 @@ def _read_run(tracker: MlflowTracker, run_id: str, scratch: Path, allow_pickle: 
         )
     path = _fetch(tracker, uri, f"{folder}/{pickled[0]}", scratch)
     weights, classes = _read_pickled(path, run_id), _read_classes(_fetch(tracker, uri, "per_class.csv", scratch))
-    return _Trained(make_card(config, classes, grey_bits=grey_bits(run.data.tags)), path, weights)
+    return _Trained(model_spec(config, classes, grey_bits=grey_bits(run.data.tags)), path, weights)

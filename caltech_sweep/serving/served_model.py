@@ -1,6 +1,6 @@
 """The model that ``promote`` logs, as code: raw images in, class names and probabilities out.
 
-MLflow runs this file instead of unpickling a model ("models from code"). A copy of this package travels beside it, so
+MLflow runs this file instead of unpickling a model ("models from code"). A copy of this package travels with it, so
 the server decodes images and builds the network with the code of the training. Everything else is data: the weights as
 safetensors, and a card, a JSON file with the architecture, the classes and the preprocessing.
 
@@ -41,7 +41,7 @@ from caltech_sweep.files import file_digest
 from caltech_sweep.training.models import not_finite, trained_model
 
 WEIGHTS = "model.safetensors"
-CARD = "model.json"
+SPEC = "model.json"
 _BATCH = 64  # images of a request that are computed at once
 
 Ranking = list[tuple[str, float]]  # class names and probabilities, the most probable first
@@ -53,23 +53,23 @@ class Classifier:
     Raises ModelError when the weights are not those of the card's architecture and outputs.
     """
 
-    def __init__(self, card: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        self.names: list[str] = list(card["outputs"])
-        self._resize, self._crop = int(card["resize"]), int(card["crop"])
+    def __init__(self, spec: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self.names: list[str] = list(spec["outputs"])
+        self._resize, self._crop = int(spec["resize"]), int(spec["crop"])
         # Cards of models that were promoted before these settings were recorded lack them.
-        self._rules = PixelRules(**{key: card[key] for key in ("background", "exif", "grey_bits") if key in card})
+        self._rules = PixelRules(**{key: spec[key] for key in ("background", "exif", "grey_bits") if key in spec})
         self._device = device
-        mean, std = (torch.tensor(card[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+        mean, std = (torch.tensor(spec[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
         self._mean, self._std = mean, std
-        self._source = f"the weights of this {card['arch']}"
+        self._source = f"the weights of this {spec['arch']}"
         if not_finite(weights):
             raise ModelError(f"{self._source} hold NaN or infinity, so it can predict nothing; promote another trial")
         try:
-            model = trained_model(card["arch"], len(self.names), weights, card.get("transform_input", False))
+            model = trained_model(spec["arch"], len(self.names), weights, spec.get("transform_input", False))
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise ModelError(
-                f"the weights do not fit {card['arch']} with {len(self.names)} outputs: {reason}"
+                f"the weights do not fit {spec['arch']} with {len(self.names)} outputs: {reason}"
             ) from error
         self._model = model.to(device).eval()
 
@@ -101,15 +101,15 @@ class Classifier:
         return [[(self.names[i], value) for i, value in zip(indices, values, strict=True)] for indices, values in rows]
 
 
-def read_card(path: Path) -> dict[str, Any]:
-    """Return the card beside a model's weights; raise ModelError when it is damaged."""
+def read_spec(path: Path) -> dict[str, Any]:
+    """Return the card next to a model's weights; raise ModelError when it is damaged."""
     try:
-        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if missing := {"arch", "outputs", "resize", "crop", "mean", "std", "sha256"} - set(card):
+        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if missing := {"arch", "outputs", "resize", "crop", "mean", "std", "sha256"} - set(spec):
             raise ValueError(f"without {sorted(missing)[0]}")
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"the model's card {path} cannot be read ({error}); promote the study again") from error
-    return card
+    return spec
 
 
 def read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
@@ -127,10 +127,10 @@ class ServedClassifier(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load the weights and the card that were logged."""
-        card = read_card(Path(context.artifacts["card"]))
-        weights = read_weights(Path(context.artifacts["weights"]), card["sha256"])
+        spec = read_spec(Path(context.artifacts["card"]))
+        weights = read_weights(Path(context.artifacts["weights"]), spec["sha256"])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._classifier = Classifier(card, weights, device)
+        self._classifier = Classifier(spec, weights, device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return the columns ``classes`` and ``probabilities``, the most probable first; ``top`` 0 means all.

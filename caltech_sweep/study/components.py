@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from caltech_sweep.seeds import derive
+from caltech_sweep.seeds import derive_seed
 from caltech_sweep.study.definition import Component, Dimension
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_of
 from caltech_sweep.text import suggestion
@@ -97,7 +97,7 @@ def make_sampler(component: Component, number: int, space: Mapping[str, Dimensio
         arguments.setdefault("warn_independent_sampling", False)
     if "seed" in known:
         seed = int(arguments.get("seed") or 0)
-        arguments["seed"] = seed if component.name in _FIXED_SEQUENCE else derive(seed, "sampler", number) % 2**32
+        arguments["seed"] = seed if component.name in _FIXED_SEQUENCE else derive_seed(seed, "sampler", number) % 2**32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: optuna.samplers.BaseSampler = _build("sampler", Component(component.name, arguments), grid)

@@ -117,7 +117,7 @@ class _Reader:
             if key in known:
                 good.append(key)
             else:
-                self.problem(node, key, f"{path}{key}", f"is not known here{suggestion(key, known)}")
+                self.problem(node, key, f"{path}{key}", f"is an unknown key{suggestion(key, known)}")
         return good
 
     def ruled(self, node: CommentedMap, path: str, rules: Mapping[str, Rule]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class _Reader:
             self.problem(node, forms[0], f"{path}.{forms[0]}", f"must be a list with values, got {values!r}")
             return None
         if forms[0] == "subset_of":
-            wrong = "can be sampled for augment alone" if key != "augment" else TRIAL_RULES[key].problem(values)
+            wrong = "can only be sampled for augment" if key != "augment" else TRIAL_RULES[key].problem(values)
             if wrong:
                 self.problem(node, "subset_of", f"{path}.subset_of", wrong)
             return SubsetOf(tuple(values))
@@ -202,7 +202,7 @@ class _Reader:
             if not isinstance(name, str) or not name.strip():
                 self.problem(nodes, index, f"{path}.name", "every row needs a name")
             elif name in {row.name for row in rows}:
-                self.problem(node, "name", f"{path}.name", f"{name!r} is the name of an earlier row too")
+                self.problem(node, "name", f"{path}.name", f"{name!r} is a duplicate row name")
             settings = self.ruled(self.mapping(node, "set", f"{path}.set"), f"{path}.set.", TRIAL_RULES)
             reference = self.ruled(
                 self.mapping(node, "reference", f"{path}.reference"), f"{path}.reference.", REFERENCES
@@ -299,8 +299,8 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
         )
     family = math.prod(map(len, expand.values()))
     if expand and not wrong and (not space or (trials - len(rows)) % family):
-        mend = f"{len(rows)} rows and a multiple of {family}" if space else "a space to sample the other settings from"
-        reader.problem(root, "expand", "expand", f"each sampled setting gives {family} trials, so it needs {mend}")
+        fix = f"{len(rows)} rows and a multiple of {family}" if space else "a space to sample the other settings from"
+        reader.problem(root, "expand", "expand", f"each sampled setting gives {family} trials, so it needs {fix}")
     crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
     if crop > resize:
         reader.problem(root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)")

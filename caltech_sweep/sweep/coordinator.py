@@ -15,7 +15,7 @@ from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.stores import reason
 from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.optuna_store import STORE_ERRORS
-from caltech_sweep.sweep.progress import Watcher
+from caltech_sweep.sweep.progress import Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.reconcile import survey
 from caltech_sweep.sweep.recorder import RecordedTrial, Recorder
@@ -70,7 +70,7 @@ class Coordinator:
         queue: TrialQueue,
         recorder: Recorder,
         executor: Executor,
-        progress: Watcher,
+        progress: Progress,
         make_job: Callable[[QueuedTrial], Job],
         limits: Limits = Limits(),
     ) -> None:
@@ -114,8 +114,8 @@ class Coordinator:
         """Settle what an earlier run left in the two stores."""
         queue, recorder = self.queue, self.recorder
         for finding in list(survey(queue.study, recorder.tracker, recorder.records, queue.is_current)):
-            assert finding.mend is not None
-            finding.mend()
+            assert finding.fix is not None
+            finding.fix()
             self.progress.note(finding.text)
 
     def _close(self) -> None:

@@ -1,7 +1,7 @@
 """The two stores of every study, compared with each other and with the files that they name.
 
-A study that somebody runs is left alone. What is found is a :class:`Finding`; nothing is changed until it is mended,
-and what is mended is not found again.
+A study that is being run is skipped. What is found is a :class:`Finding`; nothing is changed until it is fixed,
+and what is fixed is not found again.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ Key = tuple[int, str]  # a trial's number and fingerprint
 
 @dataclass
 class Diagnosis:
-    """What the doctor has seen: how many studies, how many findings, and how many of these were mended."""
+    """What the doctor has seen: how many studies, how many findings, and how many of these were fixed."""
 
     studies: int = 0
     found: int = 0
-    mended: int = 0
+    fixed: int = 0
     skipped: int = 0
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is left to mend."""
-        return self.found == self.mended
+        """Whether nothing is left to fix."""
+        return self.found == self.fixed
 
 
 def examine(
     name: str | None, tracking_uri: str | None, storage: str | None, fix: bool, say: Callable[[str], None]
 ) -> Diagnosis:
-    """Compare the stores of one study, or of all, and mend what is found if asked; ``say`` gets every sentence.
+    """Compare the stores of one study, or of all, and fix what is found if asked; ``say`` gets every sentence.
 
     Raises UsageError for a study that is in neither store, StoreError when no store is there.
     """
@@ -160,30 +160,30 @@ def _bring(journaling: JournalingTracker) -> None:
 def _treat(name: str, findings: Iterable[Finding], fix: bool, diagnosis: Diagnosis, say: Callable[[str], None]) -> None:
     for finding in findings:
         diagnosis.found += 1
-        if finding.mend is None:
+        if finding.fix is None:
             say(f"{name}: {finding.text}")
         elif not fix:
-            say(f"{name}: would mend: {finding.text}")
+            say(f"{name}: would fix: {finding.text}")
         else:
-            finding.mend()
-            diagnosis.mended += 1
-            say(f"{name}: mended: {finding.text}")
+            finding.fix()
+            diagnosis.fixed += 1
+            say(f"{name}: fixed: {finding.text}")
 
 
 def _findings(
     name: str, tracker: MlflowTracker, record: StudyRecord | None, study: optuna.Study | None, study_store: str
 ) -> Iterator[Finding]:
-    """Yield what is wrong with a study, in an order in which each mend leaves the later ones true."""
+    """Yield what is wrong with a study, in an order in which each fix leaves the later ones true."""
     if record is None:
         yield Finding(
-            "is in the study store alone; name its tracking store with --tracking-uri, or remove it with "
+            "is only in the study store; name its tracking store with --tracking-uri, or remove it with "
             f"`optuna delete-study --study-name {name} --storage {stores.hide_secrets(study_store)}`",
             None,
         )
         return
     yield from _moved(tracker, record)
     if study is None:
-        yield Finding("is in the tracking store alone; name its study store with --storage, or put its file back", None)
+        yield Finding("is only in the tracking store; name its study store with --storage, or put its file back", None)
         return
     runs: dict[Key, list[TrialRecord]] = defaultdict(list)
     for run in tracker.trials(record):
@@ -196,7 +196,9 @@ def _findings(
     for trial in study.get_trials(deepcopy=False):
         yield from _compare(tracker, record, study, trial, chosen.get(_key(trial)))
     if tracker.status(record.run_id) == "RUNNING":
-        yield Finding("is shown as running, but nobody runs it: stopped", partial(tracker.finish, record.run_id))
+        yield Finding(
+            "is shown as running, but no process is running it: stopped", partial(tracker.finish, record.run_id)
+        )
 
 
 def _key(trial: FrozenTrial) -> Key:
@@ -236,16 +238,16 @@ def _beside(tracker: MlflowTracker, study: str) -> Path | None:
 
 
 def _moved(tracker: MlflowTracker, record: StudyRecord) -> Iterator[Finding]:
-    """Artifact locations are absolute: find those that point nowhere while the artifacts lie beside the database."""
+    """Artifact locations are absolute: find those that point nowhere while the artifacts lie next to the database."""
     location = tracker.client.get_experiment(record.experiment_id).artifact_location
     named, beside = _local(location), _beside(tracker, record.name)
     if named is None or named.exists():
         return
     if beside is not None and beside.is_dir():
-        mend = partial(tracker.move_artifacts, record.experiment_id, location, beside.resolve().as_uri())
-        yield Finding(f"its artifacts are no longer in {named}, but in {beside}: their locations follow", mend)
+        fix = partial(tracker.move_artifacts, record.experiment_id, location, beside.resolve().as_uri())
+        yield Finding(f"its artifacts are no longer in {named}, but in {beside}: locations updated", fix)
     elif tracker.trials(record):
-        yield Finding(f"its artifacts are not in {named}; put the folder back, or beside the tracking store", None)
+        yield Finding(f"its artifacts are not in {named}; put the folder back, or next to the tracking store", None)
 
 
 def _surplus(
@@ -278,8 +280,8 @@ def _compare(
         return
     if run is None:
         if counted:
-            mend = partial(invalidate_trial, study, trial._trial_id)
-            yield Finding(f"{name} ended but has no run in the tracking store: the next run trains it again", mend)
+            fix = partial(invalidate_trial, study, trial._trial_id)
+            yield Finding(f"{name} ended but has no run in the tracking store: the next run trains it again", fix)
         return
     ended = _ended(trial)
     if trial.state == TrialState.COMPLETE and run.outcome == "complete":
@@ -292,8 +294,8 @@ def _compare(
         return  # the survey has it
     if run.outcome != ended and counted:
         text = f"{name} is {ended} in the study store, but its run {run.name} is {run.outcome}"
-        mend = partial(_give_up, tracker, study, trial, run, "the stores disagreed about its end")
-        yield Finding(f"{text}: the next run trains it again", mend)
+        fix = partial(_give_up, tracker, study, trial, run, "the stores disagreed about its end")
+        yield Finding(f"{text}: the next run trains it again", fix)
     elif run.status != OUTCOMES[ended].mlflow or run.outcome != ended:
         text = f"run {run.name} is {run.outcome} and {run.status}, but its trial is {ended}: copied"
         yield Finding(text, partial(tracker.finish_trial, run.run_id, ended, {}, {}, None))

@@ -2,7 +2,7 @@
 
 A local study store has a file lock, which a stopped process keeps and a dead one gives back. A database server has a
 lease instead: a row that is taken in one statement, that a thread of its own renews, and that runs out by the clock of
-the database. Whoever was away for too long (stopped, asleep, cut off) finds another holder in the row:
+the database. A process that was away for too long (stopped, asleep, cut off) finds another holder in the row:
 
     held.check()       before a write to the tracking store: free while the lease cannot have run out by any clock here
     fencing(engine)    in every transaction of the study store that writes: the row is read once more before its commit
@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from caltech_sweep import stores
 from caltech_sweep.errors import LostStudyError, StoreError
-from caltech_sweep.stores import cannot_open, only_one, reason, sqlite_file
+from caltech_sweep.stores import cannot_open, reason, sqlite_file, study_lock
 
 LEASE_SECONDS = 120.0  # after which a study whose process gives no sign may be run by another
 _MARGIN = 0.25  # of the lease, kept for a write that is on its way
@@ -58,7 +58,7 @@ class Held(Protocol):
         """Raise LostStudyError when another process has the study."""
 
     def confirm(self, connection: Connection) -> None:
-        """Do so by what the database says in a transaction, and let nobody take the study before its end."""
+        """Do so by what the database says in a transaction, and let no process take the study before its end."""
 
 
 class _Lock:
@@ -106,7 +106,7 @@ class Lease:
                 if connection.execute(taken).rowcount != 1:
                     connection.execute(sa.insert(LEASES).values(study=self.study, **values))
         except (sa.exc.IntegrityError, *_OUTAGES) as error:
-            holder = self._row()  # raises anew when the database is away
+            holder = self._row()  # raises again when the database is unavailable
             if holder is None:
                 raise
             raise self._taken(holder) from error
@@ -143,11 +143,11 @@ class Lease:
                 self.renew()
             except LostStudyError:
                 return
-            except sa.exc.SQLAlchemyError:  # it is away: the lease holds until another process takes it
+            except sa.exc.SQLAlchemyError:  # it is unavailable: the lease holds until another process takes it
                 continue
 
     def renew(self) -> None:
-        """Let the lease begin anew; raise LostStudyError when another process has it, even if it has ended since."""
+        """Let the lease begin again; raise LostStudyError when another process has it, even if it has ended since."""
         with self._guard:
             if self._lost:
                 raise LostStudyError(self._lost)
@@ -162,8 +162,8 @@ class Lease:
     def _lose(self, row: Any) -> None:
         other = "another process" if row is None else f"{row.who} at {datetime.fromtimestamp(row.since):%F %T}"
         self._lost = (
-            f"study {self.study!r} was taken over by {other}, since this process gave no sign for more than "
-            f"{self.seconds:g} seconds; it has written nothing more, and the other one goes on with the study"
+            f"study {self.study!r} was taken over by {other}, since this process was silent for more than "
+            f"{self.seconds:g} seconds; it has written nothing more, and the other one continues the study"
         )
         raise LostStudyError(self._lost)
 
@@ -184,7 +184,7 @@ class Lease:
                 if time.monotonic() > give_up:
                     raise StoreError(
                         f"the study store does not say who runs study {self.study!r} ({reason(error)}); start it, then "
-                        "run the study again: it goes on where it was"
+                        "run the study again: it resumes where it stopped"
                     ) from None
                 time.sleep(min(_RETRY_SECONDS, self.seconds / 4))
 
@@ -226,7 +226,7 @@ def check_free(uri: str, study: str) -> None:
 def holding(uri: str, study: str) -> Iterator[Held]:
     """Hold a study for one process while it runs; raise StoreError while another one has it."""
     if sqlite_file(uri) is not None:
-        with only_one(uri, study):
+        with study_lock(uri, study):
             yield _Lock()
         return
     try:

@@ -117,7 +117,7 @@ def stored_studies(storage: BaseStorage) -> dict[str, optuna.Study]:
 
 
 def by_content(identity: Mapping[str, Any], weights: Mapping[str, InitialWeights]) -> dict[str, Any]:
-    """Return an identity in which a file of fixed weights goes by its contents: its name and place are nobody's."""
+    """Return an identity in which a file of fixed weights goes by its contents: its name and place do not count."""
     result = dict(identity)
     for part in ("fixed", "overrides"):
         name = result.get(part, {}).get("weights")

@@ -163,7 +163,7 @@ def end_trial(study: optuna.Study, number: int, outcome: str, value: float | Non
 def invalidate_trial(study: optuna.Study, trial_id: int) -> None:
     """Let a trial that ended count for nothing, so that the next run trains its settings again.
 
-    Optuna lets nobody change a trial that ended, so its row is changed beside it.
+    Optuna does not change a trial that ended, so its row is changed directly.
     """
     engine = engine_of(study)
     if engine is not None:

@@ -117,7 +117,7 @@ def foreign_studies(
     for name, record in tracked.items():
         known = find_known(storage, name)
         if known is None and record.store is not None:
-            yield name, f"is in the tracking store alone, and belongs to another study store: skipped; {_EITHER}"
+            yield name, f"is only in the tracking store, and belongs to another study store: skipped; {_EITHER}"
         elif known is not None and not is_own(record, known, partial(tracker.trials, record)):
             yield name, f"skipped, since in the tracking store it belongs to another study store; {_EITHER}"
 
@@ -162,7 +162,7 @@ def _recorded(record: StudyRecord, tracker: MlflowTracker, identity: Mapping[str
         return found
     if not document:
         raise StoreError(
-            f"the file study.json of study {record.name!r} (run {record.run_id}) cannot be read, so nobody can tell "
+            f"the file study.json of study {record.name!r} (run {record.run_id}) cannot be read, so it is not known "
             "whether its settings are these; put it back, or choose --name"
         )
     parts = {key: document[key] for key in (*identity, "expand") if key in document and key not in _OF_A_RUN}
@@ -176,7 +176,7 @@ def adopt(
 ) -> str:
     """Make a study of the tracking store this study store's: rebuild it from its runs; return a sentence about it.
 
-    The study is claimed first, so that its runs do not change any more. What is cut short is done anew by the next
+    The study is claimed first, so that its runs do not change any more. What is cut short is done again by the next
     ``--adopt``, and refused until then.
     """
     backend = open_storage(storage, create=True)

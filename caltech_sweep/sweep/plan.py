@@ -16,7 +16,7 @@ from caltech_sweep import paths, stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.data.splits import PARTS
+from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import CaltechSweepError, UsageError
 from caltech_sweep.study.definition import Dimension, Range, Row, StudyDefinition, variants
 from caltech_sweep.study.file import weights_key
@@ -79,7 +79,7 @@ class Planned:
 
 HEADER = ("trial", "epochs", "images/trial", "parameters trained", "epochs to train", "state")
 ENDED = ("complete", "pruned", "diverged")
-_MOST_VALUES = 4096  # of a whole number's range that are looked at one by one
+_MOST_VALUES = 4096  # of an integer's range that are looked at one by one
 
 
 def _between(span: Span | None) -> str:
@@ -110,17 +110,17 @@ def _kept(
     definition: StudyDefinition, options: RunOptions, data: LoadedData | None, weights: Weights | None
 ) -> Callable[[TrialConfig], int]:
     """Return what tells how many epochs of a trial are kept from earlier trials of any study."""
-    folder = paths.reuse_store()
+    folder = paths.cache_folder()
     if data is None or weights is None or not any(folder.glob("stage-*")):
         return lambda config: 0
     import torch
 
     from caltech_sweep.training.checkpoints import stored_epochs
     from caltech_sweep.training.device import pick_device
-    from caltech_sweep.training.keys import StageUse
+    from caltech_sweep.training.keys import CacheOptions
 
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    device, use = pick_device(options.device), StageUse(folder.resolve(), 0)
+    device, use = pick_device(options.device), CacheOptions(folder.resolve(), 0)
 
     def kept(config: TrialConfig) -> int:
         try:
@@ -231,7 +231,7 @@ def _ends(dimension: Dimension) -> tuple[Any, ...]:
 
 
 def _every(dimension: Dimension) -> Sequence[Any]:
-    """Return all values of a setting that is a choice or a whole number, or its ends where they are too many."""
+    """Return all values of a setting that is a choice or an integer, or its ends where they are too many."""
     ends = _ends(dimension)
     if isinstance(dimension, Range) and ends[1] - ends[0] < _MOST_VALUES:
         return range(int(ends[0]), int(ends[1]) + 1, int(dimension.step or 1))
@@ -275,7 +275,7 @@ def _as_trained(definition: StudyDefinition, record: TrialRecord) -> TrialConfig
 
 
 def _begun(definition: StudyDefinition, family: Sequence[TrialRecord]) -> tuple[int, Span]:
-    """Return the epochs that a family of which trials are known is asked for, and those that are left."""
+    """Return the epochs that a family of which trials are known is requested, and those that are left."""
     ended = {_schedule(_as_trained(definition, record)) for record in family if record.outcome in ENDED}
     configs = _branches(definition, _as_trained(definition, family[0]))
     configs.sort(key=lambda config: _schedule(config) not in ended)
@@ -308,7 +308,7 @@ def _planned_sampled(
     size = definition.family_size
     total = math.ceil(number / size)  # families; each is trained as a whole
     groups: dict[str, dict[int, TrialRecord]] = defaultdict(dict)
-    for record in records:  # a trial that failed is sampled anew, so it does not count
+    for record in records:  # a trial that failed is sampled again, so it does not count
         if (
             record.row is None
             and "confirms" not in record.tags
@@ -363,7 +363,7 @@ def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
     name = definition.config({}).dataset.name
     if data is None:
         return f"{name}: the images cannot be read, see below; what depends on them is unknown"
-    sizes = ", ".join(f"{part} {len(data.split.part(part)):,}" for part in PARTS)
+    sizes = ", ".join(f"{part} {len(data.split.part(part)):,}" for part in SPLITS)
     return f"{name}: {len(data.split.classes)} classes, {sizes} images"
 
 
@@ -383,7 +383,7 @@ def _text(
     for name, some in (("rows", rows), ("sampled", [sampled] if sampled else [])):
         if some:
             asked, left = _total([g.asked for g in some]), _total([g.new_epochs for g in some])
-            lines.append(f"{name}: {_between(asked)} epochs asked for, {_between(left)} to train")
+            lines.append(f"{name}: {_between(asked)} epochs requested, {_between(left)} to train")
     left = _total([group.new_epochs for group in groups])
     lines.append(_time(records, left) if left[1] else "nothing to train")
     return "\n".join(lines)
@@ -400,7 +400,7 @@ def _attempt(problems: list[CaltechSweepError], step: Callable[[], T]) -> T | No
 def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     """Return the plan of a run with some options; nothing is trained, downloaded or written.
 
-    What keeps a run from starting is told beside what can be planned all the same. Raises at once, as a run does, for
+    What keeps a run from starting is reported along with what can be planned. Raises at once, as a run does, for
     options that do not fit and for a tracking store that cannot be used.
     """
     tracking, storage = check_options(definition, options)

@@ -11,7 +11,7 @@ from caltech_sweep import addresses, stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.data.splits import PARTS, Split
+from caltech_sweep.data.splits import SPLITS, Split
 from caltech_sweep.errors import DatasetError, ModelError, UsageError
 from caltech_sweep.files import file_digest
 from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, variants
@@ -40,12 +40,12 @@ class RunOptions:
     threads: int | None = None  # of torch in each worker; all cores
     in_process: bool = False
     adopt: bool = False  # take the study over from another study store, by rebuilding it from its runs
-    rows: tuple[str, ...] = ()  # these alone
+    rows: tuple[str, ...] = ()  # only these
     confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
     hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
     max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
-    stage_budget: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
+    cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 
 def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
@@ -117,7 +117,7 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
     from caltech_sweep.training.rehearsal import batch_kinds, rehearse
 
     classes, images = len(data.split.classes), len(data.split.train)
-    for part in PARTS:
+    for part in SPLITS:
         if not data.split.part(part):
             raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
     seen = set()
@@ -218,7 +218,7 @@ def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[
     check(definition, data, weights)
     for sentence in left_out(definition, data.split):
         write(sentence)
-    parts = {part: len(data.split.part(part)) for part in PARTS}
+    parts = {part: len(data.split.part(part)) for part in SPLITS}
     tags = {"dataset.passed_over": data.split.passed_over[:_LONGEST_TAG]} if data.split.passed_over else {}
     if data.grey_bits < 16:
         tags[GREY_BITS] = str(data.grey_bits)

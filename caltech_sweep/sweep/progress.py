@@ -15,7 +15,7 @@ from rich.text import Text
 from caltech_sweep.text import duration
 
 
-class Watcher(Protocol):
+class Progress(Protocol):
     """Told by the coordinator what happens; has no say in it."""
 
     def study_started(self, name: str, done: int, total: int) -> None:
@@ -54,7 +54,7 @@ class _Trial:
         return duration(max(0.0, seconds * (self.epochs - self.epoch) - (time.monotonic() - self.heard)))
 
 
-class PlainWatcher:
+class PlainProgress:
     """One line an event; for logs and pipes."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
@@ -93,7 +93,7 @@ class PlainWatcher:
         self._write(text)
 
 
-class LiveWatcher:
+class LiveProgress:
     """A table of the running trials below the lines of those that ended; a context manager."""
 
     def __init__(self, console: Console) -> None:
@@ -101,9 +101,9 @@ class LiveWatcher:
         self._study, self._done, self._total, self._ended = "", 0, 0, 0
         self._started = time.monotonic()
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table)  # draws at once
-        self._lines = PlainWatcher(lambda line: self._live.console.print(line, markup=False, highlight=False))
+        self._lines = PlainProgress(lambda line: self._live.console.print(line, markup=False, highlight=False))
 
-    def __enter__(self) -> LiveWatcher:
+    def __enter__(self) -> LiveProgress:
         self._live.start()
         return self
 

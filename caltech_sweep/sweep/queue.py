@@ -1,6 +1,6 @@
 """The trials of one study: what is to run, what runs next, and how each ended. Optuna keeps them.
 
-Rows run first, are never pruned, and may be repeated on further seeds. ``trials`` is a total: a study that goes on
+Rows run first, are never pruned, and may be repeated on further seeds. ``trials`` is a total: a study that resumes
 starts only what is missing from it.
 """
 

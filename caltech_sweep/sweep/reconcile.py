@@ -1,4 +1,4 @@
-"""What a coordinator that died left behind, found by comparing the two stores, and how each thing is mended.
+"""What a coordinator that died left behind, found by comparing the two stores, and how each thing is fixed.
 
 The rule that makes this decidable: a trial's end is written to MLflow first and to Optuna second.
 """
@@ -21,7 +21,7 @@ class Finding:
     """One thing that is wrong between the stores: a sentence, and what puts it right, if it can be put right."""
 
     text: str
-    mend: Callable[[], None] | None
+    fix: Callable[[], None] | None
 
 
 def _key(trial: FrozenTrial) -> tuple[int, str]:
@@ -31,7 +31,7 @@ def _key(trial: FrozenTrial) -> tuple[int, str]:
 def _running_trial(
     study: optuna.Study, trial: FrozenTrial, record: TrialRecord | None, current: bool
 ) -> tuple[str, Callable[[], None]]:
-    """Return what becomes of a trial that Optuna takes for running although nobody runs it."""
+    """Return what becomes of a trial that Optuna takes for running although no process is running it."""
     name = f"trial {trial.number}"
     ended = record is not None and record.outcome in OUTCOMES and record.outcome != "interrupted"
     if record is not None and ended:
@@ -55,7 +55,7 @@ def survey(
     records: Mapping[tuple[int, str], TrialRecord],
     is_current: Callable[[FrozenTrial], bool],
 ) -> Iterator[Finding]:
-    """Yield what is wrong in the two stores of a study that nobody runs; nothing is changed."""
+    """Yield what is wrong in the two stores of a study that no process is running; nothing is changed."""
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.RUNNING:
             yield Finding(*_running_trial(study, trial, records.get(_key(trial)), is_current(trial)))
@@ -69,6 +69,6 @@ def survey(
             # Killed between its last two calls, a run has its outcome but not yet the status that goes with it.
             outcome = record.outcome if record.outcome in OUTCOMES else "interrupted"
             yield Finding(
-                f"run {record.name} is shown as running, but nobody runs it: {outcome}",
+                f"run {record.name} is shown as running, but no process is running it: {outcome}",
                 partial(tracker.finish_trial, record.run_id, outcome, {}, {}, None),
             )

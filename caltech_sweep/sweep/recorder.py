@@ -164,7 +164,7 @@ class Recorder:
         try:
             if self.describe is not None:
                 self.tracker.describe_study(self.definition.name, self.describe())
-        except StoreError:  # a store that is away has no table either
+        except StoreError:  # a store that is unavailable has no table either
             pass
         except LostStudyError:
             raise

@@ -17,7 +17,7 @@ import optuna
 
 from caltech_sweep import paths, stores
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
-from caltech_sweep.files import remove_abandoned, workplace
+from caltech_sweep.files import locked_directory, remove_abandoned
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
@@ -29,31 +29,31 @@ from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own
 from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of
-from caltech_sweep.sweep.progress import LiveWatcher, PlainWatcher, Watcher
+from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
 from caltech_sweep.sweep.sharing import branch_epochs
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals, own_folder
 from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
 from caltech_sweep.tracking.writer import MlflowTracker, Owner, git_state, is_outage
-from caltech_sweep.training.keys import StageUse
+from caltech_sweep.training.keys import CacheOptions
 
 _SCRATCH = "caltech-sweep-run-"  # the folder of what trials leave, until the tracking store has it
 
 
-def stage_use(options: RunOptions) -> StageUse | None:
+def cache_options(options: RunOptions) -> CacheOptions | None:
     """Return where trials find and leave what can be reused."""
     if not options.reuse:
         return None
     from caltech_sweep.training.cache import default_budget
 
-    folder = paths.reuse_store().resolve()
-    budget = default_budget(folder) if options.stage_budget is None else int(options.stage_budget * 10**9)
-    return StageUse(folder, budget)
+    folder = paths.cache_folder().resolve()
+    budget = default_budget(folder) if options.cache_size is None else int(options.cache_size * 10**9)
+    return CacheOptions(folder, budget)
 
 
 def job_of(
-    definition: StudyDefinition, scratch: Path, weights: Weights, stages: StageUse | None, queued: QueuedTrial
+    definition: StudyDefinition, scratch: Path, weights: Weights, stages: CacheOptions | None, queued: QueuedTrial
 ) -> Job:
     """Return the job of a trial: its folder below ``scratch``, its initial weights, and when it saves."""
     config, source = queued.config, weights.get(weights_key(queued.config))
@@ -65,7 +65,7 @@ def job_of(
         scratch / str(queued.number),
         weights_file=source.path if source else None,
         weights_digest=source.digest if source else None,
-        lockstep=queued.prunable,
+        wait_each_epoch=queued.prunable,
         stages=stages,
     )
 
@@ -94,11 +94,11 @@ def make_executor(options: RunOptions) -> Executor:
 
 
 @contextmanager
-def _stoppable(coordinator: Coordinator, watcher: Watcher) -> Iterator[None]:
+def _stoppable(coordinator: Coordinator, watcher: Progress) -> Iterator[None]:
     """Let the first Ctrl-C or SIGTERM stop cleanly, and a second one at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        watcher.note("Stopping: the running trials go back to waiting. Press Ctrl-C again to stop at once.")
+        watcher.note("Stopping: running trials will resume on the next run. Press Ctrl-C again to stop at once.")
         coordinator.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -110,12 +110,12 @@ def _stoppable(coordinator: Coordinator, watcher: Watcher) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _watcher(stack: ExitStack, write: Callable[[str], None]) -> Watcher:
+def _progress(stack: ExitStack, write: Callable[[str], None]) -> Progress:
     """Return a live table on a terminal, and plain lines elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    return stack.enter_context(LiveWatcher(console)) if console.is_terminal else PlainWatcher(write)
+    return stack.enter_context(LiveProgress(console)) if console.is_terminal else PlainProgress(write)
 
 
 def _scratch(stack: ExitStack) -> Path:
@@ -123,11 +123,11 @@ def _scratch(stack: ExitStack) -> Path:
     try:
         place = Path(tempfile.gettempdir())
         remove_abandoned(place, _SCRATCH)
-        return stack.enter_context(workplace(place, _SCRATCH))
+        return stack.enter_context(locked_directory(place, _SCRATCH))
     except OSError as error:
         raise StoreError(
-            f"there is no room for temporary files ({error.strerror or error}); make some, or name another folder with "
-            "the environment variable TMPDIR"
+            f"temporary files cannot be written ({error.strerror or error}); free some disk space, or name "
+            "another folder with the environment variable TMPDIR"
         ) from error
 
 
@@ -189,7 +189,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         held = stack.enter_context(holding(checked.storage, definition.name))
         study = opening.open(write)
         _guard(stack, study, tracker, held)
-        watcher = _watcher(stack, write)
+        watcher = _progress(stack, write)
         await_outages(study, watcher.note)
         root = stores.journal_root(checked.storage)
         journal = Journal(own_folder(root, definition.name, checked.tracking, lambda: _names(tracker)))
@@ -206,7 +206,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             weights=checked.weights,
             describe=partial(table_of, definition.name, checked.tracking),
         )
-        make_job = partial(job_of, definition, _scratch(stack), checked.weights, stage_use(options))
+        make_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
         queue, limits = TrialQueue(definition, study, options.rows), Limits(options.max_failures)
         coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits)
         stack.enter_context(_stoppable(coordinator, watcher))

@@ -14,7 +14,7 @@ from typing import Any
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition, SubsetOf
-from caltech_sweep.training.keys import trunk_key
+from caltech_sweep.training.keys import prefix_key
 from caltech_sweep.training.schedule import learning_rates, shared_epochs
 
 _SCHEDULE = ("lr", "step_size", "gamma", "epochs")
@@ -23,14 +23,14 @@ MAX_BRANCHES = 4096  # schedules of one trunk that are compared
 
 
 @lru_cache(maxsize=4096)
-def _trunk(config: TrialConfig) -> tuple[str, tuple[float, ...]]:
-    return trunk_key(config), learning_rates(config)
+def _prefix(config: TrialConfig) -> tuple[str, tuple[float, ...]]:
+    return prefix_key(config), learning_rates(config)
 
 
 def common_epochs(one: TrialConfig, other: TrialConfig) -> int:
     """Return how many epochs two trials have in common."""
-    (trunk, rates), (other_trunk, other_rates) = _trunk(one), _trunk(other)
-    return shared_epochs(rates, other_rates) if trunk == other_trunk else 0
+    (prefix, rates), (other_trunk, other_rates) = _prefix(one), _prefix(other)
+    return shared_epochs(rates, other_rates) if prefix == other_trunk else 0
 
 
 def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = None) -> list[int]:
@@ -41,8 +41,8 @@ def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = No
     known: set[tuple[str, tuple[float, ...]]] = set()
     counts = []
     for config, there in zip(configs, stored or [0] * len(configs), strict=True):
-        trunk, rates = _trunk(config)
-        stages = [(trunk, rates[:epoch]) for epoch in range(1, len(rates) + 1)]
+        prefix, rates = _prefix(config)
+        stages = [(prefix, rates[:epoch]) for epoch in range(1, len(rates) + 1)]
         known.update(stages[:there])
         counts.append(sum(stage not in known for stage in stages))
         known.update(stages)

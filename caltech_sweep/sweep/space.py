@@ -46,7 +46,7 @@ def all_branches(expand: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def enqueue_params(space: Mapping[str, Dimension], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's settings as Optuna params, those alone that the space can give."""
+    """Return a row's settings as Optuna params, only those that the space can give."""
     params: dict[str, Any] = {}
     for key, dimension in reachable(space, settings).items():
         if isinstance(dimension, SubsetOf):

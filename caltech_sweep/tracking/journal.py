@@ -1,7 +1,7 @@
 """Results that the tracking store does not take at the moment: kept in a local journal, replayed when it is back.
 
 While the store answers, everything goes straight to it. The first write that it does not take, and all after that,
-become lines of an append-only file, each on the disk before the study goes on; artifacts are copied beside it. Every
+become lines of an append-only file, each on the disk before the study continues; artifacts are copied next to it. Every
 line is replayed in order and once: what it does is checked against what the store has, so a line that was cut short
 half way, by either side, is not doubled. A run that is created meanwhile has a local id until then.
 """
@@ -94,7 +94,7 @@ class Journal:
         self._tidy()
 
     def reject(self, number: int) -> None:
-        """Set an entry aside that the store will never take, with its artifacts."""
+        """Keep an entry apart that the store will never accept, with its artifacts."""
         with (self.folder / _REJECTED).open("a") as file:
             file.write(json.dumps(self.pending[number]) + "\n")
         self._append({"done": number})
@@ -169,7 +169,7 @@ def _study_of(folder: Path, names: Iterable[str]) -> str:
 
 
 class JournalingTracker:
-    """A tracker that never loses a write: see the module. ``is_outage`` tells a store that is away from a bad call.
+    """A tracker that never loses a write: see the module. ``is_outage`` tells an unavailable store from a wrong call.
 
     ``fence`` raises LostStudyError once another process has the study: nothing goes to the store or the journal then.
     """
@@ -287,8 +287,8 @@ class JournalingTracker:
             self._fence()
             self._next = time.monotonic() + self._wait
             self._note(
-                f"the tracking store does not take results ({stores.reason(error)}): they are kept in "
-                f"{self.journal.folder} until it does; training goes on"
+                f"the tracking store is unavailable ({stores.reason(error)}): results are buffered in "
+                f"{self.journal.folder} until it is back; training continues"
             )
             return False, None
 
@@ -315,12 +315,12 @@ class JournalingTracker:
         self._write("finish_study", name=name, complete=complete)
 
     def describe_study(self, name: str, description: str) -> None:
-        """Give a study a description, unless the store is away: the next one says more."""
+        """Give a study a description, unless the store is unavailable: the next one says more."""
         if not self.waiting:
             self._write("describe_study", name=name, description=description)
 
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
-        """Create a trial's run; return its id, a local one when the store is away."""
+        """Create a trial's run; return its id, a local one when the store is unavailable."""
         local = f"{LOCAL}{uuid.uuid4().hex}"
         # An answer that gets lost is found again by this tag.
         tags = {**tags, ID_TAG: local}

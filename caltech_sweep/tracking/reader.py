@@ -176,7 +176,7 @@ class ClientReader:
         return text
 
     def _runs(self, experiment_id: str, kind: str, pages: bool = True) -> list[Run]:
-        """Return an experiment's runs of a kind, the newest first; without ``pages``, the first one alone."""
+        """Return an experiment's runs of a kind, the newest first; without ``pages``, only the first one."""
         runs: list[Run] = []
         token = None
         while True:
@@ -314,7 +314,7 @@ class SqlReader:
         return text
 
     def _read(self, study: str, run_id: str, location: str, path: str) -> str | None:
-        """Read an artifact where its run says it is, or beside the store, to which it may have moved."""
+        """Read an artifact where its run says it is, or next to the store, where it may have moved."""
         if "://" in location and not location.startswith("file:"):
             return self._download(f"{location}/{path}")
         files = [Path(local_file_uri_to_path(location), path)]

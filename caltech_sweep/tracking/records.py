@@ -1,4 +1,4 @@
-"""What is recorded of studies and trials, and the interface of whoever keeps it; knows no tracking library."""
+"""What is recorded of studies and trials, and the interface of a tracker; knows no tracking library."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def grey_bits(tags: Mapping[str, str]) -> int:
     return int(text) if text in ("8", "10", "12", "14") else 16
 
 
-# Outcomes that are nobody's choice of settings: enough of these in a row stop a study.
+# Outcomes that no choice of settings causes: enough of these in a row stop a study.
 FAILURES = ("out_of_memory", "data_error", "crashed")
 
 EpochLog = tuple[int, Mapping[str, float], int]  # 1-based epoch, metrics by name, time in milliseconds since 1970

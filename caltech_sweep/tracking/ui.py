@@ -38,7 +38,7 @@ def serve(host: str, port: int, tracking_uri: str | None = None) -> None:
     print(f"MLflow UI: {address} (Ctrl-C stops it)", file=sys.stderr, flush=True)
     arguments = ["server", "--host", host, "--port", str(port), "--workers", "1"]
     arguments += ["--default-artifact-root", artifacts.resolve().as_uri(), "--uvicorn-opts", "--log-level warning"]
-    # In a session of its own, so that Ctrl-C reaches this process alone: the server would answer it with a traceback.
+    # In a session of its own, so that Ctrl-C reaches only this process: the server would answer it with a traceback.
     with subprocess.Popen([sys.executable, "-m", "mlflow", *arguments], start_new_session=True) as server:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

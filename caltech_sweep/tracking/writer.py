@@ -122,7 +122,7 @@ _AWAY = re.compile(
 
 
 def is_outage(error: Exception) -> bool:
-    """Tell whether an error says that the store is away or cannot write now, rather than that a call is wrong."""
+    """Tell whether an error says that the store is unavailable or cannot write now, not that a call is wrong."""
     if isinstance(error, OSError):  # those of requests are among these
         return not isinstance(error, FileNotFoundError)
     if isinstance(error, MlflowException) and error.error_code == _UNAVAILABLE:  # what a database's driver said
@@ -225,7 +225,7 @@ class MlflowTracker:
         return run_id
 
     def _experiment_for(self, name: str, store: str | None) -> Experiment:
-        """Return the study's experiment; whoever creates it claims the study, for its name can be taken once."""
+        """Return the study's experiment; creating it claims the study, since its name can be taken once."""
         if self.client.get_experiment_by_name(name) is None:
             location = (self._artifacts.resolve() / name).as_uri() if self._artifacts else None
             try:
@@ -449,7 +449,7 @@ class MlflowTracker:
         return status
 
     def finish(self, run_id: str) -> None:
-        """Show a study that nobody runs as stopped."""
+        """Show a study that no process is running as stopped."""
         self.client.set_terminated(run_id, "KILLED")
 
     def discard(self, run_id: str) -> None:
@@ -505,7 +505,7 @@ class Owner:
         if owner not in (None, self._store):
             raise LostStudyError(
                 f"study {self._name!r} was adopted by another study store while this process ran it; it has written "
-                "nothing more to the tracking store, and the other one goes on with the study"
+                "nothing more to the tracking store, and the other one continues the study"
             )
         self._asked = time.monotonic()
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from caltech_sweep.seeds import derive
+from caltech_sweep.seeds import derive_seed
 
 JITTER = 0.4  # brightness, contrast and saturation factors are uniform in 1 +- this
 
@@ -41,7 +41,7 @@ def draw_params(
 
     def draw(op: str, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which samples the op changes, (count,) bool, and ``width`` numbers of each, uniform in +-1."""
-        draws = np.random.default_rng(derive(seed, "augment", op, epoch)).random((count, 1 + width))
+        draws = np.random.default_rng(derive_seed(seed, "augment", op, epoch)).random((count, 1 + width))
         return (draws[:, 0] < probability) & (op in ops), 2 * draws[:, 1:] - 1
 
     flips, _ = draw("hflip", 0)

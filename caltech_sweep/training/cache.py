@@ -1,6 +1,6 @@
 """A folder of results worth keeping, by key: written atomically, checked when read, the longest unused dropped first.
 
-An entry is a folder of two files, a small header and its data. It is written beside its place and then renamed, so
+An entry is a folder of two files, a small header and its data. It is written next to its place and then renamed, so
 that whatever dies meanwhile, it is either absent or whole; any number of processes may share the folder. Nothing waits
 for the disk: what a power cut tears is found by its checksum like any other damage, and can be computed again.
 """
@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep.files import remove_abandoned, try_lock, workplace
+from caltech_sweep.files import locked_directory, remove_abandoned, try_lock
 from caltech_sweep.training.heartbeat import beat
 
 FORMAT = 1
@@ -46,7 +46,7 @@ class Entry:
 def default_budget(folder: Path) -> int:
     """Return 20 GB, or a tenth of the disk that is free or held by the folder, if that is less; bytes."""
     place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
-    available = shutil.disk_usage(place).free + ReuseStore(folder, 0).size()
+    available = shutil.disk_usage(place).free + Cache(folder, 0).size()
     return min(DEFAULT_BUDGET, available // 10)
 
 
@@ -58,7 +58,7 @@ def _checksum(path: Path) -> int:
     return value
 
 
-class ReuseStore:
+class Cache:
     """The kept results of one folder, at most ``budget`` bytes of them.
 
     Nothing that goes wrong here fails a trial: a damaged entry is dropped, and the first entry that cannot be
@@ -128,7 +128,7 @@ class ReuseStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            with workplace(self.folder, _WRITING) as place:
+            with locked_directory(self.folder, _WRITING) as place:
                 fill(place / _DATA)
                 self._write_header(place, header)
                 if not self.has(name):
@@ -142,7 +142,7 @@ class ReuseStore:
 
     def _stop(self, reason: str) -> bool:
         self._full = True
-        self._warnings.append(f"nothing more is kept for reuse in {self.folder}: {reason}; training goes on")
+        self._warnings.append(f"nothing more is cached in {self.folder}: {reason}; training continues")
         return False
 
     @staticmethod
@@ -174,7 +174,7 @@ class ReuseStore:
             return
         try:
             while try_lock(descriptor) is False:
-                beat()  # whoever computes it may take long
+                beat()  # computing it may take long
                 time.sleep(_LOOK_AGAIN)
             yield
         finally:
@@ -205,7 +205,7 @@ class ReuseStore:
         return sum(entry.bytes for entry in entries)
 
     def drop(self, name: str) -> None:
-        """Remove an entry, if it is there, in one step; whoever has it open keeps what he has."""
+        """Remove an entry, if it is there, in one step; a process that has it open keeps its copy."""
         aside = self.folder / f"{_DROPPED}{uuid.uuid4().hex}"
         with contextlib.suppress(OSError):  # not there, or another process was faster
             (self.folder / name).rename(aside)
@@ -228,6 +228,6 @@ class ReuseStore:
 
 
 @cache
-def open_store(folder: Path, budget: int) -> ReuseStore:
+def open_store(folder: Path, budget: int) -> Cache:
     """Return this process's store of a folder: the same for every trial, so that it warns once."""
-    return ReuseStore(folder, budget)
+    return Cache(folder, budget)

@@ -23,11 +23,11 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
-from caltech_sweep.training.cache import ReuseStore, open_store
-from caltech_sweep.training.device import surroundings
+from caltech_sweep.training.cache import Cache, open_store
+from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.fit import EpochResult, Training
-from caltech_sweep.training.keys import AUGMENTATION_VERSION, StageUse, digest, recipe, stage_key
+from caltech_sweep.training.keys import AUGMENTATION_VERSION, CacheOptions, checkpoint_key, digest, recipe
 from caltech_sweep.training.models import TRANSFORMING, imagenet_file, load_state
 from caltech_sweep.training.schedule import learning_rates
 
@@ -37,7 +37,7 @@ _HEADER_ROOM = 100_000  # bytes
 
 
 @dataclass(frozen=True)
-class Stage:
+class Checkpoint:
     """The state after an epoch: a header that JSON can hold, and tensors by dotted name, all on the CPU."""
 
     header: dict[str, Any]
@@ -100,17 +100,17 @@ def identity(
         "outputs": config.outputs or len(data.split.classes),
         "data": data.fingerprint,
         "crop": config.dataset.crop,
-        "surroundings": surroundings(config, device),
+        "surroundings": numerics(config, device),
         "features": features and device.type != "cpu",
     }
 
 
 def _name(base: str, rates: tuple[float, ...]) -> str:
-    return f"stage-{stage_key(base, rates)}"
+    return f"stage-{checkpoint_key(base, rates)}"
 
 
 def stored_epochs(
-    config: TrialConfig, data: LoadedData, device: torch.device, weights_file: Path | None, use: StageUse
+    config: TrialConfig, data: LoadedData, device: torch.device, weights_file: Path | None, use: CacheOptions
 ) -> int:
     """Return how many epochs of a trial are in the store already, without training or building anything.
 
@@ -125,7 +125,7 @@ def _frozen(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
-def capture(training: Training) -> Stage:
+def capture(training: Training) -> Checkpoint:
     """Return the state of a training after at least one epoch; the tensors may be the training's own."""
     assert training.best is not None
     frozen = _frozen(training.model)
@@ -139,7 +139,7 @@ def capture(training: Training) -> Stage:
     tensors["val.predictions"] = torch.stack([epoch.val.predictions for epoch in history])
     tensors["val.confidences"] = torch.stack([epoch.val.confidences for epoch in history])
     header = {"best_epoch": training.best.epoch, "history": [_as_record(epoch) for epoch in history]}
-    return Stage(header, {name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return Checkpoint(header, {name: value.detach().cpu().contiguous() for name, value in tensors.items()})
 
 
 def _as_record(epoch: EpochResult) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _as_record(epoch: EpochResult) -> dict[str, Any]:
     return {**{name: getattr(epoch, name) for name in kept}, "val": val}
 
 
-def restore(training: Training, stage: Stage) -> None:
+def restore(training: Training, stage: Checkpoint) -> None:
     """Put a training that has not begun into a stored state, bit for bit; its history is marked as reused."""
     model, optimizer = training.model, training.optimizer
     load_state(model, stage.group("model"), strict=False)
@@ -176,13 +176,15 @@ def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor
     return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
 
 
-class TrialStages:
+class TrialCheckpoints:
     """The stages of one trial: the longest stored one to start from, and those that it leaves."""
 
-    def __init__(self, use: StageUse, training: Training, weights_file: Path | None, known: str | None = None) -> None:
+    def __init__(
+        self, use: CacheOptions, training: Training, weights_file: Path | None, known: str | None = None
+    ) -> None:
         config = training.config
         self._use, self._training = use, training
-        self._store: ReuseStore = open_store(use.folder, use.budget)
+        self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
         self._base, self._rates = digest(self._identity), learning_rates(config)
@@ -203,13 +205,13 @@ class TrialStages:
                 self._supersede(self._training.epoch)
         self.seconds += time.monotonic() - start
 
-    def _load(self, name: str) -> Stage | None:
+    def _load(self, name: str) -> Checkpoint | None:
         found = self._store.open(name) if self._store.has(name) else None
         if found is None:
             return None
         header, path = found
         try:
-            return Stage(header, load_file(path))
+            return Checkpoint(header, load_file(path))
         except FileNotFoundError:  # dropped by another process just now
             return None
 
@@ -253,7 +255,7 @@ class TrialStages:
         return self.seconds + cost <= SAVING_SHARE * self._trained
 
 
-def _size(stage: Stage) -> int:
+def _size(stage: Checkpoint) -> int:
     return sum(value.nbytes for value in stage.tensors.values()) + _HEADER_ROOM
 
 

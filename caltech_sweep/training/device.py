@@ -42,11 +42,11 @@ def uses_bfloat16(
 
 
 def uses_channels_last(config: TrialConfig, device_type: str) -> bool:
-    """Return whether images lie with their channels last in memory; None means on a GPU alone."""
+    """Return whether images lie with their channels last in memory; None means only on a GPU."""
     return config.channels_last if config.channels_last is not None else device_type == "cuda"
 
 
-def surroundings(config: TrialConfig, device: torch.device) -> dict[str, Any]:
+def numerics(config: TrialConfig, device: torch.device) -> dict[str, Any]:
     """Return what besides config and data decides the last bit of a number: versions, hardware, number format."""
     import numpy as np
     import torch

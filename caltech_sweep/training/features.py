@@ -1,6 +1,6 @@
 """Networks whose first layers never change: those layers' outputs, computed once an image and shared by all trials.
 
-What the frozen layers make of an image does not depend on the images beside it as long as the batch has the same
+What the frozen layers make of an image does not depend on other images as long as the batch has the same
 shape, so they always run on chunks of one fixed size. Then an output that was kept is, on the CPU, bit for bit the
 output that would be computed, and whether anything is kept changes no result.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from caltech_sweep.training.cache import ReuseStore
+from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.keys import digest
 
@@ -115,7 +115,7 @@ class FrozenFeatures:
         images: Images,
         counts: Mapping[str, int],
         autocast: Autocast,
-        store: ReuseStore | None,
+        store: Cache | None,
         known: Mapping[str, Any],
     ) -> None:
         self.tail = split.tail
@@ -154,7 +154,7 @@ class FrozenFeatures:
         return torch.cat(outputs)
 
     def _table(self, part: str, mirrored: bool) -> torch.Tensor | None:
-        """Return the outputs of all images of a part, computed by whoever needs them first; None: nothing is kept."""
+        """Return the outputs of all images of a part, computed by the first process in need of them; None: nothing is kept."""
         if self._store is None:
             return None
         if (part, mirrored) not in self._tables:
@@ -186,7 +186,7 @@ class FrozenFeatures:
             return None
         return torch.from_numpy(flat).view(getattr(torch, header["dtype"])).view(count, *header["shape"])
 
-    def _write(self, store: ReuseStore, name: str, part: str, mirrored: bool) -> bool:
+    def _write(self, store: Cache, name: str, part: str, mirrored: bool) -> bool:
         chunks = self._chunks(part, mirrored)
         first = next(chunks)
         header = {"dtype": str(first.dtype).removeprefix("torch."), "shape": list(first.shape[1:]), "part": part}

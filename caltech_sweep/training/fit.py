@@ -1,4 +1,4 @@
-"""The training loop: a generator of epoch results that whoever consumes it may report, prune and log."""
+"""The training loop: a generator of epoch results; its consumer reports, prunes and logs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.data.splits import PARTS
+from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import DatasetError, DivergedError, NotFiniteError
-from caltech_sweep.seeds import derive
+from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training import augment
-from caltech_sweep.training.cache import ReuseStore
-from caltech_sweep.training.device import surroundings, uses_bfloat16, uses_channels_last
+from caltech_sweep.training.cache import Cache
+from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.heartbeat import beat
@@ -32,7 +32,7 @@ NORMALIZE = {
 }
 
 _CHECK_EVERY = 16  # steps between looks at the losses
-_VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ in their test alone share their training
+_VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Training:
     data: LoadedData
     model: nn.Module
     device: torch.device
-    store: ReuseStore | None = None
+    store: Cache | None = None
     epoch: int = 0
     history: list[EpochResult] = field(default_factory=list)
     best: EpochResult | None = None
@@ -120,12 +120,12 @@ class Training:
         if split is None or not agrees(self.model, split, self._images("train", torch.arange(1))):
             return None
         known = {
-            **surroundings(config, self.device),
+            **numerics(config, self.device),
             "data": self.data.fingerprint,
             "crop": config.dataset.crop,
             "normalize": config.resolved_normalize(),
         }
-        counts = {part: len(self.data.split.part(part)) for part in PARTS}
+        counts = {part: len(self.data.split.part(part)) for part in SPLITS}
         return FrozenFeatures(split, self._images, counts, self._autocast, self.store, known)
 
     def _images(self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
@@ -191,7 +191,7 @@ class Training:
             raise NotFiniteError(f"{part} images: {error}") from error
 
     def _batches(self, epoch: int) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator().manual_seed(derive(self.config.seed, "shuffle", epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "shuffle", epoch))
         batches = torch.randperm(len(self._labels), generator=generator).split(self.config.batch_size)
         if self.config.drop_last and len(batches[-1]) < self.config.batch_size:
             return batches[:-1]
@@ -199,7 +199,7 @@ class Training:
 
     def _step(self, epoch: int, number: int, index: torch.Tensor, params: augment.AugmentParams | None) -> torch.Tensor:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
-        torch.manual_seed(derive(self.config.seed, "dropout", epoch, number))
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch, number))
         inputs = self._inputs("train", index, params[index] if params else None)
         labels = self._labels[index].to(self.device)
         with self._autocast():

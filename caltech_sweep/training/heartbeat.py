@@ -1,6 +1,6 @@
-"""Signs of life from deep inside a trial, by which a long epoch is told from a worker that hangs.
+"""Signs of life from deep inside a trial, which tell a long epoch from a worker that hangs.
 
-The loops that take long call :func:`beat` each time round; whoever runs the trial says with :func:`beating` where
+The loops that take long call :func:`beat` each time round; who runs the trial says with :func:`beating` where
 the signs go.
 """
 
@@ -17,7 +17,7 @@ _last = 0.0
 
 
 def beat() -> None:
-    """Give a sign, unless the last one is only just past, or nobody asked for any."""
+    """Give a sign, unless the last one is only just past, or no receiver was named."""
     global _last
     if _sign is not None and time.monotonic() - _last >= EVERY:
         _last = time.monotonic()

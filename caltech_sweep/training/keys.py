@@ -26,7 +26,7 @@ _BY_NAME = ("dataset", "weights", "outputs", "precision", "channels_last")  # wh
 
 
 @dataclass(frozen=True)
-class StageUse:
+class CacheOptions:
     """Where a trial finds and leaves what can be reused, and when it saves."""
 
     folder: Path
@@ -45,7 +45,7 @@ def digest(value: Any) -> str:
 def recipe(config: TrialConfig) -> dict[str, Any]:
     """Return the settings that decide the weights whatever the schedule, the machine and the names of files.
 
-    A setting that nothing reads, such as the angle of a rotation that is not asked for, is left out. A field that a
+    A setting that nothing reads, such as the angle of a rotation that is not requested, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
     idle = {*_SCHEDULE, *_TEST_ONLY, *_BY_NAME}
@@ -62,7 +62,7 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     return {name: float(value) if name in FLOAT_FIELDS else value for name, value in values.items()}
 
 
-def trunk_key(config: TrialConfig) -> str:
+def prefix_key(config: TrialConfig) -> str:
     """Return a key that is equal for two configs of one study exactly when only their schedules set them apart.
 
     Such trials share an epoch for each learning rate that their lists have in common from the start. Weights and
@@ -72,6 +72,6 @@ def trunk_key(config: TrialConfig) -> str:
     return digest([recipe(config), dataset, config.weights, config.outputs, config.precision, config.channels_last])
 
 
-def stage_key(base: str, rates: Sequence[float]) -> str:
+def checkpoint_key(base: str, rates: Sequence[float]) -> str:
     """Return the key of the state after ``len(rates)`` epochs; ``base`` is the key of all but the learning rates."""
     return digest([base, [float(rate).hex() for rate in rates]])

@@ -24,7 +24,7 @@ from torch import nn
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.fetch.download import download, is_there
 from caltech_sweep.errors import DatasetError, ModelError
-from caltech_sweep.seeds import derive
+from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training.heartbeat import beat
 
 TRANSFORMING = ("googlenet", "inception_v3")  # whose published weights want a transform of the normalised input
@@ -100,7 +100,7 @@ def fetch_imagenet(arch: str, progress: Callable[[int, int], None]) -> Path:
     """
     url, target = str(_published(arch).url), imagenet_file(arch)
     try:
-        download(url, target, _checksums(arch), progress, mend=f"or put {target.name} into {target.parent}")
+        download(url, target, _checksums(arch), progress, fix=f"or put {target.name} into {target.parent}")
     except DatasetError as error:
         reason = str(error).replace("CALTECH_SWEEP_DATA", "TORCH_HOME")  # which names the folder of these files
         raise ModelError(f"weights: the ImageNet weights of {arch} are not available: {reason}") from error
@@ -235,7 +235,7 @@ def freeze(model: nn.Module, how: str) -> None:
         parameter.requires_grad_(not frozen)
         chosen += frozen
     if how != "none" and not chosen:
-        raise ModelError(f"freeze: {how} freezes nothing here, the classifier of this model is its last layer alone")
+        raise ModelError(f"freeze: {how} freezes nothing here, the classifier of this model is only its last layer")
 
 
 def train_mode(model: nn.Module) -> None:
@@ -265,7 +265,7 @@ def _network(arch: str, outputs: int, weights: _Weights | None, seed: int) -> tu
     """Return a network with a new last layer, before any weights are loaded, and that layer's name."""
     check_arch(arch)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "model"))
+        torch.manual_seed(derive_seed(seed, "model"))
         model = torchvision.models.get_model(arch, weights=None, **_arguments(arch, weights))
         last = _replace_last(model, outputs)
     for auxiliary in _AUXILIARY:  # extra classifiers that only some recipes train

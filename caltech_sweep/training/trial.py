@@ -12,11 +12,11 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import NotFiniteError, OutOfMemoryError
 from caltech_sweep.training.cache import open_store
-from caltech_sweep.training.checkpoints import TrialStages
+from caltech_sweep.training.checkpoints import TrialCheckpoints
 from caltech_sweep.training.device import is_out_of_memory
 from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.fit import EpochResult, Training, fit
-from caltech_sweep.training.keys import StageUse
+from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.models import build_model, load_state, not_finite
 
 
@@ -24,7 +24,7 @@ from caltech_sweep.training.models import build_model, load_state, not_finite
 class TrialOutcome:
     """What a completed trial leaves: its best epoch, its test evaluations and the best-on-val weights.
 
-    ``warnings`` are sentences for the user about what could not be reused or kept; ``stage_seconds`` is how long
+    ``warnings`` are sentences for the user about what could not be reused or kept; ``cache_seconds`` is how long
     loading and saving stages took; ``transform_input`` is a property of GoogLeNet and Inception.
     """
 
@@ -34,7 +34,7 @@ class TrialOutcome:
     weights: dict[str, torch.Tensor]
     epochs_reused: int = 0
     epochs_trained: int = 0
-    stage_seconds: float = 0.0
+    cache_seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     transform_input: bool = False
 
@@ -52,7 +52,7 @@ class TrialOutcome:
         return metrics
 
 
-def _train(training: Training, stages: TrialStages | None) -> Iterator[EpochResult]:
+def _train(training: Training, stages: TrialCheckpoints | None) -> Iterator[EpochResult]:
     """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept."""
     if stages is not None:
         stages.resume()
@@ -68,13 +68,13 @@ def run_trial(
     data: LoadedData,
     device: torch.device,
     weights_file: Path | None = None,
-    stages: StageUse | None = None,
+    stages: CacheOptions | None = None,
     digest: str | None = None,
 ) -> Generator[EpochResult, None, TrialOutcome]:
     """Train one trial, yielding each epoch; the generator's value is its outcome.
 
     ``stages`` says where earlier work is found and this trial's is kept: what is there is not trained again, and the
-    outcome is the same, on the CPU bit for bit. A test is always evaluated anew. ``digest`` is the SHA-256 that the
+    outcome is the same, on the CPU bit for bit. A test is always evaluated again. ``digest`` is the SHA-256 that the
     file of the initial weights must have.
 
     Raises DivergedError for a number that is NaN or infinite, OutOfMemoryError naming the batch size, or ModelError
@@ -84,7 +84,7 @@ def run_trial(
     try:
         model = build_model(config, len(data.split.classes), weights_file, digest)
         training = Training(config, data, model, device, store if stages and stages.features else None)
-        kept = TrialStages(stages, training, weights_file, digest) if stages else None
+        kept = TrialCheckpoints(stages, training, weights_file, digest) if stages else None
         yield from _train(training, kept)
         assert training.best is not None
         if broken := not_finite(training.best_weights):

@@ -1,7 +1,7 @@
 """Caltech-101 on this machine: downloaded, checked and unpacked, or copied from what the user already has.
 
 Nothing is half done: a download grows in a ``.part`` file that later calls go on with, an archive is checked member
-by member before anything is written, and the folder is unpacked beside its place and renamed into it once complete.
+by member before anything is written, and the folder is unpacked next to its place and renamed into it once complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fetch(source: Path | None, url: str | None, progress: Progress) -> Path:
     Without a ``source``, the archive at ``url`` (default: the public one) is downloaded, unless the folder is there
     already. A ``source`` (a folder, a tar, a tar.gz or the official zip) is copied or unpacked and itself left as it
     is: a copy, so that moving or changing the original later changes no result. A folder that was there before and
-    differs is kept beside the new one as ``101_ObjectCategories.old``.
+    differs is kept next to the new one as ``101_ObjectCategories.old``.
 
     Raises UsageError when both are given, and DatasetError for everything else that can go wrong.
     """
@@ -50,9 +50,9 @@ def fetch(source: Path | None, url: str | None, progress: Progress) -> Path:
     if source is not None:
         return _install(home, _existing(source))
     address, checksums = _address(url or URL)
-    mend = f"or download {shown(address)} elsewhere and give the file: caltech-sweep data --from FILE"
+    fix = f"or download {shown(address)} elsewhere and give the file: caltech-sweep data --from FILE"
     if not _is_complete(root):
-        download(address, home / _ZIP, checksums, progress, mend=mend)
+        download(address, home / _ZIP, checksums, progress, fix=fix)
         _install(home, home / _ZIP)
     return root
 
@@ -122,7 +122,7 @@ def _is_complete(root: Path) -> bool:
 
 
 def _install(home: Path, source: Path) -> Path:
-    """Copy or unpack ``source`` beside the dataset's place, verify it, and only then rename it into place."""
+    """Copy or unpack ``source`` next to the dataset's place, verify it, and only then rename it into place."""
     root = home / paths.CALTECH_FOLDER
     with alone(home):
         if root.is_dir() and source.is_dir() and root.samefile(source):

@@ -77,7 +77,7 @@ def download(
     checksums: Sequence[str],
     progress: Progress,
     *,
-    mend: str,
+    fix: str,
     retry: Retry = RETRY,
     timeout_s: float = 30.0,
 ) -> None:
@@ -96,14 +96,14 @@ def download(
             if not checksums:
                 part.unlink(missing_ok=True)  # nothing would tell whether the rest belongs to it
             for last in (False, True):  # what was put together from several answers may be of two files: once more
-                whole = is_there(part, checksums) or _receive(url, part, progress, mend, retry, timeout_s)
+                whole = is_there(part, checksums) or _receive(url, part, progress, fix, retry, timeout_s)
                 if is_there(part, checksums):
                     break
                 part.unlink()
                 if whole or last:
                     raise DatasetError(
                         f"{shown(url)} sent a file without the expected checksum {' or '.join(checksums)}, so it was "
-                        f"deleted: it was damaged on its way or is another file; run again, {mend}"
+                        f"deleted: it was damaged on its way or is another file; run again, {fix}"
                     )
             part.replace(target)
         except OSError as error:
@@ -114,7 +114,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _receive(url: str, part: Path, progress: Progress, mend: str, retry: Retry, timeout_s: float) -> bool:
+def _receive(url: str, part: Path, progress: Progress, fix: str, retry: Retry, timeout_s: float) -> bool:
     """Fill ``part``, trying again while it grows or a try is left; tell whether all of it came in one answer."""
     furthest = _size(part)
     whole, left, again = not furthest, int(retry.total or 0), retry
@@ -130,7 +130,7 @@ def _receive(url: str, part: Path, progress: Progress, mend: str, retry: Retry, 
                 kept = f"; the {have / 1e6:.1f} MB that arrived are kept" if have else ""
                 reason = stores.hide_secrets(str(error), url)
                 raise DatasetError(
-                    f"{shown(url)} {reason}{kept}; run again to {'go on' if kept else 'try'} when it answers, {mend}"
+                    f"{shown(url)} {reason}{kept}; run again to {'go on' if kept else 'try'} when it answers, {fix}"
                 ) from error
             whole, left, again = False, left - 1, retry.new(connect=None)  # there is a server
 

@@ -18,7 +18,7 @@ from caltech_sweep.files import BLOCK, writing
 
 ARCHIVES = tuple(paths.CALTECH_FOLDER + suffix for suffix in (".tar.gz", ".tgz", ".tar"))  # by preference
 MAX_UNPACKED = 512 << 20  # bytes; Caltech-101 has 1.4e8 with the tar's own headers
-MAX_MEMBERS = 30_000  # Caltech-101 has 9,248, and a file beside each of them when macOS packed it
+MAX_MEMBERS = 30_000  # Caltech-101 has 9,248, and one more for each of them when macOS packed it
 
 
 class _Limited(io.BufferedIOBase):

@@ -151,7 +151,7 @@ def _importance(
     space = {**(document.get("space") or {}), **{k: {"choices": v} for k, v in (document.get("expand") or {}).items()}}
     scored = [(trial.params, score) for trial in complete if (score := metric(trial, "best/val_accuracy")) is not None]
     if not space:  # with the document
-        return "", "Which settings were sampled is not in the store, so none can be told to matter."
+        return "", "Which settings were sampled is not in the store, so their importance cannot be estimated."
     found = weigh(space, scored) if weigh else None
     trials = counted(len(scored), "complete sampled trial")
     if found is None:
@@ -159,7 +159,7 @@ def _importance(
     chance = f" Not told apart from chance: {', '.join(found.chance)}." if found.chance else ""
     if not found.shares:
         if not found.chance:
-            return "", f"The settings of {trials} do not differ, so none can be told to matter."
+            return "", f"The settings of {trials} do not differ, so their importance cannot be estimated."
         return "", f"{trials}: not enough trials to tell which setting mattered.{chance}"
     note = (
         "How much of what the settings explain of the differences in validation accuracy each one does, from "

@@ -17,7 +17,7 @@ Thumbnail = Callable[[str], str | None]  # from an image's path below the root t
 
 
 def datasets_of(document: Mapping[str, Any], run: TrialRecord, data: str | None) -> list[DatasetConfig]:
-    """Return where a run's images may lie: in ``data`` alone where that is given, else where they lay, or as usual."""
+    """Return where a run's images may lie: only in ``data`` where that is given, else where they lay, or as usual."""
     known = {field.name for field in fields(DatasetConfig)}
     values = {key: value for key, value in (document.get("dataset") or {}).items() if key in known}
     config = DatasetConfig(**values)
@@ -69,13 +69,13 @@ def _drawn(config: DatasetConfig) -> Thumbnail:
     from PIL import Image
 
     from caltech_sweep.data.shapes import shapes_split
-    from caltech_sweep.data.splits import PARTS
+    from caltech_sweep.data.splits import SPLITS
 
     try:
         split, images = shapes_split(config.resize, config.split_seed)
     except (TypeError, ValueError, MemoryError) as error:
         raise DatasetError(f"the shapes cannot be drawn again: {error}") from error
-    names = (item.path.as_posix() for part in PARTS for item in split.part(part))
+    names = (item.path.as_posix() for part in SPLITS for item in split.part(part))
     by_name = dict(zip(names, images, strict=True))
     return lambda name: _encode(Image.fromarray(by_name[name])) if name in by_name else None
 

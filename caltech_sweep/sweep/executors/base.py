@@ -16,7 +16,7 @@ from typing import Protocol
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
-from caltech_sweep.training.keys import StageUse
+from caltech_sweep.training.keys import CacheOptions
 
 HANG_SECONDS = 600.0  # of silence after which a worker is killed; every step of a training gives a sign
 
@@ -30,8 +30,8 @@ class Job:
     folder: Path  # where its artifacts are written
     weights_file: Path | None = None  # initial weights, unless they are none
     device: str | None = None
-    lockstep: bool = False  # wait for the coordinator's answer after every epoch, since it may prune
-    stages: StageUse | None = None  # what may be reused and where the trial's own stages go
+    wait_each_epoch: bool = False  # wait for the coordinator's answer after every epoch, since it may prune
+    stages: CacheOptions | None = None  # what may be reused and where the trial's own stages go
     alone: bool = False  # no other job shares its device, which is the one it had before
     weights_digest: str | None = None  # the SHA-256 that the file of the initial weights must have
 

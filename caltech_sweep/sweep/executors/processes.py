@@ -45,7 +45,7 @@ def _serve(connection: Connection, job: Job, runner: Runner) -> None:
         connection.send(event)
         if not isinstance(event, Epoch):
             return
-        if job.lockstep and not connection.recv():
+        if job.wait_each_epoch and not connection.recv():
             epochs.close()
             connection.send(Stopped(job.number))
             return
@@ -140,7 +140,7 @@ class ProcessExecutor:
         """Return the events that have arrived, and kill the workers that hang: their deaths are among the next."""
         self._release()
         now = self._clock()
-        for worker in self._workers:  # nobody listened since the last poll
+        for worker in self._workers:  # no poll listened since the last one
             worker.last_seen = min(now, worker.last_seen + (now - self._polled))
         by_connection = {w.connection: i for i, w in enumerate(self._workers) if w.job is not None}
         received = [self._receive(by_connection[ready]) for ready in wait(list(by_connection), timeout)]  # type: ignore[index]
