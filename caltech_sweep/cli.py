@@ -117,7 +117,7 @@ def main() -> None:
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="Kill a worker that has given no sign for so long, and try its trial again.",
+    help="Kill a worker that was silent for so long, and try its trial again.",
 )
 @click.option(
     "--max-failures",

@@ -320,7 +320,7 @@ def test_a_full_disk_keeps_what_arrived(server: FileServer, tmp_path: Path) -> N
 def test_two_processes_take_turns(server: FileServer, tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from caltech_sweep.data.fetch.download import download; "
-        f"download({server.url('file.bin')!r}, Path('file.bin'), [{SHA!r}], lambda d, t: None, mend='')"
+        f"download({server.url('file.bin')!r}, Path('file.bin'), [{SHA!r}], lambda d, t: None, fix='')"
     )
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

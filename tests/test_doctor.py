@@ -159,14 +159,14 @@ HURTS: list[tuple[list[Callable[[Path], None]], list[str], int]] = [
 
 
 @pytest.mark.parametrize(("harms", "sentences", "again"), HURTS, ids=[harms[0].__name__ for harms, _, _ in HURTS])
-def test_what_is_hurt_is_named_then_mended_and_found_no_more(
+def test_what_is_hurt_is_named_then_fixed_and_found_no_more(
     copied: Path, harms: list[Callable[[Path], None]], sentences: list[str], again: int
 ) -> None:
     for harm in harms:
         harm(copied)
     before = contents(copied)
     looked = invoke("doctor")
-    assert looked.exit_code == 1 and "would mend" in looked.output and contents(copied) == before
+    assert looked.exit_code == 1 and "would fix" in looked.output and contents(copied) == before
     fixed = invoke("doctor", "--fix")
     assert fixed.exit_code == 0, fixed.output
     for sentence in sentences:
@@ -185,7 +185,7 @@ def test_a_moved_store_finds_its_artifacts_again(copied: Path, monkeypatch: pyte
     copied.rename(moved)
     monkeypatch.chdir(moved)
     looked = invoke("doctor")
-    assert looked.exit_code == 1 and looked.output.count("would mend") == 1
+    assert looked.exit_code == 1 and looked.output.count("would fix") == 1
     assert "its artifacts are no longer in" in looked.output and "their locations follow" in looked.output
     assert invoke("doctor", "--fix").exit_code == 0
     assert invoke("doctor").output == "1 study examined: 0 found, 0 fixed\n"
@@ -217,8 +217,8 @@ def test_a_study_in_one_store_alone_is_said(copied: Path) -> None:
     shutil.copy(copied / "away.db", copied / "mlruns" / "optuna.db")
     sql(copied, "optuna.db", "UPDATE studies SET study_name = 'other'")
     result = invoke("doctor", "--fix")
-    assert result.exit_code == 1 and "tiny: is in the tracking store alone" in result.output
-    assert "other: is in the study store alone" in result.output
+    assert result.exit_code == 1 and "tiny: is only in the tracking store" in result.output
+    assert "other: is only in the study store" in result.output
 
 
 def test_a_study_that_is_being_run_is_skipped(copied: Path) -> None:

@@ -150,7 +150,7 @@ def test_offline_is_one_sentence_with_the_mend(
         f"weights: the ImageNet weights of squeezenet1_1 are not available: {url} answered 404 Not Found; "
         f"run again to try when it answers, or put {name} into {folder}"
     )
-    (folder / name).write_bytes(body)  # the mend
+    (folder / name).write_bytes(body)  # the fix
     server.asked = []
     build_model(CONFIG, 101)
     assert not server.asked

@@ -117,7 +117,7 @@ def from_the_real_world() -> Iterator[tuple[str, bytes, str]]:
     yield "truncated.png", png[: len(png) // 2], "is it complete?"
     yield "an answer of a server.jpg", b"<html>404 Not Found</html>", "unknown image format"
     yield "bomb.png", huge_png(60_000, 60_000), "could be decompression bomb"
-    yield "ribbon.png", huge_png(2, 4_000_000), "too long a ribbon to resize to 40"
+    yield "ribbon.png", huge_png(2, 4_000_000), "too extreme an aspect ratio to resize to 40"
     floats, wide = np.linspace(0, 1, 1600, dtype=np.float32), np.arange(0, 1600 * 100, 100, dtype=np.int32)
     yield "floats.tif", file_of(Image.fromarray(floats.reshape(40, 40)), "TIFF"), "its pixels are floats"
     yield "32 bits.tif", file_of(Image.fromarray(wide.reshape(40, 40)), "TIFF"), "more than 16 bits"

@@ -98,7 +98,7 @@ def test_whenever_the_store_goes_away_it_ends_with_every_result_once(tmp_path: P
         tracker = Unreliable(first, count, after)
         notes = run(tracker, tmp_path / f"{first}")
         assert told(tracker) == told(steady), first
-        assert "training goes on" in notes[0] and "is back" in notes[-1]
+        assert "training continues" in notes[0] and "is back" in notes[-1]
 
 
 def test_a_journal_survives_its_writer_and_a_line_that_was_cut_short(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_what_waits_for_another_study_store_s_study_is_not_replayed(copied: Path
     Journal(folder).add("finish_study", {"name": "tiny", "complete": False})
     refused = invoke("replay")
     assert refused.exit_code == 1 and "belongs to another study store" in refused.output, refused.output
-    assert "tiny: is in the tracking store alone" in invoke("doctor", "--fix").output
+    assert "tiny: is only in the tracking store" in invoke("doctor", "--fix").output
     assert dump(copied / "mlruns" / "mlflow.db") == before and Journal(folder).pending
 
 

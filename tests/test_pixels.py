@@ -316,7 +316,7 @@ def test_no_file_starts_a_program_whatever_it_is_called(tmp_path: Path, monkeypa
     marker.unlink()
     wrapped = b"\x1c\x03\x3c\x00\x02\x01\x01" + b"\x1c\x08\x0a" + struct.pack(">H", len(EPS)) + EPS
     for content in (EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, len(EPS)) + bytes(18) + EPS, wrapped):
-        with pytest.raises(DatasetError, match="of no kind that is known"):
+        with pytest.raises(DatasetError, match="unknown image format"):
             read_rgb(content, WHITE)
     assert not marker.exists()
 

@@ -1,4 +1,4 @@
-"""Study files: every problem at once, each with line, path and mend; overrides; the shipped studies."""
+"""Study files: every problem at once, each with line, path and how to fix it; overrides; the shipped studies."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ class FrozenFeatures:
         return torch.cat(outputs)
 
     def _table(self, part: str, mirrored: bool) -> torch.Tensor | None:
-        """Return the outputs of all images of a part, computed by the first process in need of them; None: nothing is kept."""
+        """Return the outputs of all images of a part, computed by the first to need them; None: nothing is kept."""
         if self._store is None:
             return None
         if (part, mirrored) not in self._tables:

@@ -84,7 +84,7 @@ def download(
     """Make ``target`` the file at ``url``, going on with what an earlier call left in ``target.part``.
 
     ``checksums`` are "md5:..." or "sha256:..." (or the first digits of one), any of which will do; a target that has
-    one is not fetched again. ``mend`` ends the sentence when the network is down. Processes that want the same folder
+    one is not fetched again. ``fix`` ends the sentence when the network is down. Processes that want the same folder
     take turns. Raises DatasetError; a broken connection keeps the ``.part``, a wrong checksum deletes it.
     """
     make_folder(target.parent)
