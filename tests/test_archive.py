@@ -370,7 +370,8 @@ def test_offline_is_one_sentence_with_the_mend(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_a_folder_is_copied_and_left_alone(caltech: Path, home: Path) -> None:
+@pytest.mark.slow
+def test_a_folder_is_copied_and_kept_as_it_is(caltech: Path, home: Path) -> None:
     root = fetch(caltech.parent, None, quiet)
     assert root == home / "101_ObjectCategories" and not root.is_symlink()
     assert fetch(root, None, quiet) == root == fetch(home, None, quiet)

@@ -1,4 +1,4 @@
-"""The page and the MLflow UI in a real browser: what is seen, what is requested, and what the console says."""
+"""The page and the MLflow UI in a real browser: what is seen, what is fetched, and what the console says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from browser import Browser, chromium, mlflow_server
 from caltech_sweep.report.page.assemble import build_page
 from caltech_sweep.report.page.importance import weigh
 from caltech_sweep.report.page.section import Options
-from caltech_sweep.tracking import MlflowTracker
+from caltech_sweep.tracking.writer import MlflowTracker
 from test_page import new_store, write_store
 
 pytestmark = [

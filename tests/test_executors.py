@@ -251,6 +251,7 @@ def labelled(job: Job) -> Epochs:
     return Done(job.number, accuracy | {"best/epoch": 1.0}, {"pid": str(os.getpid())})
 
 
+@pytest.mark.slow
 def test_forty_rows_on_eight_workers_are_forty_trials_each_once_in_both_stores(tmp_path: Path) -> None:
     """Eight processes that each ask Optuna, over one SQLite file, get the same rows again and again, and die."""
     # Here, not above: the workers import this module, and need none of these.

@@ -102,7 +102,7 @@ def test_a_network_that_runs_its_layers_another_way_is_left_whole() -> None:
         CONFIG,
         replace(CONFIG, augment=("hflip",), channels_last=True),
         replace(CONFIG, augment=("hflip",), precision="bfloat16", test_views="tencrop"),
-        ALEXNET,
+        pytest.param(ALEXNET, marks=pytest.mark.slow),
     ],
     ids=["plain", "hflip", "bfloat16", "alexnet"],
 )

@@ -71,7 +71,7 @@ TAKES_OTHER_TEXT = {
     "compare",
 }
 ARGUMENTS = {"study": ["tiny"], "studies": ["tiny"], "images": ["image.png"]}
-FURTHER = {  # what else a command is requested, so that it comes as far as it can
+FURTHER = {  # what else a command is given, so that it comes as far as it can
     ("run",): [["--in-process", "--threads", "1"]],
     ("report",): [[], ["--format", "html"]],
     ("predict",): [[], ["--model", "tiny@champion"], ["--model", "0" * 32]],

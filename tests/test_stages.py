@@ -82,12 +82,23 @@ def assert_same(got: tuple[list[EpochResult], TrialOutcome], want: tuple[list[Ep
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": "sgd"},
-        {"optimizer": "sgd", "momentum": 0.0, "freeze": "fc_but_last", "channels_last": True},
-        {"optimizer": "adam", "lr": 0.001, "arch": "squeezenet1_1", "augment": ()},
-        {"optimizer": "adamw", "lr": 0.001, "channels_last": True, "precision": "bfloat16"},
+        pytest.param({"optimizer": "sgd"}, id="sgd"),
+        pytest.param(
+            {"optimizer": "sgd", "momentum": 0.0, "freeze": "fc_but_last", "channels_last": True},
+            id="plain sgd, frozen",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"optimizer": "adam", "lr": 0.001, "arch": "squeezenet1_1", "augment": ()},
+            id="adam",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"optimizer": "adamw", "lr": 0.001, "channels_last": True, "precision": "bfloat16"},
+            id="adamw, bfloat16",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["sgd", "plain sgd, frozen", "adam", "adamw, bfloat16"],
 )
 def test_killed_after_every_epoch_is_uninterrupted(changes: dict, data: LoadedData, tmp_path: Path) -> None:
     config, use = replace(CONFIG, **changes), use_of(tmp_path)
@@ -155,7 +166,10 @@ def _flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", ["weights", "names", "header", "truncated", "emptied"])
+@pytest.mark.parametrize(
+    "harm",
+    ["weights", "truncated", *(pytest.param(name, marks=pytest.mark.slow) for name in ("names", "header", "emptied"))],
+)
 def test_a_damaged_stage_is_trained_again(harm: str, data: LoadedData, tmp_path: Path) -> None:
     use = use_of(tmp_path, frozenset())
     want = run(CONFIG, data, use)

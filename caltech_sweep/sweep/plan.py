@@ -275,7 +275,7 @@ def _as_trained(definition: StudyDefinition, record: TrialRecord) -> TrialConfig
 
 
 def _begun(definition: StudyDefinition, family: Sequence[TrialRecord]) -> tuple[int, Span]:
-    """Return the epochs that a family of which trials are known is requested, and those that are left."""
+    """Return the epochs that a family of which trials are known requests, and those that are left."""
     ended = {_schedule(_as_trained(definition, record)) for record in family if record.outcome in ENDED}
     configs = _branches(definition, _as_trained(definition, family[0]))
     configs.sort(key=lambda config: _schedule(config) not in ended)

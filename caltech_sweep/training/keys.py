@@ -45,7 +45,7 @@ def digest(value: Any) -> str:
 def recipe(config: TrialConfig) -> dict[str, Any]:
     """Return the settings that decide the weights whatever the schedule, the machine and the names of files.
 
-    A setting that nothing reads, such as the angle of a rotation that is not requested, is left out. A field that a
+    A setting that nothing reads, such as the angle of a rotation that is not used, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
     idle = {*_SCHEDULE, *_TEST_ONLY, *_BY_NAME}
