@@ -211,7 +211,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(place: Path, cli) -> None
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130, rest
-    assert "interrupted" in rest and "the same command goes on" in rest and "Traceback" not in rest
+    assert "interrupted" in rest and "run the same command to resume" in rest and "Traceback" not in rest
     from caltech_sweep.tracking.writer import MlflowTracker
 
     tracker = MlflowTracker()

@@ -79,10 +79,10 @@ def test_rows_have_the_fingerprints_that_stores_know_them_by(study: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("study", "trunk"),
+    ("study", "prefix"),
     [("transfer", "b020a058ec657cc1d7eeb2b42090de87"), ("augment", "b47b87731bd44ea532d75daefaca0cb6")],
 )
-def test_rows_have_the_trunk_keys_of_the_first_version(study: str, prefix: str) -> None:
+def test_rows_have_the_prefix_keys_of_the_first_version(study: str, prefix: str) -> None:
     definition = load_study(str(SWEEPS / f"{study}.yaml"))
     assert prefix_key(definition.row_config(definition.rows[0])) == prefix
 

@@ -120,7 +120,7 @@ HURTS: list[tuple[list[Callable[[Path], None]], list[str], int]] = [
         [
             "trial 2 was left running: it waits again",
             "run trial-002 is shown as running",
-            "shown as running, but nobody",
+            "shown as running, but no process",
         ],
         1,
     ),
@@ -186,7 +186,7 @@ def test_a_moved_store_finds_its_artifacts_again(copied: Path, monkeypatch: pyte
     monkeypatch.chdir(moved)
     looked = invoke("doctor")
     assert looked.exit_code == 1 and looked.output.count("would fix") == 1
-    assert "its artifacts are no longer in" in looked.output and "their locations follow" in looked.output
+    assert "its artifacts are no longer in" in looked.output and "locations updated" in looked.output
     assert invoke("doctor", "--fix").exit_code == 0
     assert invoke("doctor").output == "1 study examined: 0 found, 0 fixed\n"
     assert MlflowTracker().artifact(trials()[0].run_id, "config.yaml").is_file()
@@ -224,8 +224,8 @@ def test_a_study_in_one_store_alone_is_said(copied: Path) -> None:
 def test_a_study_that_is_being_run_is_skipped(copied: Path) -> None:
     left_running(copied)
     code = (
-        "import sys; from caltech_sweep.stores import only_one, storage_uri\n"
-        "with only_one(storage_uri(), 'tiny'): print('held', flush=True); sys.stdin.read()"
+        "import sys; from caltech_sweep.stores import storage_uri, study_lock\n"
+        "with study_lock(storage_uri(), 'tiny'): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=copied

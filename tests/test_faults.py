@@ -198,7 +198,7 @@ def test_what_a_killed_run_left_in_the_temporary_folder_goes_with_the_next(
     assert sorted(tmp_path.glob("caltech-sweep-run-*")) == sorted([working, fresh])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     refused = invoke("run", "tiny", "--in-process", "--threads", "1")
-    assert refused.exit_code == 2 and "no room for temporary files" in refused.output, refused.output
+    assert refused.exit_code == 2 and "temporary files cannot be written" in refused.output, refused.output
 
 
 def test_a_study_store_that_another_process_holds_is_waited_for(copied: Path) -> None:

@@ -18,11 +18,11 @@ for module in pkgutil.walk_packages(caltech_sweep.__path__, "caltech_sweep."):
         importlib.import_module(module.name)
 from pathlib import Path
 from caltech_sweep import files, stores
-from caltech_sweep.training.cache import ReuseStore
+from caltech_sweep.training.cache import Cache
 assert not files.AVAILABLE
 here = Path.cwd()
-with stores.only_one(f"sqlite:///{here}/x.db", "study"), files.alone(here), ReuseStore(here, 0).lock("entry"):
-    with files.workplace(here, "work-") as place:
+with stores.study_lock(f"sqlite:///{here}/x.db", "study"), files.alone(here), Cache(here, 0).lock("entry"):
+    with files.locked_directory(here, "work-") as place:
         os.utime(place, (0, 0))
         files.remove_abandoned(here, "work-")
         assert place.is_dir()  # nobody can tell that its process has died
@@ -40,8 +40,8 @@ def test_without_fcntl_every_module_imports_and_what_needs_a_lock_goes_on(tmp_pa
 HOLD = """
 import sys
 from pathlib import Path
-from caltech_sweep.files import workplace
-with workplace(Path.cwd(), "work-") as place:
+from caltech_sweep.files import locked_directory
+with locked_directory(Path.cwd(), "work-") as place:
     print(place, flush=True)
     sys.stdin.read()
 """

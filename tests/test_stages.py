@@ -237,7 +237,7 @@ def test_a_full_disk_stops_the_saving_not_the_trials(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
     (trained, [warning]), (again, none) = json.loads(done.stdout)
     assert (trained, again, none) == (4, 4, [])
-    assert "nothing more is kept" in warning and "large" in warning
+    assert "nothing more is cached" in warning and "large" in warning
     assert not list(tmp_path.iterdir())
 
 
@@ -439,8 +439,8 @@ def test_the_default_budget_is_a_tenth_of_the_disk_at_most(tmp_path: Path) -> No
 HAMMER = """
 import sys
 from pathlib import Path
-from caltech_sweep.training.cache import ReuseStore
-store, seed = ReuseStore(Path(sys.argv[1]), 6000), int(sys.argv[2])
+from caltech_sweep.training.cache import Cache
+store, seed = Cache(Path(sys.argv[1]), 6000), int(sys.argv[2])
 for number in range(60):
     name, other = f"stage-{(number * 7 + seed) % 9}", f"stage-{(number + seed) % 9}"
     content = name.encode() * 100

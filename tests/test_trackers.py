@@ -130,6 +130,6 @@ def test_stores_that_cannot_be_used_are_sentences(tmp_path: Path) -> None:
         MlflowTracker("http://user:secret@127.0.0.1:9")
     assert "secret" not in str(caught.value)
     for name in ("q?mark", "per%20cent"):
-        with pytest.raises(UsageError, match="mean something else in the address of a store"):
+        with pytest.raises(UsageError, match="special characters in a database URL"):
             MlflowTracker(str(tmp_path / name / "none.db"), create=True)
     assert not list(tmp_path.glob("none*")) and len(list(tmp_path.iterdir())) == 1
