@@ -65,6 +65,7 @@ def damage(place: Path) -> None:
         optuna.execute("UPDATE trial_user_attributes SET value_json = 1")
 
 
+@pytest.mark.slow
 def test_a_study_killed_at_random_instants_reports_what_an_undisturbed_one_does(
     start: Callable[[Path], BaseProcess], tmp_path: Path
 ) -> None:

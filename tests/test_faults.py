@@ -135,6 +135,7 @@ def table(place: Path) -> list[tuple[object, ...]]:
     return [(row["model"], row["state"], row["val_accuracy"], row["test_accuracy"], row["best_epoch"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_wherever_it_is_met_and_room_mends_it(
     place: Path, finished_place: Path, run_limited: Command
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_batch_that_does_not_fit_is_tried_once_more_and_named(place: Path, run
     assert "study tiny: 1 out_of_memory" in said
 
 
+@pytest.mark.slow
 def test_artifacts_that_neither_store_nor_journal_takes_wait_for_the_next_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Path
 ) -> None:

@@ -357,6 +357,7 @@ def sampled_trials(number: int, seed: int, matters: bool) -> list[tuple[dict[str
     return found
 
 
+@pytest.mark.slow
 def test_a_setting_that_decides_is_found_with_thirty_trials_and_its_share_is_optunas() -> None:
     for seed in range(2):
         trials = sampled_trials(30, seed, matters=True)

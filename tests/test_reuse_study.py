@@ -51,6 +51,7 @@ def tags_of(store: str) -> dict[str, tuple[str, str]]:
     return {t.name: (t.tags["reuse.epochs_reused"], t.tags["reuse.epochs_trained"]) for t in tracker.trials(study)}
 
 
+@pytest.mark.slow
 def test_reuse_changes_no_figure_and_trains_less(reports: dict[str, str], tmp_path: Path) -> None:
     assert reports["--reuse"] == reports["--no-reuse"]
     assert "| Trunk " in reports["--reuse"]

@@ -128,6 +128,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_processes_killed_after_every_epoch_leave_an_uninterrupted_training(data: LoadedData, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(torch.get_num_threads())]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
@@ -136,6 +137,7 @@ def test_processes_killed_after_every_epoch_leave_an_uninterrupted_training(data
     assert_same(got, run(CONFIG, data))
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_shared_trunk_is_a_training_of_its_own(data: LoadedData, tmp_path: Path) -> None:
     use = use_of(tmp_path, frozenset({2}))
     run(CONFIG, data, use)

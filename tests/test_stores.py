@@ -317,6 +317,7 @@ def test_studies_whose_names_are_alike_do_not_lock_each_other(place: Path) -> No
     assert len({journal_folder(place, name, uri) for name in names}) == len(names)
 
 
+@pytest.mark.slow
 def test_what_waits_in_a_journal_of_an_earlier_version_is_found(copied: Path) -> None:
     run = (*RUN, "--name", "team/b", "--row", "First", "--set", "epochs=1")
     assert invoke(*run).exit_code == 0 and invoke(*RUN, "--name", "team_b", *run[7:]).exit_code == 0
