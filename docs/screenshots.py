@@ -16,11 +16,12 @@ from pathlib import Path
 # The browser is the tests' own.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from browser import Browser, chromium, missing, mlflow_server
 from caltech_sweep.report.page.assemble import build_page
 from caltech_sweep.report.page.importance import importances
 from caltech_sweep.report.page.section import Options
 from caltech_sweep.tracking.reader import open_reader
+from helpers.browser import Browser, chromium, missing
+from helpers.servers import mlflow_server
 
 
 def page_pictures(browser: Browser, store: str, study: str, out: Path) -> None:

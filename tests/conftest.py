@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+
+from helpers.places import Cli, clone, furnish, invoke
 
 # One thread a process: the suite's tiny models gain nothing from more, and it shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-TINY = """\
-title: A tiny study
-dataset: {name: shapes, resize: 32, crop: 32, classes: 3, images_per_class: 8}
-trials: 3
-sampler: {name: random, seed: 0}
-fixed: {arch: resnet18, batch_size: 8, epochs: 2}
-space:
-  lr: {low: 1e-3, high: 1e-1, log: true}
-rows:
-  - name: First
-    set: {lr: 0.05}
-    reference: {val_accuracy: 0.5, test_accuracy: 0.5, best_epoch: 2}
-  - name: Views
-    set: {lr: 0.01, test_views: tencrop, augment: [hflip]}
-"""
-
-Cli = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
@@ -38,23 +20,6 @@ def no_other_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no store or dataset outside a test's own folder be seen."""
     for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
-
-
-def furnish(folder: Path) -> Path:
-    """Put ``sweeps/tiny.yaml`` into a folder."""
-    (folder / "sweeps").mkdir()
-    (folder / "sweeps" / "tiny.yaml").write_text(TINY, encoding="utf-8")
-    return folder
-
-
-def invoke(*arguments: str) -> Result:
-    """Run a ``caltech-sweep`` command in this process; a traceback fails the test."""
-    from caltech_sweep.cli import main
-
-    result = CliRunner().invoke(main, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture
@@ -88,21 +53,6 @@ def finished(finished_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in the folder of the finished study."""
     monkeypatch.chdir(finished_place)
     return finished_place
-
-
-def clone(source: Path, target: Path) -> None:
-    """Copy a working folder; the stages, large and never changed in place, are linked."""
-
-    def copy(one: str, other: str) -> None:
-        (os.link if one.endswith("data") else shutil.copy2)(one, other)
-
-    shutil.copytree(source, target, copy_function=copy)
-    from caltech_sweep.tracking.writer import MlflowTracker
-
-    tracker = MlflowTracker(str(target / "mlruns" / "mlflow.db"))
-    for record in tracker.studies():
-        old = tracker.client.get_experiment(record.experiment_id).artifact_location
-        tracker.move_artifacts(record.experiment_id, old, (target / "mlruns" / "artifacts" / record.name).as_uri())
 
 
 @pytest.fixture

@@ -129,3 +129,10 @@ def test_no_function_is_longer_than_a_screen() -> None:
 
 def test_one_module_knows_which_systems_have_locks() -> None:
     assert users_of("fcntl") == {"files.py"}
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_no_test_imports_another_but_what_they_share_lies_in_helpers(path: Path) -> None:
+    modules = {name.split(".")[0] for name in imports(path)}
+    assert not {name for name in modules if name == "conftest" or name.startswith("test_")}
+    assert path.parent.name != "helpers" or "def test_" not in path.read_text(encoding="utf-8")

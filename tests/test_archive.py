@@ -33,8 +33,8 @@ from caltech_sweep.data.fetch.download import RETRY, download
 from caltech_sweep.data.fetch.unpack import unpack
 from caltech_sweep.data.splits import caltech_split
 from caltech_sweep.errors import DatasetError, UsageError
-from server import FileServer, serve
-from test_splits import fake_caltech
+from helpers.datasets import fake_caltech
+from helpers.servers import FileServer, serve
 
 BODY = random.Random(0).randbytes(700_000)  # more than two reads
 SHA = f"sha256:{hashlib.sha256(BODY).hexdigest()}"

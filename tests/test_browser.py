@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import browser as real
-from browser import Browser, chromium, mlflow_server
 from caltech_sweep.report.page.assemble import build_page
 from caltech_sweep.report.page.importance import weigh
 from caltech_sweep.report.page.section import Options
 from caltech_sweep.tracking.writer import MlflowTracker
-from test_page import new_store, write_store
+from helpers import browser as real
+from helpers.browser import Browser, chromium
+from helpers.servers import mlflow_server
+from helpers.stores import new_store, write_store
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,12 +10,9 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -46,6 +43,7 @@ from caltech_sweep.sweep.session import run_study
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.results import CHECKPOINT
+from helpers.servers import answering
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -478,34 +476,11 @@ def test_weights_of_another_network_are_refused(trained: Store) -> None:
 # -- served ------------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def serving(arguments: list[str], folder: Path, **environment: str) -> Iterator[str]:
+def serving(arguments: list[str], folder: Path, **environment: str) -> contextlib.AbstractContextManager[str]:
     """Run an MLflow server on a free port of loopback until the block ends; yield its address."""
-    port = free_port()
     own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_PROXY": "*", **environment}
-    command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **own}, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            for _ in range(240):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                assert process.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+    command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1"]
+    return answering(command, folder / "server.log", cwd=folder, **own)
 
 
 def post(address: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:

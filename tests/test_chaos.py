@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import chaos
+from helpers import chaos
 
 TRIALS = 5
 

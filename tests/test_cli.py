@@ -16,9 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from caltech_sweep import __version__
-from conftest import invoke
-
-RUN = ("run", "tiny", "--in-process", "--threads", "1")
+from helpers.places import RUN, invoke
 
 
 def files(place: Path) -> set[str]:

@@ -5,54 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition
-from caltech_sweep.sweep.optuna_store import MEMORY, check_identity, open_study
+from caltech_sweep.study.definition import Component, Row
+from caltech_sweep.sweep.optuna_store import check_identity
 from caltech_sweep.sweep.optuna_trials import start_sampled
 from caltech_sweep.sweep.queue import enqueue_missing_rows, sampler_for
 from caltech_sweep.sweep.space import sample
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
 from caltech_sweep.tracking.records import OUTCOMES
-
-ROWS = (Row("One", {"lr": 0.1, "step_size": 5}), Row("Two", {"lr": 9.0, "step_size": 3}))
-DEFINITION = StudyDefinition(
-    name="s",
-    title="A study",
-    trials=6,
-    dataset={"name": "shapes"},
-    fixed={"epochs": 4},
-    space={"lr": Range(1e-3, 1.0, log=True), "step_size": Choices((3, 5))},
-    rows=ROWS,
-    sampler=Component("random", {"seed": 3}),
-)
-
-
-def new_study(definition: StudyDefinition = DEFINITION) -> optuna.Study:
-    return open_study(definition, MEMORY, definition.identity())
-
-
-class Killed(BaseException):
-    """Ends a coordinator on the spot, as SIGKILL does."""
-
-
-class Dying(ScriptedExecutor):
-    """Kills its coordinator at the third job."""
-
-    def poll(self, timeout: float) -> list:
-        if len(self.jobs) == 3:
-            raise Killed
-        return super().poll(timeout)
-
-
-def records(tracker: MemoryTracker, name: str = "s") -> list:
-    study = tracker.study(name)
-    assert study is not None
-    return tracker.trials(study)
+from helpers.studies import DEFINITION, ROWS, Dying, Killed, new_study, records
 
 
 def test_rows_run_first_then_sampled_trials_up_to_the_total() -> None:

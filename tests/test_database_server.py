@@ -21,8 +21,8 @@ import sqlalchemy as sa
 from caltech_sweep.errors import StoreError
 from caltech_sweep.sweep.lease import Lease
 from caltech_sweep.tracking.writer import MlflowTracker
-from conftest import furnish, invoke
-from test_journal import free_port
+from helpers.places import furnish, invoke
+from helpers.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

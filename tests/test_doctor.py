@@ -14,15 +14,7 @@ import pytest
 
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
-from conftest import invoke
-
-RUN = ("run", "tiny", "--in-process", "--threads", "1")
-
-
-def sql(place: Path, file: str, *statements: str) -> None:
-    with closing(sqlite3.connect(place / "mlruns" / file)) as connection, connection:
-        for statement in statements:
-            connection.execute(statement)
+from helpers.places import RUN, invoke, sql
 
 
 def trials() -> list[TrialRecord]:

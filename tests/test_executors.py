@@ -258,7 +258,7 @@ def test_forty_rows_on_eight_workers_are_forty_trials_each_once_in_both_stores(t
     from caltech_sweep.study.definition import Row
     from caltech_sweep.sweep.optuna_store import open_study
     from caltech_sweep.tracking.writer import MlflowTracker
-    from test_coordinator import DEFINITION
+    from helpers.studies import DEFINITION
 
     rates = [(index + 1) / 100 for index in range(40)]
     rows = tuple(Row(f"row {rate}", {"lr": rate}) for rate in rates)

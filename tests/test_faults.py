@@ -26,8 +26,8 @@ from caltech_sweep.report.build import build_report
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors.base import Job
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
-from conftest import invoke
-from test_coordinator import DEFINITION, ROWS, new_study, records
+from helpers.places import invoke
+from helpers.studies import DEFINITION, ROWS, new_study, records
 
 ONE_ROW = replace(DEFINITION, trials=1, rows=ROWS[:1])
 FOUR = [0.1, 0.2, 0.3, 0.4]

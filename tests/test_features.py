@@ -18,7 +18,7 @@ from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.trial import TrialOutcome
-from test_stages import run as run_trial_to_its_end
+from helpers.trials import run as run_trial_to_its_end
 
 CPU = torch.device("cpu")
 SHAPES = DatasetConfig(name="shapes", resize=40, crop=32, classes=3, images_per_class=12)

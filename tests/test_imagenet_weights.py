@@ -17,8 +17,8 @@ from torch import nn
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.training.models import build_model
-from conftest import invoke
-from server import FileServer, serve
+from helpers.places import invoke
+from helpers.servers import FileServer, serve
 
 ARCH = "squeezenet1_1"
 CONFIG = TrialConfig(arch=ARCH, weights="imagenet")

@@ -21,7 +21,7 @@ from caltech_sweep.sweep.optuna_store import open_storage, stored_studies
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.results import CHECKPOINT
-from conftest import Cli, clone, furnish, invoke
+from helpers.places import Cli, clone, furnish, invoke
 
 ARCH = "shufflenet_v2_x0_5"
 RUN = ("--in-process", "--threads", "1", "--row", "First")

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sqlite3
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,42 +14,16 @@ from typing import Any
 import pytest
 
 from caltech_sweep import stores
-from caltech_sweep.errors import StoreError
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, scripted_coordinator
 from caltech_sweep.tracking import writer as tracking
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker, is_outage
-from conftest import invoke
-from test_coordinator import DEFINITION, new_study
+from helpers.places import invoke
+from helpers.servers import answering, free_port
+from helpers.studies import DEFINITION, Unreliable, new_study
 
 THREE = replace(DEFINITION, trials=3)
-
-
-class Unreliable(MemoryTracker):
-    """Takes no write from number ``first`` on, ``count`` times; with ``after``, it does, but the answer is lost."""
-
-    def __init__(self, first: int = 10**9, count: int = 0, after: bool = False) -> None:
-        super().__init__()
-        self.first, self.count, self.after, self.calls = first, count, after, 0
-
-    def _call(self, method: str, /, *arguments: Any, **named: Any) -> Any:
-        self.calls += 1
-        fails = self.first <= self.calls < self.first + self.count
-        if fails and not self.after:
-            raise StoreError("the server is away")
-        answer = getattr(MemoryTracker, method)(self, *arguments, **named)
-        if fails:
-            raise StoreError("the answer was lost")
-        return answer
-
-
-def _unreliable(name: str) -> Any:
-    return lambda self, *arguments, **named: self._call(name, *arguments, **named)
-
-
-for _name in ("start_trial", "resume_trial", "log_dataset", "log_epochs", "finish_trial", "finish_study"):
-    setattr(Unreliable, _name, _unreliable(_name))
 
 
 def run(tracker: MemoryTracker, folder: Path) -> list[str]:
@@ -185,35 +154,19 @@ def test_a_database_that_another_process_holds(tmp_path: Path, monkeypatch: pyte
     assert inner.last_epoch(trial(inner, 1).run_id) == 2
 
 
-@contextmanager
-def server(folder: Path, port: int) -> Iterator[str]:
-    """A real MLflow server; killed at the end."""
-    arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    arguments += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "a")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(1800):
-            try:
-                urllib.request.urlopen(address + "/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def server(folder: Path, port: int) -> AbstractContextManager[str]:
+    """A real MLflow server with stores of its own; killed at the end."""
+    arguments = [
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+    ]
+    arguments += ["--artifacts-destination", str(folder / "a")]
+    return answering([sys.executable, "-m", "mlflow", *arguments], folder / "server.log", port, end=signal.SIGKILL)
 
 
 @pytest.mark.slow

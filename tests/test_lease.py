@@ -20,8 +20,7 @@ from caltech_sweep.sweep.optuna_store import engine_of, open_study
 from caltech_sweep.testing import ScriptedExecutor, epoch_metrics, scripted_coordinator
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.writer import MlflowTracker, is_outage
-from test_coordinator import DEFINITION
-from test_journal import Unreliable
+from helpers.studies import DEFINITION, Unreliable
 
 SECONDS = 1.0
 

@@ -18,7 +18,7 @@ from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_split
 from caltech_sweep.data.splits import SPLITS, Split, folder_split
 from caltech_sweep.errors import DatasetError, UsageError
-from conftest import Cli
+from helpers.places import Cli
 
 
 def put(root: Path, *names: str) -> Path:

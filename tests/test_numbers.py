@@ -25,7 +25,7 @@ from caltech_sweep.training.device import pick_device
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.models import build_model
 from caltech_sweep.training.trial import run_trial
-from conftest import Cli
+from helpers.places import Cli
 
 NAN, INF = math.nan, math.inf
 SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=8)

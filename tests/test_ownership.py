@@ -24,11 +24,8 @@ from caltech_sweep.tracking.journal import Journal, journal_folder
 from caltech_sweep.tracking.reader import ClientReader, SqlReader
 from caltech_sweep.tracking.records import STORE_TAG
 from caltech_sweep.tracking.writer import MlflowTracker, Owner
-from conftest import furnish, invoke
-from test_coordinator import DEFINITION, ROWS
-from test_doctor import sql
-
-RUN = ("run", "tiny", "--in-process", "--threads", "1")
+from helpers.places import RUN, furnish, invoke, sql
+from helpers.studies import DEFINITION, ROWS
 
 
 def dump(file: Path) -> list[str]:

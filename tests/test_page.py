@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -25,7 +23,7 @@ from optuna.importance import FanovaImportanceEvaluator
 from PIL import Image
 
 from caltech_sweep.cli import main
-from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.config import DatasetConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.report.build import build_report
 from caltech_sweep.report.model import Importance
@@ -35,104 +33,13 @@ from caltech_sweep.report.page.curves import Line, groupings
 from caltech_sweep.report.page.importance import FEWEST, importances, weigh
 from caltech_sweep.report.page.section import Options
 from caltech_sweep.report.page.thumbnails import SIDE, open_thumbnails
-from caltech_sweep.study.definition import Choices, Range, Row, StudyDefinition
+from caltech_sweep.study.definition import Row
 from caltech_sweep.tracking.history import _from_database, _from_server, read_histories
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.stores import DRAWN, HOSTILE, HOSTILE_CLASSES, PageStore, new_store, write_store
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
-
-DRAWN = {"name": "shapes", "resize": 32, "crop": 32}
-SHAPES = ("cross", "disc", "ring")
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"q\" 'a' $x_1$ {{ 7*7 }}\n\x00\x1b 猫"
-HOSTILE_CLASSES = (HOSTILE.replace("\x00", ""), "<b>&amp;</b>", "$\\frac{$")  # no folder has NUL in its name
-SPACE = {"lr": Range(1e-3, 1e-1, log=True), "freeze": Choices(("none", "conv"))}
-
-
-@dataclass
-class PageStore:
-    """Writes studies as the coordinator does, with matrices and predictions that hold what a test asks for."""
-
-    tracker: MlflowTracker
-    folder: Path
-    count: int = 0
-    runs: dict[str, str] = field(default_factory=dict)
-
-    def study(self, name: str, title: str, rows: tuple[Row, ...], dataset: Mapping[str, Any]) -> StudyDefinition:
-        study = StudyDefinition(name, title, 20, dataset, {"arch": "resnet18", "epochs": 4}, SPACE, rows)
-        images = {"train": 30, "val": 20, "test": 30, "classes": 3}
-        self.tracker.start_study(name, title, {**study.to_dict(), "images": images})
-        return study
-
-    def trial(
-        self,
-        study: str,
-        config: TrialConfig,
-        number: int,
-        right: int,
-        classes: tuple[str, ...] = SHAPES,
-        *,
-        row: str | None = None,
-        outcome: str = "complete",
-        files: bool = True,
-    ) -> str:
-        """Write a trial: ``right`` of the ten images of the first class hit, the others go to the second."""
-        tags = {"trial_number": str(number), "fingerprint": config.fingerprint(), **({"row": row} if row else {})}
-        run_id = self.tracker.start_trial(study, row or f"trial-{number:03d}", config.to_params(), tags)
-        accuracy = (20 + right) / 30
-        for epoch in range(1, 5):
-            loss = 1000.0 if (number, epoch) == (1, 1) else 2.0 / epoch
-            value = accuracy * epoch / 4
-            metrics = {"train/loss": loss, "val/loss": loss, "train/accuracy": value, "val/accuracy": value}
-            self.tracker.log_epochs(run_id, [(epoch, metrics, epoch)])
-        complete = outcome == "complete"
-        final = {"best/val_accuracy": accuracy, "best/epoch": 4.0, "test/accuracy": accuracy} if complete else {}
-        folder = self.files(classes, right) if complete and files else None
-        self.tracker.finish_trial(run_id, outcome, final, {}, folder)
-        self.runs[f"{study}/{row or number}"] = run_id
-        return run_id
-
-    def files(self, classes: tuple[str, ...], right: int) -> Path:
-        self.count += 1
-        folder = self.folder / str(self.count)
-        counts = [[10 if i == j else 0 for j in range(3)] for i in range(3)]
-        counts[0] = [right, 10 - right, 0]
-        table = [["true class", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
-        predictions: list[list[object]] = [["image", "label", "prediction", "confidence"]]
-        for label, name in enumerate(classes):
-            for image in range(10):
-                hit = label != 0 or image < right
-                predictions.append([f"{name}/test_{image:03d}", name, name if hit else classes[1], 0.5 + image / 20])
-        (folder / "confusion_matrix").mkdir(parents=True)
-        for path, rows in (("confusion_matrix", table), ("predictions", predictions)):
-            (folder / path).mkdir(exist_ok=True)
-            with (folder / path / "test.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
-        return folder
-
-
-def write_store(writer: PageStore) -> None:
-    """A study with a search, a hostile one, one whose files are lost, and one without trials."""
-    rows = (Row("Plain", {"lr": 0.01}), Row("Frozen", {"lr": 0.01, "freeze": "conv"}), Row("Missing"))
-    study = writer.study("shapes", "Drawn shapes", rows, DRAWN)
-    writer.trial("shapes", study.row_config(rows[0]), 0, 9, row="Plain")
-    writer.trial("shapes", study.row_config(rows[1]), 1, 2, row="Frozen")
-    for number in range(2, 9):
-        settings = {"lr": 0.001 * number, "freeze": "conv" if number % 2 else "none"}
-        writer.trial("shapes", study.config(settings), number, 3 if number % 2 else 8)
-    writer.trial("shapes", study.config({"lr": 0.05}), 9, 1, outcome="pruned")
-    writer.trial("shapes", study.config({"lr": 0.06}), 10, 1, outcome="interrupted")
-    rows = (Row(HOSTILE, {"lr": 0.01}),)
-    study = writer.study("hostile", HOSTILE, rows, {"name": "folder", "root": "/nowhere at all"})
-    writer.trial("hostile", study.row_config(rows[0]), 0, 4, HOSTILE_CLASSES, row=HOSTILE)
-    rows = (Row("Plain", {"lr": 0.01}),)
-    study = writer.study("lost", "Lost files", rows, DRAWN)
-    writer.trial("lost", study.row_config(rows[0]), 0, 4, row="Plain", files=False)
-    writer.study("empty", "Nothing yet", (Row("To come"),), DRAWN)
-
-
-def new_store(folder: Path) -> PageStore:
-    return PageStore(MlflowTracker(str(folder / "mlflow.db"), create=True), folder / "files")
 
 
 @pytest.fixture(scope="module")

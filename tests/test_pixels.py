@@ -34,7 +34,7 @@ from caltech_sweep.serving.runs import model_spec
 from caltech_sweep.serving.served_model import Classifier
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.models import build_model
-from conftest import Cli
+from helpers.places import Cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
 

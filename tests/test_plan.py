@@ -28,7 +28,7 @@ from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.tracking.records import STORE_TAG
 from caltech_sweep.tracking.writer import MlflowTracker
-from conftest import invoke
+from helpers.places import invoke
 
 FOLDER = ("--set", "dataset.name=folder", "--set", "dataset.classes=null", "--set", "dataset.images_per_class=null")
 REFUSALS = {

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import dataset_root, load_dataset, load_split
-from conftest import invoke
+from helpers.places import invoke
 
 ROOT = os.environ.get("CALTECH101_ROOT")
 pytestmark = pytest.mark.skipif(ROOT is None, reason="CALTECH101_ROOT does not name a folder with Caltech-101")

@@ -13,7 +13,7 @@ from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.rehearsal import batch_kinds, rehearse
-from conftest import Cli
+from helpers.places import Cli
 
 ARCHS = torchvision.models.list_models(module=torchvision.models)
 QUICK = ("resnet18", "squeezenet1_1")

@@ -6,11 +6,7 @@ import json
 import math
 import os
 import shutil
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +24,8 @@ from caltech_sweep.study.definition import Row, StudyDefinition
 from caltech_sweep.study.file import load_study
 from caltech_sweep.tracking.reader import ClientReader, SqlReader
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.servers import mlflow_server
+from helpers.stores import PREDICTIONS, write_study, write_table, write_trial
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -55,8 +53,7 @@ class Writer:
     count: int = 0
 
     def study(self, definition: StudyDefinition, images: Mapping[str, int] = IMAGES, **changes: Any) -> None:
-        document = {**definition.to_dict(), "images": dict(images), **changes}
-        self.tracker.start_study(definition.name, document["title"], document)
+        write_study(self.tracker, definition, images, **changes)
 
     def trial(
         self,
@@ -71,11 +68,6 @@ class Writer:
         **tags: str,
     ) -> str:
         """Write a trial; ``scores``: validation accuracy, test images classified right, the epoch that won."""
-        own = {"trial_number": str(number), "fingerprint": config.fingerprint(), **({"row": row} if row else {})}
-        run_id = self.tracker.start_trial(study, row or f"trial-{number:03d}", config.to_params(), {**own, **tags})
-        self.tracker.log_epochs(run_id, [(1, {"val/accuracy": 0.1, "train/loss": 2.0}, 0)])
-        if outcome is None:
-            return run_id
         metrics: dict[str, float] = {}
         folder = None
         if scores is not None:
@@ -85,21 +77,20 @@ class Writer:
             metrics = {"best/val_accuracy": val, "best/epoch": epoch, "test/accuracy": accuracy - 0.01}
             metrics[f"{part}/accuracy"] = accuracy
             folder = self.predictions(part, right, shift)
-        self.tracker.finish_trial(run_id, outcome, metrics, {}, folder)
-        return run_id
+        epochs = [{"val/accuracy": 0.1, "train/loss": 2.0}]
+        more = {"epochs": epochs, "row": row, "metrics": metrics, "files": folder, **tags}
+        return write_trial(self.tracker, study, config, number, outcome, **more)
 
     def predictions(self, part: str, right: int, shift: int) -> Path:
         """Write predictions: ``right`` of them hit, beginning at image ``shift``; every third image is a fish."""
         self.count += 1
         path = self.folder / str(self.count) / "predictions" / f"{part}.csv"
-        path.parent.mkdir(parents=True)
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["image", "label", "prediction", "confidence"])
-            for index in range(IMAGES["test"]):
-                label = "fish" if index % 3 == 0 else f"class {index % 7}"
-                hit = (index - shift) % IMAGES["test"] < right
-                writer.writerow([f"{index}.jpg", label, label if hit else "nothing", "0.5"])
+        rows: list[tuple[str, ...]] = [PREDICTIONS]
+        for index in range(IMAGES["test"]):
+            label = "fish" if index % 3 == 0 else f"class {index % 7}"
+            hit = (index - shift) % IMAGES["test"] < right
+            rows.append((f"{index}.jpg", label, label if hit else "nothing", "0.5"))
+        write_table(path, rows)
         return path.parent.parent
 
 
@@ -265,23 +256,8 @@ def test_odd_runs_are_read_alike_and_a_stale_outcome_does_not_hide_that_a_run_go
 
 @pytest.mark.slow
 def test_a_server_gives_the_same_tables_with_links(store: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen([*command, "--workers", "1"], stdout=log, stderr=log)
-        try:
-            for _ in range(240):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.5)
-            served = json.loads(build_report([], "json", 3, address))
-        finally:
-            server.terminate()
-            server.wait()
+    with mlflow_server(store, tmp_path / "server.log") as address:
+        served = json.loads(build_report([], "json", 3, address))
     read = json.loads(build_report([], "json", 3, store))
     for table in served:
         for row in table["rows"]:

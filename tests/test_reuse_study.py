@@ -13,7 +13,7 @@ import pytest
 
 import caltech_sweep
 from caltech_sweep.tracking.writer import MlflowTracker
-from conftest import invoke
+from helpers.places import invoke
 
 STUDY = """\
 title: Reuse

@@ -21,25 +21,14 @@ from optuna.trial import TrialState
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.seeds import derive_seed
-from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition, SubsetOf
+from caltech_sweep.study.definition import Component, Range, Row, StudyDefinition, SubsetOf
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
-from conftest import Cli
+from helpers.places import Cli
+from helpers.searches import EPOCHS, PRUNERS, ROWS, SEARCH, curve, run, searched
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
-EPOCHS = 6
-SPACE = {
-    "lr": Range(1e-4, 1.0, log=True),
-    "momentum": Range(0.0, 0.95),
-    "batch_size": Range(8, 64, integer=True),
-    "freeze": Choices(("none", "conv")),
-}
-ROWS = (
-    Row("One", {"lr": 0.1, "momentum": 0.9, "batch_size": 32, "freeze": "none"}),
-    Row("Two", {"lr": 0.001, "momentum": 0.5, "batch_size": 16, "freeze": "conv"}),
-)
-SEARCH = StudyDefinition("s", "A search", 24, {"name": "shapes"}, {"epochs": EPOCHS}, SPACE, ROWS)
 GRID = replace(
     SEARCH,
     space={
@@ -55,13 +44,6 @@ COMBINATIONS = set(
 )
 
 
-def curve(config: TrialConfig) -> list[float]:
-    """Return a validation accuracy an epoch with one best learning rate, and settings that matter more and less."""
-    peak = math.exp(-((math.log10(config.lr) + 1.5) ** 2)) * (0.5 + 0.5 * config.momentum)
-    peak *= (1.0 if config.freeze == "none" else 0.8) - abs(config.batch_size - 30) / 200
-    return [peak * (1 - 0.5**epoch) for epoch in range(1, EPOCHS + 1)]
-
-
 def seed_of(number: int) -> int:
     return derive_seed(3, "sampler", number) % 2**32
 
@@ -75,24 +57,6 @@ STOCK: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "nsgaii": lambda number: optuna.samplers.NSGAIISampler(seed=seed_of(number), population_size=8),
 }
 ENOUGH = {"gp": 12}  # trials, two of them from the model: each takes it a tenth of a second
-ARGUMENTS = {"nsgaii": {"population_size": 8}}
-PRUNERS: dict[str, tuple[dict[str, Any], Callable[[], optuna.pruners.BasePruner]]] = {
-    "median": ({"startup_trials": 3, "warmup_epochs": 1}, lambda: optuna.pruners.MedianPruner(3, 2)),
-    "percentile": (
-        {"percentile": 70, "startup_trials": 3},
-        lambda: optuna.pruners.PercentilePruner(70, n_startup_trials=3),
-    ),
-    "halving": ({}, optuna.pruners.SuccessiveHalvingPruner),
-    "hyperband": ({"max_resource": EPOCHS}, lambda: optuna.pruners.HyperbandPruner(max_resource=EPOCHS)),
-    "threshold": ({"lower": 0.2}, lambda: optuna.pruners.ThresholdPruner(lower=0.2)),
-}
-
-
-def searched(name: str, pruner: str | None = None, trials: int = 24) -> StudyDefinition:
-    sampler = Component(name, {"seed": 3, **ARGUMENTS.get(name, {})})
-    return replace(
-        SEARCH, trials=trials, sampler=sampler, pruner=Component(pruner, PRUNERS[pruner][0]) if pruner else None
-    )
 
 
 def suggest(trial: optuna.Trial) -> TrialConfig:
@@ -136,15 +100,6 @@ def stock(
             )
             done.append((config, "PRUNED" if pruned else "COMPLETE", epoch))
     return done
-
-
-def run(
-    definition: StudyDefinition, uri: str, tracker: MemoryTracker, slots: int = 1, script: Any = None
-) -> ScriptedExecutor:
-    """Run the coordinator on a study that is opened anew."""
-    executor = ScriptedExecutor(script or (lambda config: Script(curve(config))), slots)
-    run_scripted(definition, executor, tracker, open_study(definition, uri, definition.identity()))
-    return executor
 
 
 def outcome(definition: StudyDefinition, uri: str) -> list[tuple[TrialConfig, str, int]]:
@@ -219,7 +174,7 @@ def stopping_after(executor: ScriptedExecutor, coordinator: Any, polls: int) -> 
 IN_A_NEW_PROCESS = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from test_search import MemoryTracker, run, searched
+from helpers.searches import MemoryTracker, run, searched
 definition = searched({name!r}, trials={trials})
 print(json.dumps([job.config.lr for job in run(definition, {uri!r}, MemoryTracker()).jobs]))
 """

@@ -16,7 +16,7 @@ from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.sharing import branch_epochs, common_epochs, new_epochs, next_index
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.training.schedule import learning_rates
-from test_coordinator import Dying, Killed
+from helpers.studies import Dying, Killed
 
 schedules = st.builds(
     TrialConfig,

@@ -10,18 +10,7 @@ from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_split
 from caltech_sweep.data.splits import caltech_split, folder_split, subset
 from caltech_sweep.errors import DatasetError
-
-
-def fake_caltech(root: Path) -> Path:
-    """Make 102 folders of 9,145 empty files; the sizes differ, the rule does not care."""
-    counts = {"BACKGROUND_Google": 467, **{f"class_{i:03d}": 86 if i > 8 else 85 for i in range(101)}}
-    counts["class_100"] += 8677 - (sum(counts.values()) - 467)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            (root / name / f"image_{index + 1:04d}.jpg").touch()
-    (root / "BACKGROUND_Google" / "tmp").touch()
-    return root
+from helpers.datasets import fake_caltech
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
@@ -28,33 +28,14 @@ from caltech_sweep.training.fit import EpochResult, learning_rate
 from caltech_sweep.training.keys import CacheOptions, checkpoint_key, prefix_key
 from caltech_sweep.training.schedule import learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
+from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
 
-CPU = torch.device("cpu")
-SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=8)
-CONFIG = TrialConfig(
-    dataset=SHAPES, arch="mobilenet_v3_small", epochs=4, step_size=2, batch_size=8, lr=0.05, augment=("hflip",)
-)
 EVERY_EPOCH = frozenset(range(1, 5))
 
 
 @pytest.fixture(scope="module")
 def data() -> LoadedData:
     return load_dataset(SHAPES)
-
-
-def use_of(folder: Path, save_at: frozenset[int] = EVERY_EPOCH, budget: int = 10**9) -> CacheOptions:
-    return CacheOptions(folder, budget, save_at, every_seconds=math.inf)
-
-
-def run(
-    config: TrialConfig, data: LoadedData, use: CacheOptions | None = None
-) -> tuple[list[EpochResult], TrialOutcome]:
-    trial, epochs = run_trial(config, data, CPU, stages=use), []
-    while True:
-        try:
-            epochs.append(next(trial))
-        except StopIteration as end:
-            return epochs, end.value
 
 
 def kill_after(epochs: int, config: TrialConfig, data: LoadedData, use: CacheOptions) -> None:
@@ -114,10 +95,12 @@ def test_killed_after_every_epoch_is_uninterrupted(changes: dict, data: LoadedDa
 KILLED = """
 import os, signal, sys, torch
 sys.path.insert(0, "tests")
+from dataclasses import replace
 from pathlib import Path
-import test_stages as t
+from caltech_sweep.data import load_dataset
+from helpers import trials as t
 torch.set_num_threads(int(sys.argv[2]))
-data = t.load_dataset(t.SHAPES)
+data = load_dataset(t.SHAPES)
 for _ in range(3):
     child = os.fork()
     if child == 0:
@@ -224,11 +207,13 @@ def test_what_only_serves_resuming_gives_way_to_what_is_later(
 FULL_DISK = """
 import json, resource, sys
 sys.path.insert(0, "tests")
+from dataclasses import replace
 from pathlib import Path
-import test_stages as t
+from caltech_sweep.data import load_dataset
+from helpers import trials as t
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))  # a stage needs more: its write really fails
-data = t.load_dataset(t.SHAPES)
-found = [t.run(config, data, t.use_of(Path(sys.argv[1])))[1] for config in (t.CONFIG, t.replace(t.CONFIG, lr=0.01))]
+data = load_dataset(t.SHAPES)
+found = [t.run(config, data, t.use_of(Path(sys.argv[1])))[1] for config in (t.CONFIG, replace(t.CONFIG, lr=0.01))]
 print(json.dumps([(outcome.epochs_trained, outcome.warnings) for outcome in found]))
 """
 

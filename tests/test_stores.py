@@ -17,10 +17,9 @@ from caltech_sweep import addresses, paths, stores
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.tracking.journal import Journal, journal_folder
 from caltech_sweep.tracking.writer import MlflowTracker
-from conftest import invoke
-from test_secrets import COMMANDS, calls, options
+from helpers.commands import COMMANDS, calls, options
+from helpers.places import RUN, invoke
 
-RUN = ("run", "tiny", "--in-process", "--threads", "1")
 OPTIONS = {"--tracking-uri": stores.tracking_uri, "--storage": stores.storage_uri}
 BOTH = tuple(OPTIONS)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+
+from helpers.servers import answering
 
 
 def answer(url: str, body: dict | None = None) -> str:
@@ -23,23 +22,9 @@ def answer(url: str, body: dict | None = None) -> str:
 
 
 @pytest.mark.slow
-def test_the_ui_serves_the_study_and_stops_on_ctrl_c(finished: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "caltech_sweep", "ui", "--port", str(port)]
-    with subprocess.Popen(command, cwd=finished, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            base, end = f"http://127.0.0.1:{port}", time.monotonic() + 90
-            while True:
-                try:
-                    assert answer(f"{base}/health") == "OK"
-                    break
-                except (urllib.error.URLError, ConnectionError):
-                    assert time.monotonic() < end and server.poll() is None
-                    time.sleep(0.5)
-            found = answer(f"{base}/api/2.0/mlflow/experiments/search", {"max_results": 10})
-            assert "tiny" in {experiment["name"] for experiment in json.loads(found)["experiments"]}
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(30)
+def test_the_ui_serves_the_study_and_stops_on_ctrl_c(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "caltech_sweep", "ui"]
+    with answering(command, tmp_path / "log", cwd=finished, end=signal.SIGINT) as base:
+        assert answer(f"{base}/health") == "OK"
+        found = answer(f"{base}/api/2.0/mlflow/experiments/search", {"max_results": 10})
+        assert "tiny" in {experiment["name"] for experiment in json.loads(found)["experiments"]}

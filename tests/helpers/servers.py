@@ -1,13 +1,21 @@
-"""A real HTTP server on loopback that tests make misbehave: files with ranges, cut bodies, errors in turn."""
+"""Real servers on loopback: one of files that tests make misbehave, MLflow's own, and any that answers /health."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.request import urlopen
 
 
 @dataclass
@@ -76,3 +84,61 @@ def serve() -> Iterator[FileServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def answering(
+    command: Sequence[str],
+    log: Path,
+    port: int | None = None,
+    *,
+    cwd: Path | None = None,
+    end: signal.Signals = signal.SIGTERM,
+    **environment: str,
+) -> Iterator[str]:
+    """Run a server that takes ``--port`` in a process group of its own; yield its address once it answers.
+
+    The signal ``end`` goes to the group when the block ends, and must end it within half a minute.
+    """
+    port = port or free_port()
+    with log.open("a") as out:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            cwd=cwd,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", **environment},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            _wait_until_it_answers(process, f"http://127.0.0.1:{port}/health", log)
+            yield f"http://127.0.0.1:{port}"
+            os.killpg(process.pid, end)
+            process.wait(30)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 180) -> None:
+    limit = time.monotonic() + seconds
+    while True:
+        try:
+            urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert process.poll() is None and time.monotonic() < limit, log.read_text()
+            time.sleep(0.2)
+
+
+def mlflow_server(store: str, log: Path) -> AbstractContextManager[str]:
+    """Serve a tracking store with MLflow, and yield its address."""
+    return answering([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"], log)

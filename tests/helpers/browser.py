@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -104,28 +99,3 @@ def chromium() -> Iterator[Browser]:
             yield Browser(driver)
         finally:
             driver.quit()
-
-
-@contextmanager
-def mlflow_server(store: str, log: Path) -> Iterator[str]:
-    """Serve a tracking store with MLflow on a free port of loopback, and return its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
-    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-    with log.open("w") as file:
-        server = subprocess.Popen([*command, "--workers", "1"], stdout=file, stderr=file, env=quiet)
-        try:
-            for _ in range(240):
-                try:
-                    urlopen(f"{address}/health", timeout=5).close()
-                    break
-                except OSError:
-                    assert server.poll() is None, log.read_text()
-                    time.sleep(0.5)
-            yield address
-        finally:
-            server.terminate()
-            server.wait()

@@ -1,6 +1,6 @@
 """Kill a real study at random instants until it is complete, and compare what it reports with an undisturbed one.
 
-    python tests/chaos.py --kills 100 --seed 0
+    python tests/helpers/chaos.py --kills 100 --seed 0
 
 Every kill is a SIGKILL: of the coordinator, of a worker, or of the whole process group. The same command then goes
 on. Now and then the whole group is stopped for a moment and wakes, or a second user runs the same study from another
