@@ -12,8 +12,6 @@ FREEZE_CHOICES = ("none", "conv", "fc", "fc_but_last")
 AUGMENT_CHOICES = ("hflip", "color_jitter", "rotation")
 OPTIMIZER_CHOICES = ("sgd", "adam", "adamw")
 
-_HALF_NORMALIZED = ("efficientnet_v2_l",)  # its published weights were trained on other statistics than all others'
-
 Freeze = Literal["none", "conv", "fc", "fc_but_last"]
 
 
@@ -121,12 +119,6 @@ class TrialConfig:
         """
         canonical = json.dumps(self.counted(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-    def resolved_normalize(self) -> str:
-        """Return "imagenet" or "half"; ``auto`` follows the initial weights (reference report)."""
-        if self.normalize != "auto":
-            return self.normalize
-        return "imagenet" if self.weights == "imagenet" and self.arch not in _HALF_NORMALIZED else "half"
 
 
 def _counted(config: TrialConfig | DatasetConfig, always: frozenset[str]) -> dict[str, Any]:

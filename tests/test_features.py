@@ -1,22 +1,27 @@
 """Frozen layers apart: the same network to its user; their outputs, kept, are bit for bit what they would be."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torchvision.models import list_models
+from torchvision.ops import StochasticDepth
 
-from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.config import DatasetConfig, Freeze, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training import augment
 from caltech_sweep.training.cache import Cache
-from caltech_sweep.training.features import CHUNK, agrees, split_model
+from caltech_sweep.training.features import CHUNK, SplitModel, agrees, split_model
 from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.models import build_model, train_mode
+from caltech_sweep.training.networks import source_of
 from caltech_sweep.training.trial import TrialOutcome
 from helpers.trials import run as run_trial_to_its_end
 
@@ -51,49 +56,110 @@ def assert_same(got: tuple[list[EpochResult], TrialOutcome], want: tuple[list[Ep
     assert all(torch.equal(got[1].weights[name], value) for name, value in want[1].weights.items())
 
 
-@pytest.mark.parametrize("arch", ["alexnet", "vgg11_bn", "resnet18", "resnet50", "mobilenet_v3_small"])
-def test_known_networks_are_split_before_the_first_layer_that_changes(arch: str) -> None:
-    model = build_model(replace(CONFIG, arch=arch), 3)
-    train_mode(model)
-    split = split_model(model)
+# The smallest network of each of torchvision's families, and the side of the images that it is tried on.
+FAMILIES = {
+    "alexnet": 64,
+    "convnext_tiny": 32,
+    "densenet121": 32,
+    "efficientnet_b0": 32,
+    "googlenet": 32,
+    "mnasnet0_5": 32,
+    "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32,
+    "regnet_x_400mf": 32,
+    "regnet_y_400mf": 32,
+    "resnet18": 32,
+    "shufflenet_v2_x0_5": 32,
+    "swin_t": 32,
+}
+LARGE = {
+    "efficientnet_v2_s": 32,
+    "inception_v3": 75,
+    "maxvit_t": 224,
+    "swin_v2_t": 64,
+    "vgg11_bn": 32,
+    "vit_b_16": 224,
+}
+
+
+def parts(config: TrialConfig) -> tuple[torch.nn.Module, SplitModel | None]:
+    model = build_model(config, 3)
+    train_mode(model, config)
+    return model, split_model(model, source_of(config.arch).tail(model))
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+@pytest.mark.parametrize("arch", [*FAMILIES, *(pytest.param(arch, marks=pytest.mark.slow) for arch in LARGE)])
+def test_frozen_layers_and_classifier_give_every_bit_of_the_network(arch: str) -> None:
+    config = replace(CONFIG, arch=arch)
+    model, split = parts(config)
     assert split is not None
     assert not any(parameter.requires_grad for parameter in split.frozen.parameters())
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert trained == {id(parameter) for parameter in split.tail.parameters()}
-    assert agrees(model, split, torch.randn(2, 3, 64, 64))
+    side = {**FAMILIES, **LARGE}[arch]
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    features = split.frozen(images)
+    assert features[0].numel() < 30_000 and torch.equal(features, split.frozen(images))
+    torch.manual_seed(0)
+    halves = split.tail(features)
+    torch.manual_seed(0)  # of the dropout in the classifier
+    assert torch.equal(halves, model(images))
+    assert agrees(model, split, images)
+    assert torch.equal(split.tail(split.frozen(images)), model(images))
 
 
-@pytest.mark.parametrize(
-    ("arch", "freeze"),
-    [
-        ("alexnet", "none"),
-        ("alexnet", "fc"),
-        ("alexnet", "fc_but_last"),
-        ("densenet121", "conv"),
-        ("efficientnet_b0", "conv"),
-    ],
-)
-def test_other_networks_are_left_whole(arch: str, freeze: str) -> None:
-    model = build_model(TrialConfig(arch=arch, freeze=freeze), 3)  # type: ignore[arg-type]
-    train_mode(model)
-    assert split_model(model) is None
+def test_every_family_of_torchvision_is_here() -> None:
+    covered = {re.split(r"[_\d]", arch)[0] for arch in (*FAMILIES, *LARGE, "resnext", "wide_resnet", "squeezenet")}
+    assert {re.split(r"[_\d]", arch)[0] for arch in list_models(module=torchvision.models)} == covered
+
+
+@pytest.mark.parametrize("freeze", ["none", "fc", "fc_but_last"])
+def test_networks_whose_backbone_is_trained_are_left_whole(freeze: Freeze) -> None:
+    _, split = parts(replace(CONFIG, arch="alexnet", freeze=freeze))
+    assert split is None
+
+
+def test_a_network_that_goes_on_after_its_classifier_is_left_whole_with_the_reason(tmp_path: Path) -> None:
+    config = replace(CONFIG, arch="squeezenet1_1", epochs=1)
+    model, split = parts(config)
+    assert split is not None and not agrees(model, split, torch.randn(2, 3, 32, 32))
+    data = load_dataset(SHAPES)
+    got = run(config, data, tmp_path)
+    assert got[1].warnings == (
+        "squeezenet1_1 computes more between its backbone and its classifier, so the outputs of its frozen layers "
+        "cannot be kept: they are computed in every epoch",
+    )
+    assert kept(tmp_path) == [] and run(config, data)[1].warnings == ()
 
 
 def test_a_network_that_runs_its_layers_another_way_is_left_whole() -> None:
     class Twisted(torch.nn.Module):
         def __init__(self, turn: bool) -> None:
             super().__init__()
-            self.features, self.avgpool = torch.nn.Conv2d(3, 2, 3).requires_grad_(False), torch.nn.AdaptiveAvgPool2d(1)
+            self.features, self.pool = torch.nn.Conv2d(3, 2, 3).requires_grad_(False), torch.nn.AdaptiveAvgPool2d(1)
             self.classifier, self.turn = torch.nn.Linear(2, 3), turn
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            found = self.classifier(self.avgpool(self.features(images)).flatten(1))
+            found = self.classifier(self.pool(self.features(images)).flatten(1))
             return found.flip(1) if self.turn else found
 
     for turn in (False, True):
         model = Twisted(turn)
-        split = split_model(model)
+        split = split_model(model, ["classifier"])
         assert split is not None and agrees(model, split, torch.randn(2, 3, 8, 8)) is not turn
+        split = split_model(model, ["pool", "classifier"])  # without the flattening between them
+        assert split is not None and not agrees(model, split, torch.randn(2, 3, 8, 8))
+
+
+def test_a_frozen_backbone_drops_nothing_at_random_and_other_layers_do() -> None:
+    config = replace(CONFIG, arch="convnext_tiny")
+    for freeze, rests in (("conv", True), ("none", False)):
+        model, _ = parts(replace(config, freeze=freeze))  # type: ignore[arg-type]
+        drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+        assert drops and all(module.training is not rests for module in drops)
+    model, _ = parts(replace(config, arch="alexnet", freeze="fc"))  # as in the reference report
+    assert all(module.training for module in model.modules() if isinstance(module, torch.nn.Dropout))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +168,10 @@ def test_a_network_that_runs_its_layers_another_way_is_left_whole() -> None:
         CONFIG,
         replace(CONFIG, augment=("hflip",), channels_last=True),
         replace(CONFIG, augment=("hflip",), precision="bfloat16", test_views="tencrop"),
+        replace(CONFIG, arch="shufflenet_v2_x0_5", epochs=1),
         pytest.param(ALEXNET, marks=pytest.mark.slow),
     ],
-    ids=["plain", "hflip", "bfloat16", "alexnet"],
+    ids=["plain", "hflip", "bfloat16", "shufflenet", "alexnet"],
 )
 def test_keeping_features_changes_no_bit(config: TrialConfig, tmp_path: Path) -> None:
     data = load_dataset(config.dataset)
@@ -129,7 +196,7 @@ def _reference(config: TrialConfig, data: LoadedData) -> tuple[torch.nn.Module, 
     images, labels = data.center_crops("train", config.dataset.crop).float() / 255, data.labels("train")
     losses = []
     for epoch in range(1, config.epochs + 1):
-        train_mode(model)
+        train_mode(model, config)
         params = augment.draw_params(config.seed, epoch, len(labels), config.augment, config.augment_probability, 0.0)
         seen = (augment.apply(images, params) - 0.5) / 0.5
         order = torch.randperm(

@@ -17,8 +17,8 @@ from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.errors import ModelError
 from caltech_sweep.training.device import pick_device
-from caltech_sweep.training.fit import NORMALIZE
 from caltech_sweep.training.models import build_model, read_weights, trained_model
+from caltech_sweep.training.networks import NORMALIZE, normalization
 from caltech_sweep.training.trial import run_trial
 
 ARCHS = torchvision.models.list_models(module=torchvision.models)
@@ -107,7 +107,7 @@ def _has_memory(gigabytes: int) -> bool:
 def test_auto_normalisation_is_that_of_every_published_file() -> None:
     for arch in ARCHS:
         transform = first_weights(arch).transforms()
-        mean, std = NORMALIZE[TrialConfig(arch=arch, weights="imagenet").resolved_normalize()]
+        mean, std = NORMALIZE[normalization(TrialConfig(arch=arch, weights="imagenet"))]
         assert (list(transform.mean), list(transform.std)) == (list(mean), list(std)), arch
 
 

@@ -37,7 +37,7 @@ def really(trial: TrialConfig, size: int) -> bool:
     model = build_model(trial, 3)
     images = torch.rand(size, 3, trial.dataset.crop, trial.dataset.crop)
     try:
-        train_mode(model)
+        train_mode(model, trial)
         F.cross_entropy(model(images), torch.zeros(size, dtype=torch.long)).backward()
         model.eval()
         model(images)

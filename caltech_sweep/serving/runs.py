@@ -23,8 +23,8 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError, StoreError
 from caltech_sweep.tracking.records import grey_bits
 from caltech_sweep.tracking.writer import MlflowTracker
-from caltech_sweep.training.fit import NORMALIZE
 from caltech_sweep.training.models import not_finite
+from caltech_sweep.training.networks import NORMALIZE
 from caltech_sweep.training.results import CHECKPOINT
 
 MODEL_NAME = "model"  # of the logged model in its run

@@ -80,15 +80,15 @@ def imagenet_weights(definition: StudyDefinition, progress: Callable[[int, int],
 
     Those that are not there are downloaded, of which ``progress`` is told; without it they are left out.
     """
-    from caltech_sweep.training.models import fetch_imagenet, has_imagenet, imagenet_file
+    from caltech_sweep.training.networks import source_of
 
     found: Weights = {}
     for config in variants(definition, ("arch", "weights")):
         if config.weights == "imagenet" and weights_key(config) not in found:
-            if progress is not None:
-                found[weights_key(config)] = _digested(fetch_imagenet(config.arch, progress))
-            elif has_imagenet(config.arch):
-                found[weights_key(config)] = _digested(imagenet_file(config.arch))
+            source = source_of(config.arch)
+            path = source.published_file(config.arch) if progress is None else source.fetch(config.arch, progress)
+            if path is not None:
+                found[weights_key(config)] = _digested(path)
     return found
 
 

@@ -27,8 +27,17 @@ from caltech_sweep.training.cache import Cache, open_store
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.fit import EpochResult, Training
-from caltech_sweep.training.keys import AUGMENTATION_VERSION, CacheOptions, checkpoint_key, digest, recipe
-from caltech_sweep.training.models import TRANSFORMING, imagenet_file, load_state
+from caltech_sweep.training.keys import (
+    AUGMENTATION_VERSION,
+    FROZEN_VERSION,
+    SPLIT_BEFORE,
+    CacheOptions,
+    checkpoint_key,
+    digest,
+    recipe,
+)
+from caltech_sweep.training.models import load_state
+from caltech_sweep.training.networks import source_of
 from caltech_sweep.training.schedule import learning_rates
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
@@ -64,9 +73,7 @@ def initial_weights(config: TrialConfig, weights_file: Path | None, known: str |
     if config.weights == "none":
         return "none"
     if config.weights == "imagenet":
-        return f"imagenet {imagenet_file(config.arch).name}" + (
-            " with transform_input" if config.arch in TRANSFORMING else ""
-        )
+        return f"imagenet {source_of(config.arch).published_key(config.arch)}"
     if known is not None:
         return f"file {known}"
     path = Path(config.weights[5:]) if config.weights.startswith("file:") else weights_file
@@ -93,9 +100,11 @@ def identity(
     not certain, so there it counts.
     """
     augmentation = {"augmentation": AUGMENTATION_VERSION} if config.augment else {}
+    frozen = {"frozen": FROZEN_VERSION} if config.freeze == "conv" and not config.arch.startswith(SPLIT_BEFORE) else {}
     return {
         **recipe(config),
         **augmentation,
+        **frozen,
         "initial": initial_weights(config, weights_file, known),
         "outputs": config.outputs or len(data.split.classes),
         "data": data.fingerprint,

@@ -8,9 +8,10 @@ output that would be computed, and whether anything is kept changes no result.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,6 @@ from caltech_sweep.training.keys import digest
 
 CHUNK = 32  # images that the frozen layers see at once, the last chunk filled up with zeros
 _DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
-_ALEXNET = ("features", "avgpool", "classifier")
-_RESNET = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
 
 Images = Callable[[str, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
@@ -43,7 +42,8 @@ class SplitModel:
 
     def fingerprint(self) -> str:
         """Return a digest of the frozen layers: their kinds, settings and weights."""
-        content = hashlib.sha256(repr(self.frozen).encode())
+        transforms = getattr(self.frozen[0], "transform_input", False)  # of GoogLeNet and Inception, which is no layer
+        content = hashlib.sha256(f"{self.frozen!r} {transforms}".encode())
         for name, value in self.frozen.state_dict().items():
             content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             content.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -51,17 +51,7 @@ class SplitModel:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    return list(module) if isinstance(module, nn.Sequential) else [module]
-
-
-def _steps(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that a network of AlexNet's, VGG's or ResNet's shape runs one after the other, or none."""
-    children = dict(model.named_children())
-    for names in (_ALEXNET, _RESNET):
-        if set(children) == set(names):
-            before = [layer for name in names[:-1] for layer in _layers(children[name])]
-            return [*before, nn.Flatten(1), *_layers(children[names[-1]])]
-    return []
+    return list(module) if type(module) is nn.Sequential else [module]
 
 
 def _changes(layer: nn.Module) -> bool:
@@ -71,18 +61,31 @@ def _changes(layer: nn.Module) -> bool:
     )
 
 
-def split_model(model: nn.Module) -> SplitModel | None:
-    """Split a network, in the mode it is trained in, before the first layer that changes.
+def _without(module: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """Return a module that shares all layers and weights of another, but does nothing at some dotted ``paths``."""
+    twin = copy.copy(module)
+    twin._modules, twin.training = dict(module._modules), False
+    below: dict[str, list[str]] = {}
+    for path in paths:
+        child, _, rest = path.partition(".")
+        below.setdefault(child, []).append(rest)
+    for child, rests in below.items():
+        twin._modules[child] = nn.Identity() if "" in rests else _without(module.get_submodule(child), rests)
+    return twin
 
-    None where the way of its layers is not known, or where more than its classifier changes: outputs from further up
-    may be larger than the images.
+
+def split_model(model: nn.Module, tail: Sequence[str]) -> SplitModel | None:
+    """Split a network, in the mode it is trained in, before the first layer of its ``tail`` that changes.
+
+    ``tail`` names the modules that follow the backbone, in order. None where more than they changes: outputs from
+    further up may be larger than the images.
     """
-    steps = _steps(model)
-    count = next((number for number, layer in enumerate(steps) if _changes(layer)), 0)
-    frozen = nn.Sequential(*steps[:count])
-    if not any(isinstance(layer, nn.Flatten) for layer in frozen):  # it stands before the classifier
+    backbone = _without(model, tail)
+    if _changes(backbone):
         return None
-    return SplitModel(frozen, nn.Sequential(*steps[count:]))
+    layers = [layer for path in tail for layer in _layers(model.get_submodule(path))]
+    count = next((number for number, layer in enumerate(layers) if _changes(layer)), len(layers))
+    return SplitModel(nn.Sequential(backbone, *layers[:count]), nn.Sequential(*layers[count:]))
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def agrees(model: nn.Module, split: SplitModel, images: torch.Tensor) -> bool:
     whole = model(images)
     try:
         halves = split.tail(split.frozen(images))
-    except RuntimeError:  # the layers follow each other in another way
+    except (RuntimeError, ValueError, IndexError):  # the network does more between its backbone and its classifier
         return False
     return halves.shape == whole.shape and torch.allclose(
         halves, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max())

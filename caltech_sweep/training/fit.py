@@ -24,12 +24,8 @@ from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.models import train_mode
+from caltech_sweep.training.networks import NORMALIZE, normalization, source_of
 from caltech_sweep.training.schedule import learning_rate
-
-NORMALIZE = {
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 _CHECK_EVERY = 16  # steps between looks at the losses
 _VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
@@ -87,6 +83,7 @@ class Training:
     history: list[EpochResult] = field(default_factory=list)
     best: EpochResult | None = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()  # sentences for the user
 
     def __post_init__(self) -> None:
         config = self.config
@@ -98,7 +95,7 @@ class Training:
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self._format)
         self.optimizer = make_optimizer(config, self.model)
-        mean, std = NORMALIZE[config.resolved_normalize()]
+        mean, std = NORMALIZE[normalization(config)]
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
         self._resident: dict[str, torch.Tensor] = {}
@@ -115,15 +112,21 @@ class Training:
         config = self.config
         if not set(config.augment) <= {"hflip"}:
             return None
-        train_mode(self.model)
-        split = split_model(self.model)
-        if split is None or not agrees(self.model, split, self._images("train", torch.arange(1))):
+        train_mode(self.model, config)
+        split = split_model(self.model, source_of(config.arch).tail(self.model))
+        if split is None:
+            return None
+        if not agrees(self.model, split, self._images("train", torch.arange(1))):
+            self.warnings = (
+                f"{config.arch} computes more between its backbone and its classifier, so the outputs of its frozen "
+                "layers cannot be kept: they are computed in every epoch",
+            )
             return None
         known = {
             **numerics(config, self.device),
             "data": self.data.fingerprint,
             "crop": config.dataset.crop,
-            "normalize": config.resolved_normalize(),
+            "normalize": normalization(config),
         }
         counts = {part: len(self.data.split.part(part)) for part in SPLITS}
         return FrozenFeatures(split, self._images, counts, self._autocast, self.store, known)
@@ -218,7 +221,7 @@ class Training:
         Raises DivergedError naming the first step whose loss is not finite.
         """
         params = self._augment_params(epoch)
-        train_mode(self.model)
+        train_mode(self.model, self.config)
         batches = self._batches(epoch)
         sums: list[list[float]] = []
         fresh: list[torch.Tensor] = []

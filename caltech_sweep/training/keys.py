@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caltech_sweep.config import FIRST_DATASET_FIELDS, FLOAT_FIELDS, TrialConfig
+from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.schedule import _SCHEDULE
 
 if TYPE_CHECKING:
     pass
 
 AUGMENTATION_VERSION = 2  # of what the augmentations draw and do; counts where there are any
+FROZEN_VERSION = 2  # of how a frozen backbone runs: in evaluation mode, in chunks
+SPLIT_BEFORE = ("alexnet", "mobilenet_v3", "resnet", "resnext", "vgg", "wide_resnet")  # which ran so in the first, too
 
 _TEST_ONLY = ("test_views", "test_batch_size")  # validation has a batch size of its own
 _BY_NAME = ("dataset", "weights", "outputs", "precision", "channels_last")  # what they stand for decides
@@ -58,7 +61,7 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     counted = config.counted()
     values = {name: value for name, value in counted.items() if name not in idle}
     values.update({f"dataset.{k}": v for k, v in counted["dataset"].items() if k not in FIRST_DATASET_FIELDS})
-    values["normalize"] = config.resolved_normalize()
+    values["normalize"] = normalization(config)
     return {name: float(value) if name in FLOAT_FIELDS else value for name, value in values.items()}
 
 

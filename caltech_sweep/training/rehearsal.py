@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.training.models import model_on_meta, train_mode
+from caltech_sweep.training.networks import source_of
 
 
 def batch_kinds(config: TrialConfig, images: int) -> frozenset[int]:
@@ -40,9 +40,9 @@ def rehearse(
     model = model_on_meta(config, num_classes, weights_file, digest)
     outputs = config.outputs or num_classes
     for size in sorted(batches, reverse=True):
-        if (problem := _problem(model, size, config.dataset.crop, outputs)) is None:
+        if (problem := _problem(model, size, config, outputs)) is None:
             continue
-        if size == 1 and _problem(model, 2, config.dataset.crop, outputs) is None:
+        if size == 1 and _problem(model, 2, config, outputs) is None:
             raise ModelError(
                 f"batch_size: {config.batch_size} leaves a batch of one image, which {config.arch} cannot train at "
                 f"a crop of {config.dataset.crop} pixels ({problem}); set drop_last to true, or another batch_size"
@@ -53,11 +53,11 @@ def rehearse(
         )
 
 
-def _problem(model: nn.Module, size: int, crop: int, outputs: int) -> str | None:
+def _problem(model: nn.Module, size: int, config: TrialConfig, outputs: int) -> str | None:
     """Train a batch and evaluate one; return the first line of what a layer says against it, or None."""
     try:
-        train_mode(model)
-        images = torch.zeros(size, 3, crop, crop, device="meta")
+        train_mode(model, config)
+        images = torch.zeros(size, 3, config.dataset.crop, config.dataset.crop, device="meta")
         logits = model(images)
         F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device="meta")).backward()
         model.eval()
@@ -74,9 +74,7 @@ def _problem(model: nn.Module, size: int, crop: int, outputs: int) -> str | None
 
 def _way_out(arch: str, model: nn.Module) -> str:
     """Return what the crop has to be: of some networks exactly one size, of others at least one."""
-    weights = list(torchvision.models.get_model_weights(arch))
-    least = max(weights[0].meta["min_size"]) if weights else 224
-    exactly = getattr(model, "image_size", least if arch.startswith("maxvit") else None)
+    side, exactly = source_of(arch).input_size(arch, model)
     if exactly:
-        return f"it takes exactly {exactly}: set dataset.crop to {exactly}, and dataset.resize to at least that"
-    return f"set dataset.crop to {least} or more, and dataset.resize to at least that, or choose another arch"
+        return f"it takes exactly {side}: set dataset.crop to {side}, and dataset.resize to at least that"
+    return f"set dataset.crop to {side} or more, and dataset.resize to at least that, or choose another arch"

@@ -18,6 +18,7 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.files import write_sums
 from caltech_sweep.training.device import environment
 from caltech_sweep.training.evaluate import Evaluation
+from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.trial import TrialOutcome
 
 CHECKPOINT = "checkpoints/best.safetensors"
@@ -122,7 +123,7 @@ def write_artifacts(
         "arch": config.arch,
         "classes": json.dumps(data.split.classes),
         "fingerprint": config.fingerprint(),
-        "normalize": config.resolved_normalize(),
+        "normalize": normalization(config),
         "transform_input": json.dumps(outcome.transform_input),
     }
     save_file(weights, checkpoint, metadata)

@@ -97,7 +97,7 @@ def run_trial(
             raise
         raise OutOfMemoryError(f"a batch of {config.batch_size} images did not fit on {device}") from error
     reused = sum(epoch.reused for epoch in training.history)
-    warnings = store.take_warnings() if store else ()
+    warnings = (*training.warnings, *store.take_warnings()) if store else ()
     return TrialOutcome(
         training.best,
         test,
