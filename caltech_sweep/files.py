@@ -1,32 +1,67 @@
-"""Files and folders that several processes share: locks, checksums, and folders that go with their process.
+"""Files and folders that several processes share: locks, atomic writes, checksums, locked temporary directories.
 
-Locks lie on open files and folders; this is the only module that knows which systems have them.
+A lock lies on an open file or folder and goes when its process dies (filelock); where a file system or a system has
+none, nothing waits, and renames still keep every file whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from caltech_sweep.errors import DatasetError
 
-try:
-    import fcntl
-except ImportError:  # a system without them, such as Windows
-    AVAILABLE = False
-else:
-    AVAILABLE = True
-
+NEW = ".new-"  # what the name of a folder begins with in which something is made that then moves to its place
+_LOOK_AGAIN = 0.05  # seconds between two attempts to take a lock
 _YOUNG = 60.0  # seconds; folders without a lock that are younger may be about to take it
+
+
+@contextlib.contextmanager
+def locked(place: Path, patience: float = 0.0, meanwhile: Callable[[], None] = lambda: None) -> Iterator[bool | None]:
+    """Hold the lock of a folder, or of a file, which is made where it is missing.
+
+    Yields False when another holds it for ``patience`` seconds, and None where there are no locks. ``meanwhile`` is
+    called while this waits. Raises OSError when the place cannot be opened.
+    """
+    descriptor = _open(place)
+    try:
+        end = time.monotonic() + patience
+        while (held := _try_lock(descriptor)) is False and time.monotonic() < end:
+            meanwhile()
+            time.sleep(_LOOK_AGAIN)
+        yield held
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _open(place: Path) -> int | None:
+    """Open what is to be locked; None for a folder on a system that does not open them."""
+    if place.is_dir():
+        return os.open(place, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        return os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(place, os.O_RDONLY)  # of another user: enough for a lock on a local disk
+
+
+def _try_lock(descriptor: int | None) -> bool | None:
+    try:
+        return None if descriptor is None else lock_descriptor(descriptor, blocking=False)
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
@@ -34,9 +69,7 @@ def locked_directory(parent: Path, prefix: str) -> Iterator[Path]:
     """Yield a new folder below ``parent``, locked; whatever is still there at the end is removed."""
     place = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
-        with opened(place) as descriptor:
-            if descriptor is not None:
-                try_lock(descriptor)  # no other process knows it yet
+        with locked(place):  # no other process knows it yet
             yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -45,15 +78,61 @@ def locked_directory(parent: Path, prefix: str) -> Iterator[Path]:
 def remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove the folders that ``locked_directory`` made below ``parent`` and whose process has died.
 
-    What belongs to another user stays. Without locks it is not known whether a process has died, so everything stays.
+    What belongs to another user stays, and what this process works in. Without locks it is not known whether a process
+    has died, so everything stays.
     """
-    for place in parent.glob(f"{prefix}*"):
+    for place in parent.iterdir() if prefix and parent.is_dir() else ():
         with contextlib.suppress(OSError):
-            if time.time() - place.stat().st_mtime < _YOUNG:
+            mine = place.name.startswith(prefix) and not place.is_symlink() and place.is_dir()
+            if not mine or time.time() - place.stat().st_mtime < _YOUNG or Path.cwd().is_relative_to(place.resolve()):
                 continue
-            with opened(place) as descriptor:
-                if descriptor is not None and try_lock(descriptor):
+            with locked(place) as held:
+                if held:
                     shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def create_atomically(target: Path, replace: bool = True) -> Iterator[Path]:
+    """Yield a path next to ``target``; the file or folder that is made there becomes ``target`` in one step.
+
+    Whatever dies meanwhile, ``target`` is absent, the old one or the new one, whole; a file is on the disk by then.
+    Without ``replace``, and for folders, what another process has put there first stays. Raises OSError.
+    """
+    prefix = f"{NEW}{target.name}-"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target.parent, prefix)
+    with locked_directory(target.parent, prefix) as folder:
+        made = folder / target.name
+        yield made
+        if made.is_dir():
+            _move_folder(made, target)
+            return
+        with made.open("rb+") as file:
+            os.fsync(file.fileno())
+        if replace:
+            made.replace(target)
+        else:
+            _move_once(made, target)
+
+
+def _move_folder(made: Path, target: Path) -> None:
+    try:
+        made.rename(target)
+    except OSError as error:
+        # By its number, not by looking: the other one may have been removed since.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _move_once(made: Path, target: Path) -> None:
+    """Move a file to where none may be replaced: by a link, which is one step, or else as well as can be."""
+    try:
+        os.link(made, target)
+    except FileExistsError:
+        pass
+    except OSError:  # of many numbers: a file system without hard links
+        if not target.exists():
+            made.replace(target)
 
 
 SUMS = "SHA256SUMS"
@@ -109,11 +188,9 @@ def alone(folder: Path) -> Iterator[None]:
     """Hold a folder against other processes that fetch into it; they wait for their turn."""
     with contextlib.ExitStack() as stack:
         try:
-            descriptor = stack.enter_context(opened(folder))
+            stack.enter_context(locked(folder, math.inf))
         except OSError as error:
             raise DatasetError(f"the folder {folder} cannot be read ({error.strerror}); {ELSEWHERE}") from error
-        if descriptor is not None:
-            wait_for_lock(descriptor)  # without locks, renames still keep every file whole
         yield
 
 
@@ -137,39 +214,3 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise DatasetError(f"the folder {folder} cannot be made ({error.strerror}); {ELSEWHERE}") from error
     return folder
-
-
-def try_lock(descriptor: int, shared: bool = False) -> bool | None:
-    """Lock an open file or folder until it is closed or its process dies.
-
-    Returns False when another holds it, None on a file system or a system without
-    """
-    if not AVAILABLE:
-        return None
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def wait_for_lock(descriptor: int) -> None:
-    """Lock an open file or folder as soon as no other process holds it; do nothing where there are no"""
-    if AVAILABLE:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-@contextmanager
-def opened(folder: Path) -> Iterator[int | None]:
-    """Open a folder to lock it; None on a system without locks, which may not open folders. Raises OSError."""
-    if not AVAILABLE:
-        yield None
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

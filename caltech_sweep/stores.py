@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from caltech_sweep import addresses, paths
@@ -20,7 +18,7 @@ from caltech_sweep.addresses import SQLITE
 from caltech_sweep.addresses import hide_secrets as hide_secrets
 from caltech_sweep.addresses import sqlite_file as sqlite_file
 from caltech_sweep.errors import StoreError
-from caltech_sweep.files import try_lock
+from caltech_sweep.files import create_atomically, locked
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -30,7 +28,7 @@ _VARIABLE = "MLFLOW_TRACKING_URI"
 _RETRY_SECONDS = 1.0
 _ATTEMPTS = 30  # to open a database whose tables another process is creating
 _MADE_TWICE = re.compile("duplicate key|duplicate entry|already exists", re.I)
-_ABANDONED = 3600.0  # seconds after which a store that is being made is taken for one that was given up
+_GLANCE = 0.5  # seconds that a study's lock is waited for: another process may only look whether it is free
 
 
 def tracking_uri(named: str | None = None) -> str:
@@ -157,19 +155,13 @@ def check_writable(uri: str, what: str) -> None:
 def make_whole(uri: str, make: Callable[[str], None]) -> None:
     """Let ``make`` create a missing SQLite store under a name of its own, then put it in its place in one step.
 
-    A process that is killed while it creates tables would leave a store that cannot be opened.
+    A process that is killed while it creates tables would leave a store that cannot be opened. Where another process
+    was faster, its store is as good.
     """
     file = sqlite_file(uri)
-    if file is None or file.exists():
-        return
-    for abandoned in file.parent.glob(f".new-{file.name}-*"):
-        if time.time() - abandoned.stat().st_mtime > _ABANDONED:
-            shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".new-{file.name}-") as folder:
-        made = Path(folder) / file.name
-        make(f"{SQLITE}{made}")
-        with contextlib.suppress(FileExistsError):  # another process was faster, and its store is as good
-            os.link(made, file)
+    if file is not None and not file.exists():
+        with create_atomically(file, replace=False) as made:
+            make(f"{SQLITE}{made}")
 
 
 def make_tables(uri: str, make: Callable[[], T]) -> T:
@@ -231,20 +223,21 @@ def _lock_file(file: Path, study: str) -> Path:
     return file.parent / "locks" / f"{paths.file_name(study)}.lock"
 
 
-def _take(lock: IO[str], study: str, shared: bool = False) -> None:
-    if try_lock(lock.fileno(), shared) is False:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
-        raise StoreError(f"study {study!r} is being run by {owner}; wait for it, stop it, or choose --name")
+@contextlib.contextmanager
+def _taken(lock: Path, study: str) -> Iterator[None]:
+    with locked(lock, _GLANCE) as held:
+        if held is False:
+            owner = lock.read_text(encoding="utf-8").strip() or "another process"
+            raise StoreError(f"study {study!r} is being run by {owner}; wait for it, stop it, or choose --name")
+        yield
 
 
 def check_free(uri: str, study: str) -> None:
     """Raise the StoreError of :func:`study_lock` while another process runs a study; nothing is written."""
     file = sqlite_file(uri)
-    if file is None or not _lock_file(file, study).is_file():
-        return
-    with contextlib.suppress(PermissionError), _lock_file(file, study).open() as lock:
-        _take(lock, study, shared=True)
+    if file is not None and _lock_file(file, study).is_file():
+        with contextlib.suppress(PermissionError), _taken(_lock_file(file, study), study):
+            pass
 
 
 @contextlib.contextmanager
@@ -254,20 +247,16 @@ def study_lock(uri: str, study: str) -> Iterator[None]:
     Raises StoreError while another process runs the study.
     """
     file = sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    place = _lock_file(file, study)
-    try:
-        place.parent.mkdir(exist_ok=True)
-        opened = place.open("a+")
-    except OSError as error:
-        raise StoreError(
-            f"the folder {place.parent} cannot be written: {error.strerror}; check its permissions"
-        ) from error
-    with opened as lock:
-        _take(lock, study)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
+    with contextlib.ExitStack() as stack:
+        if file is not None:
+            lock = _lock_file(file, study)
+            try:
+                lock.parent.mkdir(exist_ok=True)
+                stack.enter_context(_taken(lock, study))
+            except OSError as error:
+                raise StoreError(
+                    f"the folder {lock.parent} cannot be written: {error.strerror}; check its permissions"
+                ) from error
+            with contextlib.suppress(OSError):  # another user's file, which can be locked all the same
+                lock.write_text(f"process {os.getpid()}", encoding="utf-8")
         yield

@@ -127,8 +127,8 @@ def test_no_function_is_longer_than_a_screen() -> None:
     assert not long
 
 
-def test_one_module_knows_which_systems_have_locks() -> None:
-    assert users_of("fcntl") == {"files.py"}
+def test_one_module_locks_files_and_only_a_library_knows_how() -> None:
+    assert users_of("filelock") == {"files.py"} and not users_of("fcntl") | users_of("msvcrt")
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)

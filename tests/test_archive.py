@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import io
@@ -33,6 +32,7 @@ from caltech_sweep.data.fetch.download import RETRY, download
 from caltech_sweep.data.fetch.unpack import unpack
 from caltech_sweep.data.splits import caltech_split
 from caltech_sweep.errors import DatasetError, UsageError
+from caltech_sweep.files import locked
 from helpers.datasets import fake_caltech
 from helpers.servers import FileServer, serve
 
@@ -322,11 +322,10 @@ def test_two_processes_take_turns(server: FileServer, tmp_path: Path) -> None:
         "from pathlib import Path; from caltech_sweep.data.fetch.download import download; "
         f"download({server.url('file.bin')!r}, Path('file.bin'), [{SHA!r}], lambda d, t: None, fix='')"
     )
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(2)]
-    time.sleep(0.2)
-    os.close(handle)
+    with locked(tmp_path) as held:
+        assert held
+        processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(2)]
+        time.sleep(0.2)
     assert [process.wait() for process in processes] == [0, 0]
     assert (tmp_path / "file.bin").read_bytes() == BODY and server.asked == [None]
 
@@ -395,6 +394,7 @@ def test_an_unzipped_official_zip_is_understood(tmp_path: Path) -> None:
 def test_an_incomplete_archive_is_named_and_changes_nothing(tmp_path: Path, home: Path) -> None:
     (tmp_path / "c.tar").write_bytes(tar_of(member("renamed/BACKGROUND_Google/image_0001.jpg")))
     (home / ".unpack-killed" / "half").mkdir(parents=True)
+    os.utime(home / ".unpack-killed", (0, 0))
     with pytest.raises(DatasetError, match=r"c.tar/BACKGROUND_Google lacks the stray file 'tmp'"):
         fetch(tmp_path / "c.tar", None, quiet)
     assert not list(home.iterdir())

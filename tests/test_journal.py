@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager, closing
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 
 from caltech_sweep import stores
+from caltech_sweep.errors import StoreError
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, scripted_coordinator
 from caltech_sweep.tracking import writer as tracking
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
@@ -70,7 +74,7 @@ def test_whenever_the_store_goes_away_it_ends_with_every_result_once(tmp_path: P
         assert "training continues" in notes[0] and "is back" in notes[-1]
 
 
-def test_a_journal_survives_its_writer_and_a_line_that_was_cut_short(tmp_path: Path) -> None:
+def test_a_journal_survives_its_writer_and_a_change_that_was_cut_short(tmp_path: Path) -> None:
     tracker = MemoryTracker()
     tracker.start_study("s", "A study", {})
     away = Unreliable(1, 10**9)
@@ -83,12 +87,22 @@ def test_a_journal_survives_its_writer_and_a_line_that_was_cut_short(tmp_path: P
     (tmp_path / "made" / "file.txt").write_text("kept")
     first.finish_trial(local, "complete", {"best/val_accuracy": float("nan")}, {}, tmp_path / "made")
     (tmp_path / "made" / "file.txt").unlink()
-    with (tmp_path / "j" / "entries.jsonl").open("a") as file:
-        file.write('{"n": 99, "op": "log_ep')
+    killed = subprocess.run([sys.executable, "-c", CUT, str(tmp_path / "j" / "journal.db")])
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / "j" / "journal.db-journal").exists()
     second = JournalingTracker(tracker, Journal(tmp_path / "j"), is_outage, lambda text: None)
     assert second.waiting == 4 and second.replay() and not (tmp_path / "j").exists()
     (made,) = tracker.runs.values()
     assert made.artifacts == {"file.txt": b"kept"} and len(made.history) == 1 and made.status == "FINISHED"
+
+
+CUT = """
+import os, signal, sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+database.execute("PRAGMA cache_size = 1")  # pages go to the file before the transaction ends
+for _ in range(500):
+    database.execute("INSERT INTO entries (operation, arguments) VALUES ('log_epochs', hex(zeroblob(2000)))")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_a_write_that_the_store_will_never_take_is_set_aside(tmp_path: Path) -> None:
@@ -96,10 +110,66 @@ def test_a_write_that_the_store_will_never_take_is_set_aside(tmp_path: Path) -> 
     tracker.start_study("s", "A study", {})
     journal = Journal(tmp_path / "j")
     journal.add("log_params", {"run_id": "no such run", "params": {"lr": "1"}})
+    journal.add("finish_study", {"name": "s", "complete": True})
     assert JournalingTracker(tracker, journal, is_outage, notes.append).replay()
-    assert "refuses a write (log_params:" in notes[0] and str(tmp_path / "j" / "rejected.jsonl") in notes[0]
-    assert "no such run" in (tmp_path / "j" / "rejected.jsonl").read_text()
-    assert not Journal(tmp_path / "j").pending
+    assert "refuses a write (log_params:" in notes[0] and str(tmp_path / "j" / "journal.db") in notes[0]
+    with closing(sqlite3.connect(tmp_path / "j" / "journal.db")) as database:
+        ((arguments, why),) = database.execute("SELECT arguments, rejected FROM entries")
+    assert "no such run" in arguments and why in notes[0]
+    again = JournalingTracker(tracker, Journal(tmp_path / "j"), is_outage, notes.append)
+    assert not again.waiting and again.replay() and (tmp_path / "j" / "journal.db").exists()
+
+
+def test_a_journal_of_an_earlier_version_is_taken_over_by_the_first_change_and_replayed_once(tmp_path: Path) -> None:
+    steady, tracker, folder = MemoryTracker(), MemoryTracker(), tmp_path / "j"
+    (folder / "artifacts" / "5").mkdir(parents=True)
+    (folder / "artifacts" / "5" / "file.txt").write_text("kept")
+    tags = {"trial_number": "0", "journal.id": "local-1"}
+    lines = [
+        {"n": 1, "op": "start_study", "args": {"name": "s", "title": "Done", "document": {}}},
+        {"n": 2, "op": "start_trial", "args": {"study": "s", "name": "One", "params": {"lr": "1"}, "tags": tags}},
+        {"done": 1, "runs": {"local-0": "run-0"}},
+        {"n": 3, "op": "log_epochs", "args": {"run_id": "local-1", "epochs": [[1, {"train/loss": 1.0}, 5]]}},
+        {"n": 5, "op": "finish_trial", "artifacts": True}
+        | {"args": {"run_id": "local-1", "outcome": "complete", "metrics": {"best/val_accuracy": 0.5}, "tags": {}}},
+    ]
+    former = folder / "entries.jsonl"
+    former.write_text("".join(f"\n{json.dumps(line)}\n" for line in lines) + '{"n": 6, "op": "log_ep')
+    for one in (steady, tracker):
+        one.start_study("s", "A study", {})
+        one.datasets["run-0"] = "digest"
+    looked = Journal(folder)
+    assert list(looked.pending) == [2, 3, 5] and looked.runs == {"local-0": "run-0"}
+    assert former.exists() and not looked.file.exists()  # who only looks changes nothing
+    looked.add("log_params", {"run_id": "local-1", "params": {"momentum": "0.9"}})
+    assert not former.exists()
+    former.write_text("".join(f"{json.dumps(line)}\n" for line in lines))  # as a kill before its removal leaves it
+    journal = Journal(folder)
+    assert list(journal.pending) == [2, 3, 5, 6] and journal.runs == {"local-0": "run-0"}
+    assert JournalingTracker(tracker, journal, is_outage, lambda text: None).replay() and not folder.exists()
+    run_id = steady.start_trial("s", "One", {"lr": "1"}, tags)
+    steady.log_epochs(run_id, [(1, {"train/loss": 1.0}, 5)])
+    (tmp_path / "file.txt").write_text("kept")
+    steady.finish_trial(run_id, "complete", {"best/val_accuracy": 0.5}, {}, tmp_path)
+    steady.log_params(run_id, {"momentum": "0.9"})
+    assert told(tracker) == told(steady)
+
+
+def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    (tmp_path / "journal.db").write_bytes(b"no database" * 100)
+    with pytest.raises(StoreError, match=r"the journal .*journal.db cannot be read: file is not a database"):
+        Journal(tmp_path)
+
+
+def test_a_journal_on_a_full_disk_says_so_and_keeps_what_it_has(small_disk: Path) -> None:
+    journal = Journal(small_disk / "j")
+    journal.add("finish_study", {"name": "s", "complete": True})
+    with (small_disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(StoreError, match=r"cannot be written \(.*full.*\); free some disk space"):
+        journal.add("log_params", {"run_id": "r", "params": {"lr": "1" * 100_000}})
+    assert len(journal.pending) == len(Journal(small_disk / "j").pending) == 1
 
 
 def trial(tracker: MlflowTracker, number: int) -> TrialRecord:

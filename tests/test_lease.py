@@ -221,14 +221,14 @@ def test_a_journal_takes_nothing_from_who_has_lost_the_study(uri: str, tmp_path:
         Unreliable(1, 10**9), Journal(tmp_path / "journal"), is_outage, lambda text: None, first.check
     )
     journaling.finish_study("s", True)
-    kept = (tmp_path / "journal" / "entries.jsonl").read_bytes()
+    kept = (tmp_path / "journal" / "journal.db").read_bytes()
     stop(first)
     time.sleep(1.2 * SECONDS)
     second.acquire()
     for write in (lambda: journaling.finish_study("s", False), journaling.keep_up, journaling.replay):
         with pytest.raises(LostStudyError):
             write()
-    assert (tmp_path / "journal" / "entries.jsonl").read_bytes() == kept
+    assert (tmp_path / "journal" / "journal.db").read_bytes() == kept
     first.release()
     second.release()
 

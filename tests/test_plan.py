@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -19,6 +18,7 @@ import pytest
 from PIL import Image
 
 from caltech_sweep.data import inspect_dataset
+from caltech_sweep.files import locked
 from caltech_sweep.stores import storage_uri
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import load_study
@@ -92,8 +92,7 @@ def test_a_plan_refuses_other_settings_under_the_name_of_a_study_as_a_run_does(f
 
 
 def test_a_plan_refuses_a_study_that_was_deleted_or_that_another_process_runs(copied: Path) -> None:
-    with (copied / "mlruns" / "locks" / "tiny.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(copied / "mlruns" / "locks" / "tiny.lock"):
         plan, run = invoke("plan", "tiny"), invoke("run", "tiny", "--in-process")
     assert run.stderr.removeprefix("Error: ") in plan.stderr and "is being run by" in plan.stderr
     assert "nothing to train" in plan.stdout and plan.exit_code == run.exit_code == 2

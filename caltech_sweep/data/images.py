@@ -12,9 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from torchvision.transforms import functional as tvf
 from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules, examine, read_rgb
 from caltech_sweep.data.splits import SPLITS, Sample, Split
 from caltech_sweep.errors import DatasetError
+from caltech_sweep.files import create_atomically
 from caltech_sweep.paths import closest
 from caltech_sweep.text import readable
 
@@ -103,28 +103,14 @@ def _unwritable(cache: Path, reason: str) -> DatasetError:
     )
 
 
-def _write_atomically(target: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file that is either absent or whole, also when two processes write it at once.
-
-    The chunks are consumed as they are written, so that a dataset need not fit in memory.
-    """
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[Path]:
+    """Yield the path to write a file of a cache to; it is then absent or whole, also when two write it at once."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+        with create_atomically(target) as made:
+            yield made
     except OSError as error:
         raise _unwritable(target.parent, str(error.strerror)) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise DatasetError(f"the image cache {target} cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 class ImageStore:
@@ -194,21 +180,18 @@ class _Cache:
             return None
 
     def write_header(self, header: dict[str, Any]) -> None:
-        _write_atomically(self.base.with_suffix(".json"), [json.dumps(header).encode()])
+        with _writing(self.base.with_suffix(".json")) as made:
+            made.write_text(json.dumps(header))
 
     def build(self, images: Iterator[np.ndarray], facts: dict[str, Any]) -> ImageStore:
         shapes: list[list[int]] = []
         written = checksum = 0
-
-        def pixels() -> Iterator[bytes]:
-            nonlocal written, checksum
+        with _writing(self.base.with_suffix(".bin")) as made, made.open("wb") as file:
             for image in images:
                 data = image.tobytes()
                 shapes.append(list(image.shape[:2]))
                 written, checksum = written + len(data), zlib.crc32(data, checksum)
-                yield data
-
-        _write_atomically(self.base.with_suffix(".bin"), pixels())
+                file.write(data)
         self.write_header({"bytes": written, "crc32": checksum, "shapes": shapes, **facts})
         opened = self.open()
         if opened is None:

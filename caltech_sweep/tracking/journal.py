@@ -1,8 +1,8 @@
 """Results that the tracking store does not take at the moment: kept in a local journal, replayed when it is back.
 
 While the store answers, everything goes straight to it. The first write that it does not take, and all after that,
-become lines of an append-only file, each on the disk before the study continues; artifacts are copied next to it. Every
-line is replayed in order and once: what it does is checked against what the store has, so a line that was cut short
+become entries of a small database, each on the disk before the study continues; artifacts are copied next to it. Every
+entry is replayed in order and once: what it does is checked against what the store has, so a write that was cut short
 half way, by either side, is not doubled. A run that is created meanwhile has a local id until then.
 """
 
@@ -10,110 +10,135 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from caltech_sweep import addresses, paths, stores
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.text import counted
-from caltech_sweep.tracking.records import EpochLog, StudyRecord, Tracker, TrialRecord
+from caltech_sweep.tracking.records import EpochLog, Tracker
 
 LOCAL = "local-"  # what the id of a run begins with that the store does not know yet
 ID_TAG = "journal.id"  # on a run that was replayed: its local id, by which it is found again
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
 _OF_ITS_COURSE = ("resume_trial", "log_epochs", "finish_trial")  # what a trial that has ended needs no more
-_FILE, _SPOOL, _REJECTED = "entries.jsonl", "artifacts", "rejected.jsonl"
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS entries (n INTEGER PRIMARY KEY AUTOINCREMENT, operation TEXT NOT NULL, "
+    "arguments TEXT NOT NULL, artifacts TEXT, rejected TEXT)",
+    "CREATE TABLE IF NOT EXISTS runs (local TEXT PRIMARY KEY, run_id TEXT NOT NULL)",
+)
+
+
+class Entry(NamedTuple):
+    """A write that waits: a tracker's method, its arguments, and the name of the folder with its artifacts, if any."""
+
+    operation: str
+    arguments: Mapping[str, Any]
+    artifacts: str | None = None
 
 
 class Journal:
-    """An append-only file of entries and of marks that they are done; it is gone when all are."""
+    """Entries that wait in ``journal.db``, which is gone when none is left. Each change is one transaction.
+
+    What the store will never take stays in its table ``entries``, with the reason in the column ``rejected``.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file = folder / _FILE
-        self.pending: dict[int, dict[str, Any]] = {}
+        """Read a folder's journal, if there is one; nothing is written. Raises StoreError when it cannot be read."""
+        self.folder, self.file = folder, folder / "journal.db"
+        self._former = folder / "entries.jsonl"  # of earlier versions; the first change takes it over
+        self.pending: dict[int, Entry] = {}
         self.runs: dict[str, str] = {}  # run ids by local id
-        self._last = 0
-        for line in self._lines():
-            self._take(line)
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
         try:
-            lines = self._file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StoreError(f"the journal {self._file} cannot be read: {error.strerror}") from error
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:  # empty, or cut short by a kill before anyone relied on it
-                continue
+            for line in self._former.read_bytes().split(b"\n") if self._former.exists() else ():
+                with suppress(ValueError):  # empty, or cut short by a kill before anyone relied on it
+                    self._take(**json.loads(line))
+            if self.file.exists():
+                with self._database() as database:
+                    rows = database.execute("SELECT * FROM entries WHERE rejected IS NULL ORDER BY n")
+                    self.pending.update({n: Entry(name, json.loads(text), kept) for n, name, text, kept, _ in rows})
+                    self.runs.update(database.execute("SELECT * FROM runs"))
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the journal {self.file} cannot be read: {_reason(error)}") from error
 
-    def _take(self, line: Mapping[str, Any]) -> None:
-        if "done" in line:
-            self.pending.pop(line["done"], None)
-            self.runs.update(line.get("runs", {}))
-        else:
-            self.pending[line["n"]] = dict(line)
-            self._last = max(self._last, line["n"])
+    def _take(self, n: int = 0, op: str = "", args: Any = None, artifacts: bool = False, **mark: Any) -> None:
+        if op:
+            self.pending[n] = Entry(op, args, str(n) if artifacts else None)
+        self.pending.pop(mark.get("done", 0), None)
+        self.runs.update(mark.get("runs", {}))
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.file)) as database, database:
+            for table in _TABLES:
+                database.execute(table)
+            yield database
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Make a change in one transaction, which is on the disk at its end. Raises OSError or sqlite3.Error."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._database() as database:
+            if self._former.exists():
+                rows = [(n, name, json.dumps(given), kept) for n, (name, given, kept) in self.pending.items()]
+                database.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, NULL)", rows)
+                database.executemany("INSERT OR IGNORE INTO runs VALUES (?, ?)", self.runs.items())
+            yield database
+        self._former.unlink(missing_ok=True)
+
+    def artifacts(self, entry: Entry) -> Path | None:
+        """Return the folder with the artifacts of an entry, or None where it has none."""
+        return self.folder / "artifacts" / entry.artifacts if entry.artifacts else None
 
     def add(self, operation: str, arguments: Mapping[str, Any], folder: Path | None = None) -> None:
         """Add an entry, and a copy of the artifacts in ``folder``; it is on the disk when this returns."""
-        number = self._last + 1
-        line: dict[str, Any] = {"n": number, "op": operation, "args": dict(arguments)}
+        text, has_some = json.dumps(dict(arguments)), folder is not None and folder.is_dir()
+        entry = Entry(operation, json.loads(text), uuid.uuid4().hex if has_some else None)
         try:
-            if folder is not None and folder.is_dir():
-                target = self.spool(number)
-                shutil.rmtree(target, ignore_errors=True)
+            if folder is not None and (target := self.artifacts(entry)):
                 shutil.copytree(folder, target)
-                line["artifacts"] = True
-            self._append(line)
-        except OSError as error:
-            reason = re.search(r"\[Errno \d+\] ([^:]+)", str(error))  # of many files, what the first met
+            with self._change() as database:
+                columns = "INSERT INTO entries (operation, arguments, artifacts) VALUES (?, ?, ?)"
+                number = database.execute(columns, (operation, text, entry.artifacts)).lastrowid
+        except (OSError, sqlite3.Error) as error:
             raise StoreError(
-                f"the tracking store takes no results, and its journal {self._file} cannot be written "
-                f"({reason[1] if reason else error}); make room and run the study again"
+                f"the tracking store takes no results, and its journal {self.file} cannot be written "
+                f"({_reason(error)}); free some disk space and run the study again"
             ) from error
-
-    def spool(self, number: int) -> Path:
-        """Return the folder with the artifacts of an entry."""
-        return self.folder / _SPOOL / str(number)
+        self.pending[number or 0] = entry
 
     def done(self, number: int, runs: Mapping[str, str]) -> None:
-        """Mark an entry as done; ``runs`` holds the run ids that it gave to local ids."""
-        self._append({"done": number, "runs": dict(runs)})
-        shutil.rmtree(self.spool(number), ignore_errors=True)
-        self._tidy()
+        """Remove an entry that is in the store; ``runs`` holds the run ids that it gave to local ids."""
+        with self._change() as database:
+            database.execute("DELETE FROM entries WHERE n = ?", (number,))
+            database.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?)", runs.items())
+            left = database.execute("SELECT 1 FROM entries").fetchone()
+        self.runs.update(runs)
+        if folder := self.artifacts(self.pending.pop(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not left:
+            self.file.unlink()
+            if not (self.folder / "rejected.jsonl").exists():  # what an earlier version has set aside
+                shutil.rmtree(self.folder, ignore_errors=True)
 
-    def reject(self, number: int) -> None:
-        """Keep an entry apart that the store will never accept, with its artifacts."""
-        with (self.folder / _REJECTED).open("a") as file:
-            file.write(json.dumps(self.pending[number]) + "\n")
-        self._append({"done": number})
-        self._tidy()
+    def reject(self, number: int, why: str) -> None:
+        """Set an entry aside, with its artifacts and the reason, that the store will never take."""
+        with self._change() as database:
+            database.execute("UPDATE entries SET rejected = ? WHERE n = ?", (why, number))
+        del self.pending[number]
 
-    def _tidy(self) -> None:
-        if self.pending:
-            return
-        self._file.unlink()
-        if not (self.folder / _REJECTED).exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file.open("ab") as file:
-            file.write(b"\n" + json.dumps(line).encode() + b"\n")  # the first ends a line that was cut short
-            file.flush()
-            os.fsync(file.fileno())
-        self._take(line)
+def _reason(error: Exception) -> str:
+    number = re.search(r"\[Errno \d+\] ([^:]+)", str(error))  # of many files, what the first met
+    return number[1] if number else str(error)
 
 
 def journal_folder(root: Path, study: str, uri: str) -> Path:
@@ -160,9 +185,8 @@ def _former(root: Path, uri: str) -> list[Path]:
 def _study_of(folder: Path, names: Iterable[str]) -> str:
     """Return whose journal of an earlier version this is, in whose name / and _ are the same."""
     for entry in Journal(folder).pending.values():
-        arguments = entry["args"]
-        if "study" in arguments or entry["op"] == "finish_study":
-            return str(arguments.get("study", arguments.get("name")))
+        if "study" in entry.arguments or entry.operation == "finish_study":
+            return str(entry.arguments.get("study", entry.arguments.get("name")))
     written = folder.name[: -len("-") - 8]
     alike = [name for name in names if name.replace("/", "_") == written]
     return written if written in alike or not alike else alike[0]
@@ -186,13 +210,12 @@ class JournalingTracker:
         self._is_outage, self._note = is_outage, note
         self._wait, self._next = FIRST_WAIT, 0.0
         self._last_epoch: dict[str, int] = {}
+        self.study, self.trials = inner.study, inner.trials
 
     @property
     def waiting(self) -> int:
         """How many writes the store does not have yet."""
         return len(self.journal.pending)
-
-    # -- bringing it to the store ----------------------------------------------------------------------------------
 
     def keep_up(self) -> None:
         """Bring what waits to the store, if there is any and it is time to try again."""
@@ -205,24 +228,26 @@ class JournalingTracker:
         count = self.waiting
         for number, entry in list(self.journal.pending.items()):
             self._fence()
+            refused = None
             try:
                 self.inner.keep_up()
-                runs = self._apply(entry)
+                mark = partial(self.journal.done, number, self._apply(entry))
             except (LostStudyError, ForeignStudyError):
                 raise
             except Exception as error:
                 if self._is_outage(error):
                     return self._later()
-                self.journal.reject(number)
-                self._note(
-                    f"the tracking store refuses a write ({entry['op']}: {stores.reason(error)}); "
-                    f"it is kept in {self.journal.folder / _REJECTED}"
-                )
-                continue
+                refused = stores.reason(error)
+                mark = partial(self.journal.reject, number, refused)
             try:
-                self.journal.done(number, runs)
-            except OSError:  # a disk without room for the mark: the entry is replayed again, which changes nothing
+                mark()
+            except (OSError, sqlite3.Error):  # a disk without room for it: the entry is replayed again, to no effect
                 return self._later()
+            if refused is not None:
+                self._note(
+                    f"the tracking store refuses a write ({entry.operation}: {refused}); "
+                    f"it is kept in {self.journal.file}, in the table entries"
+                )
         if count:
             self._note(f"the tracking store is back: {counted(count, 'write')} replayed")
         self._wait = FIRST_WAIT
@@ -233,12 +258,12 @@ class JournalingTracker:
         self._wait = min(2 * self._wait, LONGEST_WAIT)
         return False
 
-    def _apply(self, entry: Mapping[str, Any]) -> dict[str, str]:
+    def _apply(self, entry: Entry) -> dict[str, str]:
         """Do what an entry says, as far as the store does not have it; return the run ids given to local ids.
 
         A trial that has ended meanwhile stays as it is: a process that took the study over has trained it.
         """
-        arguments, operation = dict(entry["args"]), entry["op"]
+        arguments, operation = dict(entry.arguments), entry.operation
         if "run_id" in arguments:
             arguments["run_id"] = self._real(arguments["run_id"])
             if operation in _OF_ITS_COURSE and self.inner.has_ended(arguments["run_id"]):
@@ -255,7 +280,7 @@ class JournalingTracker:
             last = self.inner.last_epoch(arguments["run_id"])
             arguments["epochs"] = [epoch for epoch in arguments["epochs"] if epoch[0] > last]
         if operation == "finish_trial":
-            arguments["folder"] = self.journal.spool(entry["n"]) if entry.get("artifacts") else None
+            arguments["folder"] = self.journal.artifacts(entry)
         getattr(self.inner, operation)(**arguments)
         return {}
 
@@ -272,34 +297,25 @@ class JournalingTracker:
     def _real(self, run_id: str) -> str:
         return self.journal.runs.get(run_id, run_id)
 
-    # -- writing ---------------------------------------------------------------------------------------------------
-
-    def _direct(self, call: Callable[[], Any]) -> tuple[bool, Any]:
-        """Return whether the store took a write, and what it answered; it is not asked while it has to catch up."""
-        self._fence()
-        if self.waiting:
-            return False, None
-        try:
-            return True, call()
-        except Exception as error:
-            if not self._is_outage(error):
-                raise
-            self._fence()
-            self._next = time.monotonic() + self._wait
-            self._note(
-                f"the tracking store is unavailable ({stores.reason(error)}): results are buffered in "
-                f"{self.journal.folder} until it is back; training continues"
-            )
-            return False, None
-
     def _write(self, operation: str, **arguments: Any) -> Any:
-        """Write to the store, or else to the journal."""
+        """Write to the store, or else to the journal; return what the store answered, None of the journal."""
+        self._fence()
         own = {**arguments, "run_id": self._real(arguments["run_id"])} if "run_id" in arguments else arguments
-        taken, answer = self._direct(partial(getattr(self.inner, operation), **own))
-        if not taken:
-            folder = arguments.pop("folder", None)
-            self.journal.add(operation, arguments, folder)
-        return answer
+        if not self.waiting:
+            try:
+                return getattr(self.inner, operation)(**own)
+            except Exception as error:
+                if not self._is_outage(error):
+                    raise
+                self._fence()
+                self._next = time.monotonic() + self._wait
+                self._note(
+                    f"the tracking store is unavailable ({stores.reason(error)}): results are buffered in "
+                    f"{self.journal.folder} until it is back; training continues"
+                )
+        folder = arguments.pop("folder", None)
+        self.journal.add(operation, arguments, folder)
+        return None
 
     def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
         """Bring what an earlier run left to the store, then create the study there, or go on with it."""
@@ -322,12 +338,8 @@ class JournalingTracker:
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Create a trial's run; return its id, a local one when the store is unavailable."""
         local = f"{LOCAL}{uuid.uuid4().hex}"
-        # An answer that gets lost is found again by this tag.
-        tags = {**tags, ID_TAG: local}
-        taken, run_id = self._direct(lambda: self.inner.start_trial(study, name, params, tags))
-        if not taken:
-            self.journal.add("start_trial", {"study": study, "name": name, "params": dict(params), "tags": tags})
-        return run_id if taken else local
+        tags = {**tags, ID_TAG: local}  # by which an answer that got lost is found again
+        return self._write("start_trial", study=study, name=name, params=dict(params), tags=tags) or local
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Record what a trial trains."""
@@ -370,13 +382,3 @@ class JournalingTracker:
                 f"{counted(self.waiting, 'write')} of study {study} not in the tracking store yet, but in "
                 f"{self.journal.folder}; bring them there with: caltech-sweep replay"
             )
-
-    # -- reading ---------------------------------------------------------------------------------------------------
-
-    def study(self, name: str) -> StudyRecord | None:
-        """Return a study, or None."""
-        return self.inner.study(name)
-
-    def trials(self, study: StudyRecord) -> list[TrialRecord]:
-        """Return the trials of a study, the oldest first."""
-        return self.inner.trials(study)

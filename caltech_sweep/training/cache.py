@@ -8,11 +8,10 @@ for the disk: what a power cut tears is found by its checksum like any other dam
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
+import math
 import os
 import shutil
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,16 +20,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep.files import locked_directory, remove_abandoned, try_lock
+from caltech_sweep.files import NEW, create_atomically, locked, remove_abandoned
 from caltech_sweep.training.heartbeat import beat
 
 FORMAT = 1
 KINDS = ("stage", "features")
 DEFAULT_BUDGET = 20 * 10**9  # bytes
 _HEADER, _DATA = "header.json", "data"
-_WRITING, _DROPPED = ".writing-", ".dropped-"
+_DROPPED = ".dropped-"
 _BLOCK = 1 << 22  # bytes read at once for a checksum
-_LOOK_AGAIN = 0.05  # seconds between two attempts to take a lock
 
 
 @dataclass(frozen=True)
@@ -126,15 +124,13 @@ class Cache:
             self._refused = True
             return False
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            with locked_directory(self.folder, _WRITING) as place:
+            with create_atomically(self.folder / name) as place:
+                place.mkdir()
                 fill(place / _DATA)
                 self._write_header(place, header)
                 if not self.has(name):
                     self.drop(name)  # the remains of an entry that somebody has half removed
-                with contextlib.suppress(FileExistsError):  # another process kept the same result first
-                    self._rename(place, self.folder / name)
             self._make_room(0)
         except OSError as error:
             return self._stop(error.strerror or str(error))
@@ -144,16 +140,6 @@ class Cache:
         self._full = True
         self._warnings.append(f"nothing more is cached in {self.folder}: {reason}; training continues")
         return False
-
-    @staticmethod
-    def _rename(source: Path, target: Path) -> None:
-        try:
-            source.rename(target)
-        except OSError as error:
-            # By its number, not by looking: the other entry may have been dropped since.
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise FileExistsError(*error.args) from error
-            raise
 
     @staticmethod
     def _write_header(place: Path, header: Mapping[str, Any]) -> None:
@@ -166,19 +152,11 @@ class Cache:
     def lock(self, name: str) -> Iterator[None]:
         """Let one process at a time compute an entry; the others wait and then find it."""
         place = self.folder / "locks"
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(place / name, os.O_RDWR | os.O_CREAT)
-        except OSError:  # nothing can be written here, so there is nothing to wait for
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to wait for
+                place.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(place / name, math.inf, beat))  # computing it may take long
             yield
-            return
-        try:
-            while try_lock(descriptor) is False:
-                beat()  # computing it may take long
-                time.sleep(_LOOK_AGAIN)
-            yield
-        finally:
-            os.close(descriptor)
 
     def entries(self) -> list[Entry]:
         """Return what is kept, the longest unused first."""
@@ -223,7 +201,7 @@ class Cache:
 
     def _sweep(self) -> None:
         """Remove what processes that died have left half written."""
-        for prefix in (_WRITING, _DROPPED):
+        for prefix in (NEW, _DROPPED, ".writing-"):  # the last is of earlier versions
             remove_abandoned(self.folder, prefix)
 
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from caltech_sweep import paths
@@ -21,11 +20,12 @@ from caltech_sweep.data.fetch.unpack import ARCHIVES, unpack
 from caltech_sweep.data.listing import is_hidden
 from caltech_sweep.data.splits import BACKGROUND, caltech_split
 from caltech_sweep.errors import DatasetError, UsageError
-from caltech_sweep.files import ELSEWHERE, alone, make_folder
+from caltech_sweep.files import ELSEWHERE, alone, locked_directory, make_folder, remove_abandoned
 
 URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"  # DOI 10.22002/D1.20086, CC BY 4.0
 CHECKSUMS = ("md5:3138e1922a9193bfa496528edbbc45d0", "md5:b224c7392d521a49829488ab0f1120d9")  # the zip; its tar.gz
 _ZIP = "caltech-101.zip"
+_UNPACKING = ".unpack-"
 
 
 # What `caltech-sweep data` does
@@ -128,26 +128,20 @@ def _install(home: Path, source: Path) -> Path:
         if root.is_dir() and source.is_dir() and root.samefile(source):
             _verify(root, root)
             return root
-        for stale in home.glob(".unpack-*"):  # left by a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
         try:
-            fresh = Path(tempfile.mkdtemp(prefix=".unpack-", dir=home))
-        except OSError as error:
-            raise DatasetError(f"the folder {home} cannot be written ({error.strerror}); {ELSEWHERE}") from error
-        try:
-            inner = fresh / paths.CALTECH_FOLDER  # mkdtemp's own folder is closed to other users
-            inner.mkdir()
-            if source.is_dir():
-                _copy_classes(source, inner)
-            else:
-                unpack(source, inner)
-            found = _class_root(inner)
-            _verify(found, source)
-            _put_in_place(found, root)
+            remove_abandoned(home, _UNPACKING)
+            with locked_directory(home, _UNPACKING) as fresh:
+                inner = fresh / paths.CALTECH_FOLDER  # the folder around it is closed to other users
+                inner.mkdir()
+                if source.is_dir():
+                    _copy_classes(source, inner)
+                else:
+                    unpack(source, inner)
+                found = _class_root(inner)
+                _verify(found, source)
+                _put_in_place(found, root)
         except OSError as error:
             raise DatasetError(f"{root} cannot be written ({error.strerror}); {ELSEWHERE}") from error
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
     return root
 
 
