@@ -1,15 +1,42 @@
-"""The frozen description of one training, and its fingerprint."""
+"""The frozen description of one training, and its fingerprint.
+
+Each field carries its default, its rule and what it means: study files, ``--set``, the documents and "did you mean"
+read them there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from caltech_sweep.metrics import objective_names
+from caltech_sweep.rules import (
+    BOOLEAN,
+    CLASSES,
+    COLOUR,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    TEXT,
+    WEIGHTS,
+    Rule,
+    as_text,
+    integer,
+    number,
+    one_of,
+    optional,
+    setting,
+    some_of,
+)
+from caltech_sweep.training.augment import AUGMENTATIONS
+from caltech_sweep.training.schedule import SCHEDULES
+
 FREEZE_CHOICES = ("none", "conv", "fc", "fc_but_last")
-AUGMENT_CHOICES = ("hflip", "color_jitter", "rotation")
 OPTIMIZER_CHOICES = ("sgd", "adam", "adamw")
 
 Freeze = Literal["none", "conv", "fc", "fc_but_last"]
@@ -27,21 +54,34 @@ FIRST_TRIAL_FIELDS = frozenset({
 })  # fmt: skip
 
 
+OBJECTIVE = Rule(lambda: f"one of {', '.join(objective_names())}", lambda v: v in objective_names())
+
+
+def _normalise(config: DatasetConfig | TrialConfig) -> None:
+    """Give each value the one form that it has here: a fingerprint tells 1 from 1.0, and a list cannot be hashed."""
+    for field_ in fields(config):
+        if (rule := field_.metadata.get("rule")) is not None:
+            object.__setattr__(config, field_.name, rule.normal(getattr(config, field_.name)))
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
     """Which images a trial sees and how they are cut; shapes are in pixels."""
 
-    name: str = "caltech101"  # caltech101 | shapes (drawn by code) | folder
-    root: str | None = None  # folder of class folders, only for name "folder"
-    classes: int | str | tuple[str, ...] | None = None  # first N | first_half | second_half | names | all
-    images_per_class: int | None = None  # at most so many of each class in each split
-    resize: int = 256  # short side, pixels
-    crop: int = 224  # centre crop, pixels, square
-    val_fraction: float = 1 / 3  # of train, class by class
-    test_fraction: float = 1 / 3  # only for "folder"; Caltech-101 has its official rule
-    split_seed: int = 0
-    background: str = "white"  # what transparent pixels show
-    exif: str = "apply"  # turn an image as its EXIF orientation says, or ignore that as torchvision does
+    name: str = setting("caltech101", one_of(("caltech101", "folder", "shapes")), "shapes are drawn, not read")
+    root: str | None = setting(None, optional(TEXT, "the default place"), "folder of class folders")
+    classes: int | str | tuple[str, ...] | None = setting(None, CLASSES, "which classes; a number means the first ones")
+    images_per_class: int | None = setting(None, optional(integer(1), "all"), "at most so many in each split")
+    resize: int = setting(256, integer(8), "short side, in pixels")
+    crop: int = setting(224, integer(8), "side of the square that is cut from the centre, in pixels")
+    val_fraction: float = setting(1 / 3, FRACTION, "of train, class by class")
+    test_fraction: float = setting(1 / 3, FRACTION, "for folder only; Caltech-101 has its official rule")
+    split_seed: int = setting(0, integer(0))
+    background: str = setting("white", COLOUR, "what transparent pixels show")
+    exif: str = setting("apply", one_of(("apply", "ignore")), "turn an image as its EXIF orientation says, or not")
+
+    def __post_init__(self) -> None:
+        _normalise(self)
 
 
 @dataclass(frozen=True)
@@ -52,28 +92,35 @@ class TrialConfig:
     """
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    arch: str = "alexnet"  # any torchvision classification model
-    weights: str = "none"  # none | imagenet | file:PATH | run:RUN_ID | study:NAME
-    outputs: int | None = None  # size of the last layer; None: one for each class
-    freeze: Freeze = "none"
-    optimizer: str = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9  # SGD only
-    weight_decay: float = 5e-5
-    step_size: int = 20  # epochs between learning-rate drops
-    gamma: float = 0.1  # factor of each drop
-    epochs: int = 30
-    batch_size: int = 256  # images a training step
-    drop_last: bool = True
-    augment: tuple[str, ...] = ()  # of AUGMENT_CHOICES, in that order
-    augment_probability: float = 0.5  # of each op, for each image
-    rotation_degrees: float = 20.0  # angles are uniform in +- this
-    normalize: str = "auto"  # auto | half | imagenet
-    test_views: str = "center"  # center | tencrop
-    test_batch_size: int = 256  # images a step in evaluation
-    seed: int = 0
-    precision: str = "auto"  # auto | float32 | bfloat16
-    channels_last: bool | None = None  # None: on CUDA only
+    arch: str = setting("alexnet", TEXT, "any torchvision classification model")
+    weights: str = setting("none", WEIGHTS, "what the training starts from")
+    outputs: int | None = setting(None, optional(integer(2), "one for each class"), "size of the last layer")
+    freeze: Freeze = setting("none", one_of(FREEZE_CHOICES), "which layers are not trained")
+    optimizer: str = setting("sgd", one_of(OPTIMIZER_CHOICES))
+    lr: float = setting(0.01, POSITIVE, "learning rate that the schedule starts from")
+    momentum: float = setting(0.9, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of sgd")
+    weight_decay: float = setting(5e-5, NOT_NEGATIVE)
+    step_size: int = setting(20, integer(1), "epochs between two drops of the learning rate")
+    gamma: float = setting(0.1, number("above 0 and at most 1", lambda v: 0 < v <= 1), "factor of each drop")
+    epochs: int = setting(30, integer(1))
+    batch_size: int = setting(256, integer(1), "images in a training step")
+    drop_last: bool = setting(True, BOOLEAN, "leave out an incomplete last batch")
+    augment: tuple[str, ...] = setting((), some_of(AUGMENTATIONS), "applied in this order")
+    augment_probability: float = setting(0.5, PROBABILITY, "of each augmentation, for each image")
+    rotation_degrees: float = setting(
+        20.0, number("between 0 and 180", lambda v: 0 <= v <= 180), "angles lie in +- this"
+    )
+    normalize: str = setting("auto", one_of(("auto", "half", "imagenet")), "auto follows the initial weights")
+    test_views: str = setting("center", one_of(("center", "tencrop")))
+    test_batch_size: int = setting(256, integer(1), "images in a step of the test")
+    seed: int = setting(0, integer(0))
+    precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
+    channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
+    schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
+    objective: str = setting("val/accuracy", OBJECTIVE, "what is best")
+
+    def __post_init__(self) -> None:
+        _normalise(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain nested dict that :meth:`from_dict` reads back."""
@@ -81,25 +128,20 @@ class TrialConfig:
 
     def to_params(self) -> dict[str, str]:
         """Return every field as text for MLflow params, dataset fields prefixed ``dataset.``."""
-        flat: dict[str, str] = {}
-        for name, value in self.to_dict().items():
-            if name == "dataset":
-                flat.update({f"dataset.{key}": _as_text(item) for key, item in value.items()})
-            else:
-                flat[name] = _as_text(value)
-        return flat
+        values = self.to_dict()
+        dataset = {f"dataset.{name}": value for name, value in values.pop("dataset").items()}
+        return {name: as_text(value) for name, value in {**dataset, **values}.items()}
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, str]) -> TrialConfig:
+        """Build a config from :meth:`to_params` output; what is missing, or of another version, has its default."""
+        dataset = {key[8:]: value for key, value in params.items() if key.startswith("dataset.")}
+        return cls(dataset=DatasetConfig(**_parsed(dataset, DATASET_RULES)), **_parsed(params, TRIAL_RULES))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
         """Build a config from :meth:`to_dict` output or its JSON round trip."""
-        values = _with_tuples(values)
-        dataset = _with_tuples(values.pop("dataset", {}))
-        if "augment" in values:
-            chosen = set(values["augment"])
-            values["augment"] = tuple(name for name in AUGMENT_CHOICES if name in chosen)
-        for name in FLOAT_FIELDS & values.keys():
-            values[name] = float(values[name])  # 1 and 1.0 are one learning rate
-        return cls(dataset=DatasetConfig(**dataset), **values)
+        return cls(**{**values, "dataset": DatasetConfig(**values.get("dataset", {}))})
 
     def counted(self) -> dict[str, Any]:
         """Return the settings that tell this training from others, as a nested dict that JSON can hold.
@@ -131,17 +173,15 @@ def _counted(config: TrialConfig | DatasetConfig, always: frozenset[str]) -> dic
     return values
 
 
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping with tuples for JSON's lists, so that a config can be hashed."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "+".join(map(str, value)) if value else "none"
-    return "none" if value is None else str(value)
+def _parsed(params: Mapping[str, str], rules: Mapping[str, Rule]) -> dict[str, Any]:
+    values = {}
+    for name, rule in rules.items():
+        with contextlib.suppress(KeyError, ValueError):
+            values[name] = rule.parse(params[name])
+    return values
 
 
 TRIAL_FIELDS = {f.name: f for f in fields(TrialConfig)}
-FLOAT_FIELDS = {name for name, field_ in TRIAL_FIELDS.items() if isinstance(field_.default, float)}
 DATASET_FIELDS = {f.name: f for f in fields(DatasetConfig)}
+TRIAL_RULES: dict[str, Rule] = {name: f.metadata["rule"] for name, f in TRIAL_FIELDS.items() if name != "dataset"}
+DATASET_RULES: dict[str, Rule] = {name: f.metadata["rule"] for name, f in DATASET_FIELDS.items()}

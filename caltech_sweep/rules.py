@@ -1,28 +1,83 @@
-"""What each setting of a trial may be: one rule a field, used by study files and by ``--set`` alike."""
+"""The words of rules: what a setting may be, in a sentence, and how its values are written and read.
+
+A rule stands in the field of the setting that it is of (:func:`setting`). Study files, ``--set``, the documents and the
+params of stored runs read it there.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import ImageColor
 
-from caltech_sweep.config import AUGMENT_CHOICES, FREEZE_CHOICES, OPTIMIZER_CHOICES
-
 
 @dataclass(frozen=True)
 class Rule:
-    """A test of one value and the words that follow "must be"; ``kind`` says which ranges make sense."""
+    """A test of one value and the words that follow "must be"; ``kind`` says which ranges make sense.
 
-    words: str
+    The words may be a function, for what is known only later: the names of a registry that grows.
+    """
+
+    text: str | Callable[[], str]
     accepts: Callable[[Any], bool]
     kind: str = "other"  # integer | number | other
+    order: Collection[str] | None = None  # of a list whose order means nothing
+
+    @property
+    def words(self) -> str:
+        """What follows "must be"."""
+        return self.text if isinstance(self.text, str) else self.text()
 
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value, or None."""
         return None if self.accepts(value) else f"must be {self.words}, got {value!r}"
+
+    def normal(self, value: Any) -> Any:
+        """Return the one form of a value that can be written in several: 1 and 1.0, a list and a tuple."""
+        if self.kind == "number" and is_number(value):
+            return float(value)
+        if isinstance(value, (list, tuple)):
+            ordered = [name for name in self.order or () if name in value]
+            return (*ordered, *(name for name in value if name not in ordered))
+        return value
+
+    def parse(self, text: str) -> Any:
+        """Return the value that :func:`as_text` wrote; raise ValueError for a text of no value that is accepted."""
+        value = next((value for value in _readings(text) if self.accepts(value)), Rule)
+        if value is Rule:
+            raise ValueError(f"must be {self.words}, got {text!r}")
+        return self.normal(value)
+
+
+def setting(default: Any, rule: Rule, about: str = "") -> Any:
+    """Return the field of a setting: its default, what it may be, and its unit or what it does in a few words."""
+    return field(default=default, metadata={"rule": rule, "about": about})
+
+
+def as_text(value: Any) -> str:
+    """Return a setting as the text of an MLflow param."""
+    if isinstance(value, (list, tuple)):
+        names = list(map(str, value))
+        return json.dumps(names) if any("+" in name for name in names) else "+".join(names) or "none"
+    return "none" if value is None else str(value)
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """Yield what a param's text may stand for, the narrowest kind first."""
+    yield from {"none": (None, ()), "True": (True,), "False": (False,)}.get(text, ())
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            yield kind(text)
+    if text.startswith("["):
+        with contextlib.suppress(ValueError):
+            yield tuple(json.loads(text))
+    yield tuple(text.split("+"))
+    yield text
 
 
 def is_integer(value: Any) -> bool:
@@ -45,14 +100,25 @@ def number(words: str, accepts: Callable[[float], bool]) -> Rule:
     return Rule(f"a number {words}", lambda v: is_number(v) and accepts(v), "number")
 
 
-def one_of(*choices: str) -> Rule:
-    """Return the rule of a name out of a few."""
-    return Rule(f"one of {', '.join(choices)}", lambda v: isinstance(v, str) and v in choices)
+def one_of(choices: Collection[str]) -> Rule:
+    """Return the rule of a name out of a few; a registry may grow."""
+    return Rule(lambda: f"one of {', '.join(choices)}", lambda v: isinstance(v, str) and v in choices)
+
+
+def some_of(choices: Collection[str]) -> Rule:
+    """Return the rule of a list of names, each at most once, whose order means nothing; a registry may grow."""
+
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+            return False
+        return len(set(value)) == len(value) and set(value) <= set(choices)
+
+    return Rule(lambda: f"a list of {', '.join(choices)}, each at most once", accepts, order=choices)
 
 
 def optional(rule: Rule, missing: str) -> Rule:
     """Let a rule accept null as well."""
-    return Rule(f"{rule.words}, or null for {missing}", lambda v: v is None or rule.accepts(v), rule.kind)
+    return Rule(lambda: f"{rule.words}, or null for {missing}", lambda v: v is None or rule.accepts(v), rule.kind)
 
 
 def _is_weights(value: Any) -> bool:
@@ -62,12 +128,6 @@ def _is_weights(value: Any) -> bool:
         return False
     prefix, _, rest = value.partition(":")
     return prefix in ("file", "run", "study") and bool(rest)
-
-
-def _is_augment(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
-        return False
-    return len(set(value)) == len(value) and set(value) <= AUGMENTS
 
 
 def _is_classes(value: Any) -> bool:
@@ -83,46 +143,12 @@ def _is_colour(value: Any) -> bool:
         return False
 
 
-AUGMENTS = frozenset(AUGMENT_CHOICES)
 BOOLEAN = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("a name", lambda v: isinstance(v, str) and bool(v.strip()))
 POSITIVE = number("above 0", lambda v: v > 0)
+NOT_NEGATIVE = number("of at least 0", lambda v: v >= 0)
 FRACTION = number("between 0 and 1, both excluded", lambda v: 0 < v < 1)
-
-TRIAL_RULES = {
-    "arch": TEXT,
-    "weights": Rule("none, imagenet, file:PATH, run:RUN_ID or study:NAME", _is_weights),
-    "outputs": optional(integer(2), "one for each class"),
-    "freeze": one_of(*FREEZE_CHOICES),
-    "optimizer": one_of(*OPTIMIZER_CHOICES),
-    "lr": POSITIVE,
-    "momentum": number("of at least 0 and below 1", lambda v: 0 <= v < 1),
-    "weight_decay": number("of at least 0", lambda v: v >= 0),
-    "step_size": integer(1),
-    "gamma": number("above 0 and at most 1", lambda v: 0 < v <= 1),
-    "epochs": integer(1),
-    "batch_size": integer(1),
-    "drop_last": BOOLEAN,
-    "augment": Rule(f"a list of {', '.join(AUGMENT_CHOICES)}, each at most once", _is_augment),
-    "augment_probability": number("between 0 and 1", lambda v: 0 <= v <= 1),
-    "rotation_degrees": number("between 0 and 180", lambda v: 0 <= v <= 180),
-    "normalize": one_of("auto", "half", "imagenet"),
-    "test_views": one_of("center", "tencrop"),
-    "test_batch_size": integer(1),
-    "seed": integer(0),
-    "precision": one_of("auto", "float32", "bfloat16"),
-    "channels_last": optional(BOOLEAN, "CUDA only"),
-}
-DATASET_RULES = {
-    "name": one_of("caltech101", "folder", "shapes"),
-    "root": optional(TEXT, "the default place"),
-    "classes": Rule("a number of at least 2, first_half, second_half, a list of class names, or null", _is_classes),
-    "images_per_class": optional(integer(1), "all"),
-    "resize": integer(8),
-    "crop": integer(8),
-    "val_fraction": FRACTION,
-    "test_fraction": FRACTION,
-    "split_seed": integer(0),
-    "background": Rule("an opaque colour such as white or '#ff8800', in quotes", _is_colour),
-    "exif": one_of("apply", "ignore"),
-}
+PROBABILITY = number("between 0 and 1", lambda v: 0 <= v <= 1)
+WEIGHTS = Rule("none, imagenet, file:PATH, run:RUN_ID or study:NAME", _is_weights)
+CLASSES = Rule("a number of at least 2, first_half, second_half, a list of class names, or null", _is_classes)
+COLOUR = Rule("an opaque colour such as white or '#ff8800', in quotes", _is_colour)

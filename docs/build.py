@@ -14,7 +14,6 @@ import click
 
 from caltech_sweep.cli import main
 from caltech_sweep.config import DATASET_FIELDS, TRIAL_FIELDS
-from caltech_sweep.rules import DATASET_RULES, TRIAL_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 _MADE = "<!-- Made by docs/build.py; do not edit. -->\n\n"
@@ -35,19 +34,23 @@ def commands() -> str:
     return f"{_MADE}# Commands\n\n" + "\n".join(_help(main, "caltech-sweep"))
 
 
-def _rows(rules: dict, fields: dict, prefix: str) -> list[str]:
+def _rows(fields: dict, prefix: str) -> list[str]:
     def default(value: object) -> str:
         if isinstance(value, bool) or value is None:
             return {True: "true", False: "false", None: "null"}[value]
-        return "[]" if value == () else f"{value:.3g}" if isinstance(value, float) else str(value)
+        return "[]" if value == () else str(value)
 
-    return [f"| `{prefix}{name}` | {rules[name].words} | `{default(fields[name].default)}` |" for name in rules]
+    return [
+        f"| `{prefix}{name}` | {f.metadata['rule'].words} | `{default(f.default)}` | {f.metadata['about']} |"
+        for name, f in fields.items()
+        if "rule" in f.metadata
+    ]
 
 
 def settings() -> str:
     """Return the page of every setting, what it may be, and its default."""
-    head = "| setting | may be | default |\n| --- | --- | --- |\n"
-    trial, dataset = _rows(TRIAL_RULES, TRIAL_FIELDS, ""), _rows(DATASET_RULES, DATASET_FIELDS, "dataset.")
+    head = "| setting | may be | default | what it is |\n| --- | --- | --- | --- |\n"
+    trial, dataset = _rows(TRIAL_FIELDS, ""), _rows(DATASET_FIELDS, "dataset.")
     return (
         f"{_MADE}# Settings\n\nWhat a study file may fix, sample or set in a row, and what `--set` takes.\n\n"
         f"## Of a trial\n\n{head}" + "\n".join(trial) + f"\n\n## Of the dataset\n\n{head}" + "\n".join(dataset) + "\n"

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caltech_sweep.config import AUGMENT_CHOICES, DatasetConfig, TrialConfig
+from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.study.file import load_study
+from caltech_sweep.training.augment import AUGMENTATIONS
 from caltech_sweep.training.keys import digest, prefix_key, recipe
 from caltech_sweep.training.networks import normalization
 
@@ -21,9 +22,7 @@ configs = st.builds(
     dataset=st.builds(DatasetConfig, classes=st.one_of(st.none(), st.integers(2, 101), st.just(("a", "b")))),
     lr=st.floats(1e-6, 1.0),
     epochs=st.integers(1, 90),
-    augment=st.sets(st.sampled_from(AUGMENT_CHOICES)).map(
-        lambda chosen: tuple(name for name in AUGMENT_CHOICES if name in chosen)
-    ),
+    augment=st.sets(st.sampled_from(list(AUGMENTATIONS))).map(tuple),
 )
 
 

@@ -197,8 +197,7 @@ def _reference(config: TrialConfig, data: LoadedData) -> tuple[torch.nn.Module, 
     losses = []
     for epoch in range(1, config.epochs + 1):
         train_mode(model, config)
-        params = augment.draw_params(config.seed, epoch, len(labels), config.augment, config.augment_probability, 0.0)
-        seen = (augment.apply(images, params) - 0.5) / 0.5
+        seen = (augment.apply(images, augment.draw(config, epoch, len(labels))) - 0.5) / 0.5
         order = torch.randperm(
             len(labels), generator=torch.Generator().manual_seed(derive_seed(config.seed, "shuffle", epoch))
         )
@@ -235,11 +234,12 @@ def test_what_an_image_gives_does_not_depend_on_its_neighbours(data: LoadedData)
     assert training._features is not None
     index = torch.randperm(36, generator=torch.Generator().manual_seed(0))
     flip = torch.arange(36) % 2 == 0
-    together = training._features.rows("train", index, flip)
+    draws = augment.Draws({"hflip": (flip, torch.empty(36, 0))})
+    together = training._features.rows("train", index, draws)
     assert together.shape == (36, 512) and CHUNK < 36
     for place in (0, 5, 35):
         assert torch.equal(
-            training._features.rows("train", index[place : place + 1], flip[place : place + 1])[0], together[place]
+            training._features.rows("train", index[place : place + 1], draws[torch.tensor([place])])[0], together[place]
         )
 
 

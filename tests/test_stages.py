@@ -24,9 +24,9 @@ from caltech_sweep.training import device
 from caltech_sweep.training import keys as reuse
 from caltech_sweep.training.cache import Cache, default_budget
 from caltech_sweep.training.checkpoints import identity, stored_epochs
-from caltech_sweep.training.fit import EpochResult, learning_rate
+from caltech_sweep.training.fit import EpochResult
 from caltech_sweep.training.keys import CacheOptions, checkpoint_key, prefix_key
-from caltech_sweep.training.schedule import learning_rates
+from caltech_sweep.training.schedule import epoch_rates, learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
 
@@ -350,7 +350,7 @@ def test_two_schedules_share_exactly_the_epochs_in_which_their_rates_agree(
 ) -> None:
     assert prefix_key(one) == prefix_key(other)
     rates, others = learning_rates(one), learning_rates(other)
-    assert rates == tuple(learning_rate(one, epoch) for epoch in range(1, one.epochs + 1))
+    assert rates == tuple(epoch_rates(one, epoch) for epoch in range(1, one.epochs + 1))
     agree = True
     for epoch in range(1, min(one.epochs, other.epochs) + 1):
         agree = agree and rates[epoch - 1] == others[epoch - 1]

@@ -16,8 +16,8 @@ from caltech_sweep.errors import DatasetError, DivergedError, ModelError
 from caltech_sweep.training import augment
 from caltech_sweep.training import heartbeat as pulse
 from caltech_sweep.training.device import pick_device, uses_bfloat16
-from caltech_sweep.training.fit import learning_rate
 from caltech_sweep.training.models import build_model, train_mode
+from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 
 SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=4, images_per_class=8)
@@ -40,25 +40,28 @@ def run(config: TrialConfig, data: LoadedData) -> tuple[list, TrialOutcome]:
 
 def test_every_augmentation_equals_torchvision_sample_by_sample(data: LoadedData) -> None:
     images = data.center_crops("train", 32)[:32].float() / 255
-    params = augment.draw_params(3, 1, 32, ("hflip", "color_jitter", "rotation"), 0.5, 20.0)
-    got = augment.apply(images.clone(), params)
-    assert 0 < params.flip.sum() < 32 and (params.angle == 0).any() and (params.angle != 0).any()
+    draws = augment.draw(replace(CONFIG, augment=augment_all, seed=3), 1, 32)
+    got = augment.apply(images, draws)
+    (flip, _), (jittered, jitter), (turned, angle) = (draws.by_op[op] for op in augment_all)
+    assert 0 < flip.sum() < 32 and 0 < jittered.sum() < 32 and 0 < turned.sum() < 32
     for index in range(32):
         want = images[index]
-        if params.flip[index]:
+        if flip[index]:
             want = oracle.horizontal_flip(want)
-        brightness, contrast, saturation = params.jitter[index].tolist()
-        want = oracle.adjust_brightness(want, brightness)
-        want = oracle.adjust_contrast(want, contrast)
-        want = oracle.adjust_saturation(want, saturation)
-        want = oracle.rotate(want, params.angle[index].item())
+        if jittered[index]:
+            brightness, contrast, saturation = jitter[index].tolist()
+            want = oracle.adjust_brightness(want, brightness)
+            want = oracle.adjust_contrast(want, contrast)
+            want = oracle.adjust_saturation(want, saturation)
+        if turned[index]:
+            want = oracle.rotate(want, angle[index].item())
         # Nearest-pixel rotation may fall on the other side of a tie for a few pixels in a thousand.
         assert ((got[index] - want).abs() > 1e-5).float().mean() < 0.005
 
 
 def test_parameters_belong_to_the_sample_and_the_epoch() -> None:
-    draw = [augment.draw_params(0, epoch, 9, augment_all, 0.5, 20.0) for epoch in (1, 1, 2)]
-    assert torch.equal(draw[0].angle, draw[1].angle) and not torch.equal(draw[0].angle, draw[2].angle)
+    angles = [augment.draw(replace(CONFIG, augment=augment_all), epoch, 9).by_op["rotation"][1] for epoch in (1, 1, 2)]
+    assert torch.equal(angles[0], angles[1]) and not torch.equal(angles[0], angles[2])
 
 
 augment_all = ("hflip", "color_jitter", "rotation")
@@ -67,21 +70,39 @@ SUBSETS = [ops for count in range(4) for ops in combinations(augment_all, count)
 
 @pytest.mark.parametrize("ops", SUBSETS)
 def test_what_an_op_draws_depends_on_no_other_op(ops: tuple[str, ...]) -> None:
-    together = augment.draw_params(5, 2, 200, augment_all, 0.5, 20.0)
-    drawn = augment.draw_params(5, 2, 200, ops, 0.5, 20.0)
-    idle = {"hflip": torch.zeros(200).bool(), "color_jitter": torch.ones(200, 3), "rotation": torch.zeros(200)}
-    for op, name in zip(augment_all, ("flip", "jitter", "angle"), strict=True):
-        expected = getattr(together, name) if op in ops else idle[op]
-        assert torch.equal(getattr(drawn, name), expected), op
+    together = augment.draw(replace(CONFIG, augment=augment_all, seed=5), 2, 200)
+    drawn = augment.draw(replace(CONFIG, augment=ops, seed=5), 2, 200)
+    assert set(drawn.by_op) == set(ops)
+    for op in ops:
+        assert all(map(torch.equal, drawn.by_op[op], together.by_op[op])), op
+
+
+# Of eight samples of epoch 3 with seed 7, as the first version with a generator for each op drew them.
+FIRST_DRAWS = {
+    "hflip": ([0, 1, 0, 1, 1, 1, 1, 0], []),
+    "color_jitter": (
+        [0, 0, 1, 1, 0, 1, 1, 0],
+        ["0x1.57a0e60000000p-1", "0x1.5a1f320000000p+0", "0x1.0416160000000p+0", "0x1.626a560000000p+0"],
+    ),
+    "rotation": ([1, 0, 0, 0, 0, 0, 0, 0], ["0x1.04bc5e0000000p+4"]),
+}
+
+
+def test_what_the_first_ops_draw_stays_to_the_last_bit() -> None:
+    draws = augment.draw(replace(CONFIG, augment=tuple(FIRST_DRAWS), seed=7), 3, 8)
+    for op, (chosen, params) in draws.by_op.items():
+        assert (chosen.int().tolist(), [float(v).hex() for v in params[chosen].flatten()[:4]]) == FIRST_DRAWS[op], op
 
 
 def test_ops_draw_independently_and_as_often_and_as_wide_as_asked() -> None:
     count, probability, degrees = 20_000, 0.3, 25.0
-    params = augment.draw_params(1, 1, count, augment_all, probability, degrees)
-    hit = torch.stack([params.flip, (params.jitter != 1).any(1), params.angle != 0]).double()
+    config = replace(CONFIG, augment=augment_all, seed=1, augment_probability=probability, rotation_degrees=degrees)
+    drawn = augment.draw(config, 1, count).by_op
+    hit = torch.stack([drawn[op][0] for op in augment_all]).double()
     assert torch.allclose(hit.mean(1), torch.tensor(probability).double(), atol=0.015)  # 4.6 standard errors
     assert (torch.corrcoef(hit) - torch.eye(3)).abs().max() < 0.03
-    turned, jittered = params.angle[hit[2].bool()] / degrees, (params.jitter[hit[1].bool()] - 1) / augment.JITTER
+    turned = drawn["rotation"][1][hit[2].bool(), 0] / degrees
+    jittered = (drawn["color_jitter"][1][hit[1].bool()] - 1) / augment.JITTER
     for values in (turned, *jittered.T):
         assert kstest((values.double().numpy() + 1) / 2, "uniform").pvalue > 1e-4
     assert (torch.corrcoef(jittered.T) - torch.eye(3)).abs().max() < 0.05
@@ -117,7 +138,7 @@ def test_the_schedule_is_torch_step_lr() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
     for epoch in range(1, 11):
-        assert learning_rate(config, epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert epoch_rates(config, epoch) == pytest.approx((optimizer.param_groups[0]["lr"],))
         optimizer.step()
         schedule.step()
 

@@ -162,6 +162,3 @@ def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: 
         elif before != after:
             lines.append(f"{prefix}{key}: was {json.dumps(before)}, is {json.dumps(after)}")
     return lines
-
-
-EXPANDED = ("step_size", "gamma", "epochs")  # the settings of a schedule; families share the epochs before a drop

@@ -16,13 +16,11 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from caltech_sweep import paths
-from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.config import DATASET_RULES, TRIAL_RULES, DatasetConfig, TrialConfig
 from caltech_sweep.errors import StudyFileError, UsageError
 from caltech_sweep.rules import (
     BOOLEAN,
-    DATASET_RULES,
     FRACTION,
-    TRIAL_RULES,
     Rule,
     integer,
     is_integer,
@@ -30,7 +28,6 @@ from caltech_sweep.rules import (
     number,
 )
 from caltech_sweep.study.definition import (
-    EXPANDED,
     Choices,
     Component,
     Dimension,
@@ -40,6 +37,7 @@ from caltech_sweep.study.definition import (
     SubsetOf,
 )
 from caltech_sweep.text import suggestion
+from caltech_sweep.training.schedule import schedule_settings
 
 REFERENCES = {
     "val_accuracy": number("between 0 and 1", lambda v: 0 <= v <= 1),
@@ -129,7 +127,7 @@ class _Reader:
             if wrong:
                 self.problem(node, key, f"{path}{key}", wrong)
             else:
-                values[key] = value
+                values[key] = rules[key].normal(value)
         return values
 
     def dimension(self, space: CommentedMap, key: str) -> Dimension | None:
@@ -156,7 +154,7 @@ class _Reader:
             wrong = TRIAL_RULES[key].problem(value)
             if wrong:
                 self.problem(node, "choices", f"{path}.choices", wrong)
-        return Choices(tuple(tuple(v) if isinstance(v, list) else v for v in values))
+        return Choices(tuple(map(TRIAL_RULES[key].normal, values)))
 
     def _range(self, space: CommentedMap, node: CommentedMap, key: str, path: str) -> Range | None:
         rule, before = TRIAL_RULES[key], len(self.problems)
@@ -184,7 +182,8 @@ class _Reader:
             return None
         if values["low"] > values["high"]:
             self.problem(node, "low", f"{path}.low", f"is above high: {values['low']} > {values['high']}")
-        return Range(values["low"], values["high"], values.get("log", False), step, rule.kind == "integer")
+        low, high, step = (rule.normal(value) for value in (values["low"], values["high"], step))
+        return Range(low, high, values.get("log", False), step, rule.kind == "integer")
 
     def rows(self, root: CommentedMap) -> tuple[Row, ...]:
         nodes = root.get("rows")
@@ -214,7 +213,7 @@ class _Reader:
     def expand(self, root: CommentedMap, taken: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         node = self.mapping(root, "expand", "expand")
         expand: dict[str, tuple[Any, ...]] = {}
-        for key in self.known(node, "expand.", EXPANDED):
+        for key in self.known(node, "expand.", sorted(schedule_settings() - {"lr"})):
             values, path = _plain(node[key]), f"expand.{key}"
             wrong = (
                 [text for value in values if (text := TRIAL_RULES[key].problem(value))]
@@ -230,7 +229,7 @@ class _Reader:
             elif key in taken:
                 self.problem(node, key, path, "is also under fixed or space; leave it in one place")
             else:
-                expand[key] = tuple(values)
+                expand[key] = tuple(map(TRIAL_RULES[key].normal, values))
         return expand
 
     def exhaustive(self, root: CommentedMap, definition: StudyDefinition) -> None:
@@ -344,7 +343,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     wrong = rule.problem(value)
     if wrong:
         raise UsageError(f"--set {text}: {key} {wrong}")
-    return key, value
+    return key, rule.normal(value)
 
 
 def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> StudyDefinition:

@@ -15,15 +15,14 @@ from typing import Any
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition, SubsetOf
 from caltech_sweep.training.keys import prefix_key
-from caltech_sweep.training.schedule import learning_rates, shared_epochs
+from caltech_sweep.training.schedule import EpochRates, learning_rates, schedule_settings, shared_epochs
 
-_SCHEDULE = ("lr", "step_size", "gamma", "epochs")
 MAX_CHOICES = 16  # values of one setting, above which two sampled trials rarely meet
 MAX_BRANCHES = 4096  # schedules of one trunk that are compared
 
 
 @lru_cache(maxsize=4096)
-def _prefix(config: TrialConfig) -> tuple[str, tuple[float, ...]]:
+def _prefix(config: TrialConfig) -> tuple[str, tuple[EpochRates, ...]]:
     return prefix_key(config), learning_rates(config)
 
 
@@ -38,7 +37,7 @@ def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = No
 
     ``stored`` says how many epochs of each are kept already.
     """
-    known: set[tuple[str, tuple[float, ...]]] = set()
+    known: set[tuple[str, tuple[EpochRates, ...]]] = set()
     counts = []
     for config, there in zip(configs, stored or [0] * len(configs), strict=True):
         prefix, rates = _prefix(config)
@@ -49,7 +48,7 @@ def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = No
     return counts
 
 
-def _values(dimension: Dimension | None) -> list[float] | None:
+def _values(dimension: Dimension | None) -> list[Any] | None:
     """Return the few values that a setting can take, or None when two trials will hardly meet in it."""
     if isinstance(dimension, Choices):
         return list(dimension.values)
@@ -65,16 +64,13 @@ def _siblings(definition: StudyDefinition, config: TrialConfig) -> Iterable[Tria
     """Yield what else the study may train on a trial's trunk: its rows, its family, and where the whole space is
     discrete, the schedules that may be sampled again with the trial's other settings."""
     yield from (definition.row_config(row) for row in definition.rows)
-    choices: dict[str, list[float]] = {key: list(values) for key, values in definition.expand.items()}
+    choices: dict[str, list[Any]] = {key: list(values) for key, values in definition.expand.items()}
     sampled = {key: _values(dimension) for key, dimension in definition.space.items()}
     if all(values is not None or isinstance(definition.space[key], SubsetOf) for key, values in sampled.items()):
-        choices.update({key: values for key, values in sampled.items() if key in _SCHEDULE and values is not None})
+        known = schedule_settings()
+        choices.update({key: values for key, values in sampled.items() if key in known and values is not None})
     for values in itertools.islice(itertools.product(*choices.values()), MAX_BRANCHES):
-        yield replace(config, **_typed(dict(zip(choices, values, strict=True))))
-
-
-def _typed(settings: Mapping[str, float]) -> dict[str, Any]:
-    return {key: int(value) if key in ("step_size", "epochs") else float(value) for key, value in settings.items()}
+        yield replace(config, **dict(zip(choices, values, strict=True)))
 
 
 def branch_epochs(definition: StudyDefinition, config: TrialConfig) -> frozenset[int]:

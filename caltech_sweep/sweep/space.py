@@ -8,7 +8,6 @@ from typing import Any
 
 import optuna
 
-from caltech_sweep.config import AUGMENT_CHOICES
 from caltech_sweep.study.definition import Choices, Dimension, SubsetOf
 from caltech_sweep.study.grid import encode, reachable
 
@@ -18,8 +17,7 @@ def sample(trial: optuna.Trial, space: Mapping[str, Dimension]) -> dict[str, Any
     settings: dict[str, Any] = {}
     for key, dimension in space.items():
         if isinstance(dimension, SubsetOf):
-            chosen = [v for v in dimension.values if trial.suggest_categorical(f"{key}.{v}", [False, True])]
-            settings[key] = [name for name in AUGMENT_CHOICES if name in chosen]
+            settings[key] = [v for v in dimension.values if trial.suggest_categorical(f"{key}.{v}", [False, True])]
         elif isinstance(dimension, Choices):
             encoded = [encode(value) for value in dimension.values]
             settings[key] = dimension.values[encoded.index(trial.suggest_categorical(key, encoded))]

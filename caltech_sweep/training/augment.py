@@ -2,55 +2,123 @@
 
 torchvision draws one set of parameters a call, so a batch would share them; here they are drawn for every
 (seed, epoch, sample), and each op is torchvision's functional op applied sample by sample, batched.
+
+To add one, add an entry to AUGMENTATIONS; a setting that it reads and that no other does is a new field of TrialConfig.
+torch is imported by the functions that compute, so that the names are known without it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import numpy as np
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Any, Protocol
 
 from caltech_sweep.seeds import derive_seed
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 JITTER = 0.4  # brightness, contrast and saturation factors are uniform in 1 +- this
 
 
 @dataclass(frozen=True)
-class AugmentParams:
-    """Parameters of N samples: flips (N,) bool, jitter (N, 3) factors, angles (N,) in degrees."""
+class Augmentation:
+    """An op on images.
 
-    flip: torch.Tensor
-    jitter: torch.Tensor
-    angle: torch.Tensor
+    ``draw(generator, n, ...)`` returns which of n samples it changes, (n,) bool, and parameters of each, (n, k); its
+    further arguments are the settings that it reads. ``apply(images, params)`` returns changed (m, 3, H, W) float
+    images in [0, 1] of those samples that are changed, whose parameters are (m, k) float32. A ``fixed`` op has no
+    parameters: what frozen layers make of the images that it gives can be kept.
+    """
 
-    def __getitem__(self, index: torch.Tensor) -> AugmentParams:
-        return AugmentParams(self.flip[index], self.jitter[index], self.angle[index])
+    draw: Callable[..., tuple[np.ndarray, np.ndarray]]
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    fixed: bool = False
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings that it reads."""
+        return tuple(inspect.signature(self.draw).parameters)[2:]
 
 
-def draw_params(
-    seed: int, epoch: int, count: int, ops: Sequence[str], probability: float, degrees: float
-) -> AugmentParams:
+class Augmented(Protocol):
+    """What is known here of a trial's config; it has the settings of its augmentations, too."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def augment(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What an epoch draws for N samples, by op: which of them are changed, (N,) bool, and the parameters, (N, k)."""
+
+    by_op: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def __getitem__(self, index: torch.Tensor) -> Draws:
+        return Draws({op: (chosen[index], params[index]) for op, (chosen, params) in self.by_op.items()})
+
+
+def draw(config: Augmented, epoch: int, count: int) -> Draws:
     """Draw the parameters of every sample of one epoch; row i belongs to sample i whatever the batch order.
 
     Each op draws from a generator of its own, so that no op changes what another draws.
     """
+    import numpy as np
+    import torch
 
-    def draw(op: str, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which samples the op changes, (count,) bool, and ``width`` numbers of each, uniform in +-1."""
-        draws = np.random.default_rng(derive_seed(seed, "augment", op, epoch)).random((count, 1 + width))
-        return (draws[:, 0] < probability) & (op in ops), 2 * draws[:, 1:] - 1
+    drawn = {}
+    for op in config.augment:
+        generator = np.random.default_rng(derive_seed(config.seed, "augment", op, epoch))
+        settings: dict[str, Any] = {name: getattr(config, name) for name in AUGMENTATIONS[op].settings}
+        chosen, params = AUGMENTATIONS[op].draw(generator, count, **settings)
+        drawn[op] = torch.from_numpy(chosen), torch.from_numpy(params.astype(np.float32))
+    return Draws(drawn)
 
-    flips, _ = draw("hflip", 0)
-    jitters, shifts = draw("color_jitter", 3)
-    turns, angles = draw("rotation", 1)
-    jitter = np.where(jitters[:, None], 1 + JITTER * shifts, 1.0)
-    angle = np.where(turns, degrees * angles[:, 0], 0.0)
-    as_float = [torch.from_numpy(array.astype(np.float32)) for array in (jitter, angle)]
-    return AugmentParams(torch.from_numpy(flips), *as_float)
+
+def apply(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Return augmented (N, 3, H, W) float images in [0, 1]; a sample without an op keeps its exact pixels."""
+    images = images.clone()
+    for op, (chosen, params) in draws.by_op.items():
+        if chosen.any():
+            here, values = chosen.to(images.device), params[chosen].to(images.device)
+            images[here] = AUGMENTATIONS[op].apply(images[here], values)
+    return images
+
+
+# -- the ops -----------------------------------------------------------------------------------------------------------
+
+
+def _uniform(
+    generator: np.random.Generator, count: int, width: int, probability: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which samples are changed, (count,) bool, and ``width`` numbers of each, uniform in +-1."""
+    draws = generator.random((count, 1 + width))
+    return draws[:, 0] < probability, 2 * draws[:, 1:] - 1
+
+
+def _draw_flip(generator: np.random.Generator, n: int, augment_probability: float) -> tuple[np.ndarray, np.ndarray]:
+    return _uniform(generator, n, 0, augment_probability)
+
+
+def _draw_jitter(generator: np.random.Generator, n: int, augment_probability: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw factors of brightness, contrast and saturation: (n, 3)."""
+    chosen, shifts = _uniform(generator, n, 3, augment_probability)
+    return chosen, 1 + JITTER * shifts
+
+
+def _draw_rotation(
+    generator: np.random.Generator, n: int, augment_probability: float, rotation_degrees: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw angles in degrees: (n, 1)."""
+    chosen, angles = _uniform(generator, n, 1, augment_probability)
+    angles = rotation_degrees * angles
+    return chosen & (angles[:, 0] != 0), angles
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
@@ -68,7 +136,10 @@ def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
-    """Turn each image counter-clockwise about its centre, nearest pixel, black outside."""
+    """Turn each image counter-clockwise about its centre by (N, 1) degrees, nearest pixel, black outside."""
+    import torch
+    import torch.nn.functional as F
+
     height, width = images.shape[-2:]
     radians = degrees.double() * (math.pi / 180)
     cos, sin = radians.cos(), radians.sin()
@@ -82,14 +153,15 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
-def apply(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
-    """Return augmented (N, 3, H, W) float images in [0, 1]; a sample without an op keeps its exact pixels."""
-    flip, jitter, angle = (t.to(images.device) for t in (params.flip, params.jitter, params.angle))
-    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-    jittered = (jitter != 1).any(1)
-    if jittered.any():
-        images[jittered] = color_jitter(images[jittered], jitter[jittered])
-    turned = angle != 0
-    if turned.any():
-        images[turned] = rotate(images[turned], angle[turned])
-    return images
+# In the order in which they are applied.
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "hflip": Augmentation(_draw_flip, lambda images, params: images.flip(-1), fixed=True),
+    "color_jitter": Augmentation(_draw_jitter, color_jitter),
+    "rotation": Augmentation(_draw_rotation, rotate),
+}
+
+
+def idle_settings(config: Augmented) -> set[str]:
+    """Return the settings of augmentations that none of a trial's own reads."""
+    known = {name for op in AUGMENTATIONS.values() for name in op.settings}
+    return known.difference(*(AUGMENTATIONS[op].settings for op in config.augment))

@@ -26,7 +26,7 @@ from caltech_sweep.files import file_digest
 from caltech_sweep.training.cache import Cache, open_store
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
-from caltech_sweep.training.fit import EpochResult, Training
+from caltech_sweep.training.fit import EpochResult, Training, steps_of
 from caltech_sweep.training.keys import (
     AUGMENTATION_VERSION,
     FROZEN_VERSION,
@@ -38,7 +38,7 @@ from caltech_sweep.training.keys import (
 )
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
-from caltech_sweep.training.schedule import learning_rates
+from caltech_sweep.training.schedule import EpochRates, learning_rates
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
 _FIRST_RATE = 100e6  # bytes a second, taken for granted until a save has been timed
@@ -114,7 +114,7 @@ def identity(
     }
 
 
-def _name(base: str, rates: tuple[float, ...]) -> str:
+def _name(base: str, rates: tuple[EpochRates, ...]) -> str:
     return f"stage-{checkpoint_key(base, rates)}"
 
 
@@ -125,7 +125,8 @@ def stored_epochs(
 
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
-    base, rates = digest(identity(config, data, device, weights_file, use.features)), learning_rates(config)
+    base = digest(identity(config, data, device, weights_file, use.features))
+    rates = learning_rates(config, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
     return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
 
@@ -196,7 +197,7 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), learning_rates(config)
+        self._base, self._rates = digest(self._identity), learning_rates(config, training.steps)
         self._saved = time.monotonic()
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from caltech_sweep.training.augment import Draws
 from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.keys import digest
@@ -29,7 +31,7 @@ from caltech_sweep.training.keys import digest
 CHUNK = 32  # images that the frozen layers see at once, the last chunk filled up with zeros
 _DIFFERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
 
-Images = Callable[[str, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+Images = Callable[[str, torch.Tensor, "Draws | None"], torch.Tensor]
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
 
 
@@ -108,7 +110,7 @@ def agrees(model: nn.Module, split: SplitModel, images: torch.Tensor) -> bool:
 class FrozenFeatures:
     """The outputs of a network's frozen layers by part and image; kept in ``store`` where there is one.
 
-    ``images`` maps a part, an index (n,) and which of them to mirror (n,) bool to (n, 3, H, W) float; ``counts``
+    ``images`` maps a part, an index (n,) and what augments them, by fixed ops only, to (n, 3, H, W) float; ``counts``
     holds the images of each part. ``known`` is all that decides an output besides the frozen layers and the part.
     """
 
@@ -125,29 +127,32 @@ class FrozenFeatures:
         self._frozen, self._images, self._counts, self._autocast = split.frozen, images, counts, autocast
         self._store = store
         self._key = [split.fingerprint(), CHUNK, dict(known)] if store else []
-        self._tables: dict[tuple[str, bool], torch.Tensor | None] = {}
+        self._tables: dict[tuple[str, tuple[str, ...]], torch.Tensor | None] = {}
 
-    def rows(self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the outputs for the images at ``index``, mirrored where ``flip`` says so: (n, ...) on the device."""
-        plain = self._table(part, False)
-        mirrored = None if flip is None else self._table(part, True)
-        if plain is None or (flip is not None and mirrored is None):
-            return self._compute(part, index, flip)
+    def rows(self, part: str, index: torch.Tensor, draws: Draws | None = None) -> torch.Tensor:
+        """Return the outputs for the images at ``index``, augmented as ``draws`` says: (n, ...) on the device."""
+        ops = draws.by_op if draws else {}
+        variants = [tuple(itertools.compress(ops, on)) for on in itertools.product((False, True), repeat=len(ops))]
+        tables = {variant: self._table(part, variant) for variant in variants}
+        plain = tables[()]
+        if plain is None or any(table is None for table in tables.values()):
+            return self._compute(part, index, draws)
         rows = plain[index.to(plain.device)]
-        if flip is not None and mirrored is not None:
-            place = flip.to(plain.device)
-            rows[place] = mirrored[index[flip].to(mirrored.device)].to(rows.device)
+        for variant, table in tables.items():
+            if variant and table is not None:
+                place = torch.stack([chosen == (op in variant) for op, (chosen, _) in ops.items()]).all(0)
+                rows[place.to(rows.device)] = table[index[place].to(table.device)].to(rows.device)
         return rows.to(self._device())
 
     def _device(self) -> torch.device:
         return next(self._frozen.parameters()).device
 
     @torch.no_grad()
-    def _compute(self, part: str, index: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
+    def _compute(self, part: str, index: torch.Tensor, draws: Draws | None) -> torch.Tensor:
         outputs = []
-        for number, chosen in enumerate(index.split(CHUNK)):
-            mirrored = None if flip is None else flip.split(CHUNK)[number]
-            images = self._images(part, chosen, mirrored)
+        for place in torch.arange(len(index)).split(CHUNK):
+            chosen = index[place]
+            images = self._images(part, chosen, draws[place] if draws else None)
             missing = CHUNK - len(chosen)
             beat()
             if missing:
@@ -156,18 +161,22 @@ class FrozenFeatures:
                 outputs.append(self._frozen(images)[: len(chosen)])
         return torch.cat(outputs)
 
-    def _table(self, part: str, mirrored: bool) -> torch.Tensor | None:
-        """Return the outputs of all images of a part, computed by the first to need them; None: nothing is kept."""
+    def _table(self, part: str, ops: tuple[str, ...]) -> torch.Tensor | None:
+        """Return the outputs of all images of a part, each changed by ``ops``; None: nothing is kept.
+
+        They are computed by the first to need them.
+        """
         if self._store is None:
             return None
-        if (part, mirrored) not in self._tables:
-            name = f"features-{digest([*self._key, part, mirrored])}"
+        if (part, ops) not in self._tables:
+            variant = {(): False, ("hflip",): True}.get(ops, list(ops))  # the first two as the first version wrote them
+            name = f"features-{digest([*self._key, part, variant])}"
             with self._store.lock(name):
                 table = self._open(name, self._counts[part])
-                if table is None and self._write(self._store, name, part, mirrored):
+                if table is None and self._write(self._store, name, part, ops):
                     table = self._open(name, self._counts[part])
-            self._tables[part, mirrored] = None if table is None else self._near(table)
-        return self._tables[part, mirrored]
+            self._tables[part, ops] = None if table is None else self._near(table)
+        return self._tables[part, ops]
 
     def _near(self, table: torch.Tensor) -> torch.Tensor:
         """Move a table into the GPU's memory where there is room for it."""
@@ -189,8 +198,8 @@ class FrozenFeatures:
             return None
         return torch.from_numpy(flat).view(getattr(torch, header["dtype"])).view(count, *header["shape"])
 
-    def _write(self, store: Cache, name: str, part: str, mirrored: bool) -> bool:
-        chunks = self._chunks(part, mirrored)
+    def _write(self, store: Cache, name: str, part: str, ops: tuple[str, ...]) -> bool:
+        chunks = self._chunks(part, ops)
         first = next(chunks)
         header = {"dtype": str(first.dtype).removeprefix("torch."), "shape": list(first.shape[1:]), "part": part}
 
@@ -203,9 +212,10 @@ class FrozenFeatures:
         size = self._counts[part] * math.prod(first.shape[1:]) * first.element_size()
         return store.write(name, header, size, fill)
 
-    def _chunks(self, part: str, mirrored: bool) -> Iterator[torch.Tensor]:
+    def _chunks(self, part: str, ops: tuple[str, ...]) -> Iterator[torch.Tensor]:
         for index in torch.arange(self._counts[part]).split(CHUNK):
-            yield self._compute(part, index, torch.ones(len(index), dtype=torch.bool) if mirrored else None).cpu()
+            every, nothing = torch.ones(len(index), dtype=torch.bool), torch.empty(len(index), 0)
+            yield self._compute(part, index, Draws(dict.fromkeys(ops, (every, nothing))) if ops else None).cpu()
 
 
 def _bytes(rows: torch.Tensor) -> memoryview:

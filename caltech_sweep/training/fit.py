@@ -25,7 +25,7 @@ from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.models import train_mode
 from caltech_sweep.training.networks import NORMALIZE, normalization, source_of
-from caltech_sweep.training.schedule import learning_rate
+from caltech_sweep.training.schedule import epoch_rates
 
 _CHECK_EVERY = 16  # steps between looks at the losses
 _VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
@@ -36,7 +36,7 @@ class EpochResult:
     """One finished epoch (1 is the first); accuracies are fractions, losses means over images."""
 
     epoch: int
-    lr: float
+    lr: float  # of its first step
     train_loss: float
     train_accuracy: float
     val: Evaluation
@@ -55,6 +55,11 @@ class EpochResult:
             "epoch_seconds": self.seconds,
             "images_per_second": self.images / self.seconds,
         }
+
+
+def steps_of(config: TrialConfig, images: int) -> int:
+    """Return how many batches an epoch over so many images trains."""
+    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
 
 
 def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -110,7 +115,7 @@ class Training:
     def _frozen_features(self) -> FrozenFeatures | None:
         """Return the frozen layers apart, where the images that they see are the same in every epoch."""
         config = self.config
-        if not set(config.augment) <= {"hflip"}:
+        if not all(augment.AUGMENTATIONS[op].fixed for op in config.augment):
             return None
         train_mode(self.model, config)
         split = split_model(self.model, source_of(config.arch).tail(self.model))
@@ -131,12 +136,9 @@ class Training:
         counts = {part: len(self.data.split.part(part)) for part in SPLITS}
         return FrozenFeatures(split, self._images, counts, self._autocast, self.store, known)
 
-    def _images(self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """Return normalised (n, 3, H, W) float crops on the device, mirrored where ``flip`` (n,) says so."""
-        crops = self._crops(part, index)
-        if flip is not None:
-            crops = torch.where(flip.to(crops.device).view(-1, 1, 1, 1), crops.flip(-1), crops)
-        return self._floats(crops)
+    def _images(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
+        """Return normalised (n, 3, H, W) float crops on the device, augmented as ``draws`` says."""
+        return self._floats(self._crops(part, index), draws)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
@@ -154,18 +156,18 @@ class Training:
             self._resident[part] = self.data.center_crops(part, crop).to(self.device)
         return self._resident[part][index.to(self.device)]
 
-    def _floats(self, images: torch.Tensor, params: augment.AugmentParams | None = None) -> torch.Tensor:
+    def _floats(self, images: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Map (N, 3, H, W) uint8 to normalised float images on the device."""
         floats = images.to(self.device).float().div_(255)
-        if params is not None:
-            floats = augment.apply(floats, params)
+        if draws is not None:
+            floats = augment.apply(floats, draws)
         return floats.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
 
-    def _inputs(self, part: str, index: torch.Tensor, params: augment.AugmentParams | None = None) -> torch.Tensor:
+    def _inputs(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return what :meth:`_network` takes: images, or what the frozen layers made of them."""
         if self._features is not None:
-            return self._features.rows(part, index, params.flip if params else None)
-        return self._floats(self._crops(part, index), params)
+            return self._features.rows(part, index, draws)
+        return self._images(part, index, draws)
 
     @property
     def _network(self) -> nn.Module:
@@ -196,14 +198,17 @@ class Training:
     def _batches(self, epoch: int) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "shuffle", epoch))
         batches = torch.randperm(len(self._labels), generator=generator).split(self.config.batch_size)
-        if self.config.drop_last and len(batches[-1]) < self.config.batch_size:
-            return batches[:-1]
-        return batches
+        return batches[: self.steps]
 
-    def _step(self, epoch: int, number: int, index: torch.Tensor, params: augment.AugmentParams | None) -> torch.Tensor:
+    @property
+    def steps(self) -> int:
+        """How many batches an epoch trains."""
+        return steps_of(self.config, len(self._labels))
+
+    def _step(self, epoch: int, number: int, index: torch.Tensor, draws: augment.Draws | None) -> torch.Tensor:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch, number))
-        inputs = self._inputs("train", index, params[index] if params else None)
+        inputs = self._inputs("train", index, draws[index] if draws else None)
         labels = self._labels[index].to(self.device)
         with self._autocast():
             logits = self._network(inputs)
@@ -220,14 +225,16 @@ class Training:
         The losses stay on the device and are looked at every few steps, since reading one waits for the GPU.
         Raises DivergedError naming the first step whose loss is not finite.
         """
-        params = self._augment_params(epoch)
+        draws = augment.draw(self.config, epoch, len(self._labels)) if self.config.augment else None
         train_mode(self.model, self.config)
         batches = self._batches(epoch)
+        rates = epoch_rates(self.config, epoch, len(batches))
         sums: list[list[float]] = []
         fresh: list[torch.Tensor] = []
         for number, index in enumerate(batches, start=1):
             beat()
-            fresh.append(self._step(epoch, number, index, params))
+            self._set_rate(rates[min(number, len(rates)) - 1])
+            fresh.append(self._step(epoch, number, index, draws))
             if number % _CHECK_EVERY and number < len(batches):
                 continue
             for loss, correct in torch.stack(fresh).tolist():
@@ -239,25 +246,20 @@ class Training:
         loss, correct = (math.fsum(column) / seen for column in zip(*sums, strict=True))
         return loss, correct, seen
 
-    def _augment_params(self, epoch: int) -> augment.AugmentParams | None:
-        config = self.config
-        if not config.augment:
-            return None
-        probability, degrees = config.augment_probability, config.rotation_degrees
-        return augment.draw_params(config.seed, epoch, len(self._labels), config.augment, probability, degrees)
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def run_epoch(self) -> EpochResult:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
-        config, epoch, start = self.config, self.epoch + 1, time.perf_counter()
-        lr = learning_rate(config, epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        epoch, start = self.epoch + 1, time.perf_counter()
         loss, accuracy, seen = self.train_epoch(epoch)
         try:
             val = self.evaluate("val")
         except NotFiniteError as error:
             raise NotFiniteError(f"epoch {epoch}, {error}") from error
         seconds = time.perf_counter() - start
+        lr = epoch_rates(self.config, epoch, self.steps)[0]
         result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
         self.epoch = epoch
         self.history.append(result)

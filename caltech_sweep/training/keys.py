@@ -1,7 +1,7 @@
 """What decides the weights after each epoch, as keys that any two trials may share; knows no torch until asked.
 
 Two trainings that start alike, see the same data under the same settings, and whose lists of learning rates agree
-for k epochs have the same weights for k epochs, whatever their ``step_size``, ``gamma`` and ``epochs``.
+for k epochs have the same weights for k epochs, whatever their schedules.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from caltech_sweep.config import FIRST_DATASET_FIELDS, FLOAT_FIELDS, TrialConfig
+from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig
+from caltech_sweep.training.augment import idle_settings
 from caltech_sweep.training.networks import normalization
-from caltech_sweep.training.schedule import _SCHEDULE
-
-if TYPE_CHECKING:
-    pass
+from caltech_sweep.training.schedule import EpochRates, schedule_settings
 
 AUGMENTATION_VERSION = 2  # of what the augmentations draw and do; counts where there are any
 FROZEN_VERSION = 2  # of how a frozen backbone runs: in evaluation mode, in chunks
@@ -51,18 +49,14 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     A setting that nothing reads, such as the angle of a rotation that is not used, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
-    idle = {*_SCHEDULE, *_TEST_ONLY, *_BY_NAME}
+    idle = {*schedule_settings(), *idle_settings(config), *_TEST_ONLY, *_BY_NAME}
     if config.optimizer != "sgd":
         idle.add("momentum")
-    if not config.augment:
-        idle.add("augment_probability")
-    if "rotation" not in config.augment:
-        idle.add("rotation_degrees")
     counted = config.counted()
     values = {name: value for name, value in counted.items() if name not in idle}
     values.update({f"dataset.{k}": v for k, v in counted["dataset"].items() if k not in FIRST_DATASET_FIELDS})
     values["normalize"] = normalization(config)
-    return {name: float(value) if name in FLOAT_FIELDS else value for name, value in values.items()}
+    return values
 
 
 def prefix_key(config: TrialConfig) -> str:
@@ -75,6 +69,7 @@ def prefix_key(config: TrialConfig) -> str:
     return digest([recipe(config), dataset, config.weights, config.outputs, config.precision, config.channels_last])
 
 
-def checkpoint_key(base: str, rates: Sequence[float]) -> str:
+def checkpoint_key(base: str, rates: Sequence[EpochRates]) -> str:
     """Return the key of the state after ``len(rates)`` epochs; ``base`` is the key of all but the learning rates."""
-    return digest([base, [float(rate).hex() for rate in rates]])
+    exact = [[rate.hex() for rate in epoch] for epoch in rates]
+    return digest([base, [epoch if len(epoch) > 1 else epoch[0] for epoch in exact]])
