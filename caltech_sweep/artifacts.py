@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from caltech_sweep.files import changed
+from caltech_sweep.metrics import BEST_ACCURACY, TENCROP_ACCURACY, logged
 from caltech_sweep.tracking.records import TrialRecord
 
 CHECKPOINT = "checkpoints/best.safetensors"
@@ -30,10 +31,10 @@ def artifact_problems(record: TrialRecord, root: Path, images: Mapping[str, Any]
 
 
 def _shortcomings(record: TrialRecord, root: Path, images: Mapping[str, Any]) -> Iterator[str]:
-    tests = ["test", *(["test_tencrop"] if "test_tencrop/accuracy" in record.metrics else [])]
+    tests = ["test", *(["test_tencrop"] if TENCROP_ACCURACY in record.metrics else [])]
     for name in ("val", *tests):
         part = "val" if name == "val" else "test"
-        accuracy = record.metrics.get("best/val_accuracy" if name == "val" else f"{name}/accuracy")
+        accuracy = record.metrics.get(BEST_ACCURACY if name == "val" else logged(name, "accuracy"))
         yield from _predictions(root / "predictions" / f"{name}.csv", images.get(part), accuracy)
         yield from _table(root / "confusion_matrix" / f"{name}.csv", images.get("classes"))
     for path in _ALWAYS:

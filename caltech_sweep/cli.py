@@ -12,6 +12,7 @@ import click
 
 from caltech_sweep import __version__
 from caltech_sweep.errors import CaltechSweepError
+from caltech_sweep.metrics import BEST_ACCURACY
 
 
 class _Group(click.Group):
@@ -372,7 +373,7 @@ def promote(study: str, run_id: str | None, name: str | None, alias: str, tracki
     from caltech_sweep.serving.promote import promote as promote_study
 
     done = promote_study(study, run_id, name, alias, tracking_uri)
-    accuracy = done.trial.metrics.get("best/val_accuracy", float("nan"))
+    accuracy = done.trial.metrics.get(BEST_ACCURACY, float("nan"))
     click.echo(
         f"{done.name} version {done.version} is now {done.name}@{done.alias}: trial {done.trial.name!r} "
         f"(run {done.trial.run_id}), validation accuracy {accuracy:.4f}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from caltech_sweep.metrics import objective_names
+from caltech_sweep.metrics import DEFAULT_OBJECTIVE, objective_names
 from caltech_sweep.rules import (
     BOOLEAN,
     CLASSES,
@@ -117,7 +117,7 @@ class TrialConfig:
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
-    objective: str = setting("val/accuracy", OBJECTIVE, "what is best")
+    objective: str = setting(DEFAULT_OBJECTIVE, OBJECTIVE, "what is best")
 
     def __post_init__(self) -> None:
         _normalise(self)

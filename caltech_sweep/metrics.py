@@ -8,45 +8,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+
+DEFAULT_OBJECTIVE = "val/accuracy"
 
 # The names of what is logged besides the measures: of every epoch, and once a trial.
 LEARNING_RATE, EPOCH_SECONDS, SPEED = "lr", "epoch_seconds", "images_per_second"
 BEST_EPOCH = "best/epoch"
 
 
-class Outputs(Protocol):
+@dataclass(frozen=True)
+class Outputs:
     """What a measure is made of: the labels and predictions of N images, (N,) int, and their mean loss."""
 
-    @property
-    def label_array(self) -> np.ndarray: ...
-
-    @property
-    def prediction_array(self) -> np.ndarray: ...
-
-    @property
-    def loss(self) -> float: ...
+    labels: np.ndarray
+    predictions: np.ndarray
+    loss: float
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure: a function of outputs, and whether more of it is better. ``share`` says that it lies in 0 to 1."""
+    """A measure: a function of outputs, and whether more of it is better."""
 
-    compute: Callable[[Any], float]
+    compute: Callable[[Outputs], float]
     higher: bool = True
-    share: bool = True
-
-
-def _accuracy(outputs: Outputs) -> float:
-    return float((outputs.label_array == outputs.prediction_array).mean())
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(_accuracy),
-    "loss": Metric(lambda outputs: outputs.loss, higher=False, share=False),
+    "accuracy": Metric(lambda outputs: float((outputs.labels == outputs.predictions).mean())),
+    "loss": Metric(lambda outputs: outputs.loss, higher=False),
 }
 
 
@@ -55,9 +48,20 @@ def logged(part: str, name: str) -> str:
     return f"{part}/{name}"
 
 
+def logged_at_best(name: str) -> str:
+    """Return the name under which a measure of the validation images in the best epoch is logged."""
+    return f"best/val_{name}"
+
+
+def all_logged(part: str, scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the measures of a part by the names under which they are logged."""
+    return {logged(part, name): value for name, value in scores.items()}
+
+
 TRAIN_LOSS, TRAIN_ACCURACY = logged("train", "loss"), logged("train", "accuracy")
 VAL_LOSS, VAL_ACCURACY = logged("val", "loss"), logged("val", "accuracy")
-TEST_ACCURACY = logged("test", "accuracy")
+TEST_ACCURACY, TENCROP_ACCURACY = logged("test", "accuracy"), logged("test_tencrop", "accuracy")
+BEST_ACCURACY = logged_at_best("accuracy")
 
 
 def finite(metrics: Mapping[str, float], name: str) -> float | None:
@@ -78,7 +82,7 @@ class Objective:
         return METRICS[self.name].higher
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["maximize", "minimize"]:
         """The objective's direction in Optuna's words."""
         return "maximize" if self.higher else "minimize"
 
@@ -90,12 +94,12 @@ class Objective:
     @property
     def at_best(self) -> str:
         """The name of the logged metric of the best epoch."""
-        return f"best/val_{self.name}"
+        return logged_at_best(self.name)
 
     @property
     def label(self) -> str:
-        """What people call it."""
-        return f"validation {self.name.replace('_', ' ')}"
+        """What people call it, such as "macro accuracy"."""
+        return self.name.replace("_", " ")
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Return what a trial reached, or None when that is missing or not finite."""

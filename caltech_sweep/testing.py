@@ -17,6 +17,19 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from caltech_sweep.config import TrialConfig
+from caltech_sweep.metrics import (
+    BEST_ACCURACY,
+    BEST_EPOCH,
+    EPOCH_SECONDS,
+    LEARNING_RATE,
+    SPEED,
+    TEST_ACCURACY,
+    TRAIN_ACCURACY,
+    TRAIN_LOSS,
+    VAL_ACCURACY,
+    VAL_LOSS,
+    logged,
+)
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.tracking.records import OUTCOMES, EpochLog, StudyRecord, Tracker, TrialRecord
 
@@ -77,10 +90,10 @@ class ScriptedExecutor:
             (job.folder / "config.yaml").write_text("scripted: true\n")
             best = max(accuracies)
             final = {
-                "best/val_accuracy": best,
-                "best/epoch": float(list(accuracies).index(best) + 1),
-                "test/accuracy": script.test_accuracy,
-                "test/loss": 1.0,
+                BEST_ACCURACY: best,
+                BEST_EPOCH: float(list(accuracies).index(best) + 1),
+                TEST_ACCURACY: script.test_accuracy,
+                logged("test", "loss"): 1.0,
             }
             events.append(Done(job.number, final))
         self.jobs.append(job)
@@ -112,13 +125,13 @@ class ScriptedExecutor:
 def epoch_metrics(accuracy: float) -> dict[str, float]:
     """Return the seven metrics of an epoch, made up."""
     return {
-        "train/loss": 1.0 - accuracy,
-        "train/accuracy": accuracy,
-        "val/loss": 1.0 - accuracy,
-        "val/accuracy": accuracy,
-        "lr": 0.01,
-        "epoch_seconds": 1.0,
-        "images_per_second": 100.0,
+        TRAIN_LOSS: 1.0 - accuracy,
+        TRAIN_ACCURACY: accuracy,
+        VAL_LOSS: 1.0 - accuracy,
+        VAL_ACCURACY: accuracy,
+        LEARNING_RATE: 0.01,
+        EPOCH_SECONDS: 1.0,
+        SPEED: 100.0,
     }
 
 

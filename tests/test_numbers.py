@@ -51,8 +51,8 @@ def test_an_evaluation_holds_numbers_alone() -> None:
     one = torch.ones(1)
     for numbers in ((NAN, 0.5, one), (INF, 0.5, one), (0.1, NAN, one), (0.1, 0.5, one * NAN)):
         with pytest.raises(DivergedError, match="the evaluation's (loss|accuracy|confidences)"):
-            Evaluation(numbers[0], numbers[1], one.long(), numbers[2])
-    assert Evaluation(0.1, 0.5, one.long(), one).loss == 0.1
+            Evaluation({"loss": numbers[0], "accuracy": numbers[1]}, one.long(), numbers[2])
+    assert Evaluation({"loss": 0.1, "accuracy": 0.5}, one.long(), one).loss == 0.1
 
 
 @pytest.mark.parametrize("pruned", [False, True])

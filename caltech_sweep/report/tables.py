@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from caltech_sweep.errors import StoreError
+from caltech_sweep.metrics import BEST_ACCURACY, BEST_EPOCH, TEST_ACCURACY, logged
 from caltech_sweep.report.entries import Entry, metric, row_entries, sampled_entries
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableRow
 from caltech_sweep.report.statistics import ALPHA, holm, mcnemar_exact, mean_interval, wilson_interval
+from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.tracking.reader import StoredStudy
-from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.records import StudyRecord, TrialRecord
 
 # The one setting that a table of the report shows besides LR, step size and epochs.
 REPORT_COLUMNS: dict[str, str | None] = {
@@ -53,11 +55,12 @@ def _reported_part(entry: Entry) -> str:
     return "test_tencrop" if _is_tencrop(entry) else "test"
 
 
-def _columns(document: Mapping[str, Any], name: str, rows: Sequence[Entry]) -> tuple[str, ...]:
+def _columns(definition: StudyDefinition | None, name: str, rows: Sequence[Entry]) -> tuple[str, ...]:
     """Return the settings that a table shows: the report's own for its six studies, else what sets the rows apart."""
-    sizes = {entry.settings.get("batch_size") for entry in rows} | {document.get("fixed", {}).get("batch_size")}
-    unusual = bool(sizes - {None, USUAL_BATCH_SIZE}) and "batch_size" not in document.get("overrides", {})
-    tencrop = any(map(_is_tencrop, rows)) or document.get("fixed", {}).get("test_views") == "tencrop"
+    fixed, overrides = (definition.fixed, definition.overrides) if definition else ({}, {})
+    sizes = {entry.settings.get("batch_size") for entry in rows} | {fixed.get("batch_size")}
+    unusual = bool(sizes - {None, USUAL_BATCH_SIZE}) and "batch_size" not in overrides
+    tencrop = any(map(_is_tencrop, rows)) or fixed.get("test_views") == "tencrop"
     own = REPORT_COLUMNS.get(name, "test_batch_size" if tencrop else None)
     extra = {own, "batch_size" if unusual else None}
     return tuple(key for key in HEADINGS if key in ("lr", "step_size", "epochs") or key in extra)
@@ -93,16 +96,16 @@ def _remarks(entry: Entry) -> tuple[str, ...]:
     if entry.unfinished:
         remarks.append(f"{entry.unfinished} more {'seed' if entry.unfinished == 1 else 'seeds'} not complete")
     if entry.runs and _is_tencrop(entry):
-        centre = _score(entry.runs, "test/accuracy", None)
+        centre = _score(entry.runs, TEST_ACCURACY, None)
         remarks += [f"{centre.value:.3f} on the centre crop"] if centre else []
     return tuple(remarks)
 
 
 def _row(entry: Entry, images: Mapping[str, int], link: Link) -> TableRow:
     part = _reported_part(entry)
-    val = _score(entry.runs, "best/val_accuracy", images.get("val"))
-    test = _score(entry.runs, f"{part}/accuracy", images.get("test"))
-    epochs = [epoch for run in entry.runs if (epoch := metric(run, "best/epoch")) is not None]
+    val = _score(entry.runs, BEST_ACCURACY, images.get("val"))
+    test = _score(entry.runs, logged(part, "accuracy"), images.get("test"))
+    epochs = [epoch for run in entry.runs if (epoch := metric(run, BEST_EPOCH)) is not None]
     return TableRow(
         kind=entry.kind,
         name=entry.name,
@@ -137,7 +140,7 @@ def _read_predictions(entry: Entry, read: ReadText) -> _Predictions | None:
         correct = tuple(line[prediction] == line[label] for line in lines)
     except (StoreError, ValueError, IndexError, csv.Error):  # no such file, or not a table of predictions
         return None
-    recorded = metric(run, f"{part}/accuracy")
+    recorded = metric(run, logged(part, "accuracy"))
     if recorded is None or not math.isclose(statistics.fmean(correct), recorded, abs_tol=1e-6):
         return None
     return _Predictions(images, correct, name, count / len(lines))
@@ -211,11 +214,11 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _notes(document: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[str, ...]:
+def _notes(record: StudyRecord, entries: Sequence[Entry]) -> tuple[str, ...]:
     """Return what a reader must know before the figures: how many images, which subset, what was overridden."""
-    if not document:
+    definition, images, notes = record.definition, record.images, []
+    if definition is None:
         return ("The study's document is missing from the store, so rows and settings are those of its runs.",)
-    images, notes = document.get("images", {}), []
     if images:
         counts = ", ".join(
             f"{images[part]:,} {name}"
@@ -223,7 +226,7 @@ def _notes(document: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[str, 
             if part in images
         )
         notes.append(f"Images: {counts}" + (f"; {images['classes']} classes." if "classes" in images else "."))
-    dataset = document.get("dataset", {})
+    dataset, overrides = definition.dataset, definition.overrides
     subset = []
     if (classes := dataset.get("classes")) not in (None, "all"):
         subset.append(_classes(classes))
@@ -231,11 +234,10 @@ def _notes(document: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[str, 
         subset.append(f"at most {most} images of each class in each part")
     if subset:
         # A file that asks for a subset gives the figures of that subset.
-        asked = {"dataset.classes", "dataset.images_per_class"} & document.get("overrides", {}).keys()
-        published = asked and any(row.get("reference") for row in document.get("rows", ()))
+        asked = {"dataset.classes", "dataset.images_per_class"} & overrides.keys()
+        published = asked and any(row.reference for row in definition.rows)
         warning = " The published figures are of the whole of it." if published else ""
         notes.append(f"A subset of the dataset: {'; '.join(subset)}.{warning}")
-    overrides = document.get("overrides", {})
     if overrides:
         notes.append("Overridden settings: " + ", ".join(_override(k, v, entries) for k, v in overrides.items()) + ".")
     return tuple(notes)
@@ -244,7 +246,7 @@ def _notes(document: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[str, 
 def _classes(classes: Any) -> str:
     if isinstance(classes, int):
         return f"its first {classes} classes"
-    if isinstance(classes, list):
+    if isinstance(classes, tuple):
         return f"its classes {', '.join(map(str, classes))}"
     return f"the {str(classes).replace('_', ' ')} of its classes"
 
@@ -327,11 +329,10 @@ def _floor(score: Score | None) -> float:
 
 def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Table:
     """Build one study's table: its rows, then the ``best`` sampled trials with the highest validation accuracy."""
-    document, name = study.record.document, study.record.name
+    definition, images, name = study.record.definition, study.record.images, study.record.name
     entries = row_entries(study)
-    columns = _columns(document, name, entries)
+    columns = _columns(definition, name, entries)
     entries += sampled_entries(study, best, columns)
-    images = document.get("images", {})
     rows = [_row(entry, images, link) for entry in entries]
     predictions = [_read_predictions(entry, read) for entry in entries]
     comparisons, compared = _compare(rows, predictions)
@@ -344,13 +345,13 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
     footnotes += [*_comparisons(rows, comparisons, compared), *_majorities(rows, predictions)]
     return Table(
         name,
-        str(document.get("title", name)),
+        definition.title if definition else name,
         columns,
         tuple(rows),
-        _notes(document, entries),
+        _notes(study.record, entries),
         tuple(footnotes),
         images,
-        document.get("overrides", {}),
+        definition.overrides if definition else {},
     )
 
 

@@ -46,6 +46,7 @@ import caltech_sweep
 from caltech_sweep import stores
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.files import file_digest
+from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
 from caltech_sweep.serving.registry import ALIAS, _registered_model
 from caltech_sweep.serving.runs import MODEL_NAME, _read_run, _Trained
 from caltech_sweep.serving.served_model import SPEC, WEIGHTS, Classifier
@@ -194,7 +195,7 @@ def _register(
     if _registered_model(tracker, name) is None:
         client.create_registered_model(name)
         undo.callback(_quietly, client.delete_registered_model, name)
-    scores = {key: trial.metrics.get(key, float("nan")) for key in ("best/val_accuracy", "test/accuracy")}
+    scores = {key: trial.metrics.get(key, float("nan")) for key in (BEST_ACCURACY, TEST_ACCURACY)}
     version = client.create_model_version(
         name,
         client.get_logged_model(model_id).artifact_location,  # MLflow would look models:/ID up in its default store
@@ -202,7 +203,7 @@ def _register(
         dict(tags),
         model_id=model_id,
         description=f"Trial {trial.name!r} of study {trial.study!r}, chosen on validation: validation accuracy "
-        f"{scores['best/val_accuracy']:.4f}, test accuracy {scores['test/accuracy']:.4f}.",
+        f"{scores[BEST_ACCURACY]:.4f}, test accuracy {scores[TEST_ACCURACY]:.4f}.",
     )
     undo.callback(_quietly, client.delete_model_version, name, version.version)
     versions = [{"name": name, "version": version.version}]
@@ -234,7 +235,7 @@ def promote(
             tags = {
                 "study": study,
                 "run_id": trial.run_id,
-                "val_accuracy": str(trial.metrics.get("best/val_accuracy", "")),
+                "val_accuracy": str(trial.metrics.get(BEST_ACCURACY, "")),
                 "fingerprint": trial.fingerprint,
             }
             model_id = _log_model(tracker, trial, trained, tags, undo)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import DATASET_RULES, TRIAL_RULES, TrialConfig
+from caltech_sweep.metrics import Objective, objective
+from caltech_sweep.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     reference: Mapping[str, float] = field(default_factory=dict)
     tolerance: float | None = None  # of accuracies, as a fraction
+    fingerprint: str | None = field(default=None, compare=False)  # of a stored study, which may be of another version
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,16 @@ class StudyDefinition:
     def family_size(self) -> int:
         """How many trials each sampled setting gives: one for every combination of ``expand``."""
         return math.prod(map(len, self.expand.values()))
+
+    @property
+    def dimensions(self) -> dict[str, Dimension]:
+        """The settings that vary: the sampled ones, and those of ``expand``."""
+        return {**self.space, **{key: Choices(values) for key, values in self.expand.items()}}
+
+    @property
+    def objective(self) -> Objective:
+        """The measure that decides which epoch and which trial is best."""
+        return objective(self.config({}).objective)
 
     def config(self, settings: Mapping[str, Any]) -> TrialConfig:
         """Return the config of a trial with some settings besides the fixed ones."""
@@ -127,6 +140,41 @@ class StudyDefinition:
         result: dict[str, Any] = json.loads(json.dumps(document))
         return result
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> StudyDefinition:
+        """Read :meth:`to_dict` output back; what an earlier version did not write has its default.
+
+        Settings that only a later version has are left out.
+        """
+        rows = [
+            Row(
+                str(row["name"]),
+                _known(row["set"] if "set" in row else row.get("config", {}), TRIAL_RULES),
+                row.get("reference") or {},
+                row.get("tolerance"),
+                row.get("fingerprint"),
+            )
+            for row in document.get("rows", ())
+        ]
+        space = _known(document.get("space") or {}, TRIAL_RULES, _dimension)
+        expand = _known(document.get("expand") or {}, TRIAL_RULES, lambda rule, values: tuple(map(rule.normal, values)))
+        name = str(document.get("name", ""))
+        return cls(
+            name,
+            str(document.get("title", name)),
+            document.get("trials", len(rows)),
+            _known(document.get("dataset") or {}, DATASET_RULES),
+            _known(document.get("fixed") or {}, TRIAL_RULES),
+            space,
+            tuple(rows),
+            _component(document.get("sampler")) or Component("tpe", {"seed": 0}),
+            _component(document.get("pruner")),
+            document.get("overrides") or {},
+            document.get("tolerance"),
+            expand,
+            document.get("replicates") or 1,
+        )
+
 
 def variants(definition: StudyDefinition, keys: tuple[str, ...], rows: bool = True) -> Iterator[TrialConfig]:
     """Yield one config for each row, and for each combination of the space's choices of ``keys``."""
@@ -137,6 +185,27 @@ def variants(definition: StudyDefinition, keys: tuple[str, ...], rows: bool = Tr
     if definition.space:
         for values in itertools.product(*choices.values()):
             yield definition.config(dict(zip(choices, values, strict=True)))
+
+
+def _known(
+    values: Mapping[str, Any], rules: Mapping[str, Rule], read: Callable[[Rule, Any], Any] = Rule.normal
+) -> dict[str, Any]:
+    """Return the values of settings that have a rule here."""
+    return {key: read(rules[key], value) for key, value in values.items() if key in rules}
+
+
+def _dimension(rule: Rule, values: Mapping[str, Any]) -> Dimension:
+    """Read :func:`_dimension_dict` output back."""
+    if "choices" in values:
+        return Choices(tuple(map(rule.normal, values["choices"])))
+    if "subset_of" in values:
+        return SubsetOf(tuple(values["subset_of"]))
+    low, high, step = (rule.normal(values.get(key)) for key in ("low", "high", "step"))
+    return Range(low, high, bool(values.get("log")), step, rule.kind == "integer")
+
+
+def _component(values: Mapping[str, Any] | None) -> Component | None:
+    return Component(values["name"], {k: v for k, v in values.items() if k != "name"}) if values else None
 
 
 def _component_dict(component: Component) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from caltech_sweep.errors import LostStudyError, StoreError
+from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
 from caltech_sweep.stores import reason
 from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.optuna_store import STORE_ERRORS
@@ -176,7 +177,7 @@ class Coordinator:
                 self.executor.answer(event.job, False)
             return
         self.progress.epoch(event.job, event.epoch, event.metrics)
-        self.queue.report(running.queued, event.epoch, event.metrics["val/accuracy"])
+        self.queue.report(running.queued, event.epoch, event.metrics[self.queue.objective.each_epoch])
         if running.queued.prunable:
             self.executor.answer(event.job, not self.queue.should_stop(running.queued, event.epoch))
         self.recorder.epoch(running.run, event.epoch, event.metrics)
@@ -184,7 +185,7 @@ class Coordinator:
     def _done(self, running: _Running, event: Done) -> None:
         text = ", ".join(
             f"{label} accuracy {event.metrics[key]:.3f}"
-            for label, key in (("val", "best/val_accuracy"), ("test", "test/accuracy"))
+            for label, key in (("val", BEST_ACCURACY), ("test", TEST_ACCURACY))
             if key in event.metrics
         )
         if event.tags.get("reuse.epochs_reused", "0") != "0":
@@ -236,7 +237,7 @@ class Coordinator:
             tags = {**(tags or {}), "reason": text}
         kept = None if outcome == "interrupted" or broken else folder  # no checkpoint of what is no number
         self.recorder.end(running.run, outcome, final, tags or {}, kept)
-        self.queue.end(queued, outcome, final.get("best/val_accuracy"))
+        self.queue.end(queued, outcome, self.queue.objective.score(final))
         del self._running[queued.number]
         shutil.rmtree(folder, ignore_errors=True)
         self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1

@@ -20,12 +20,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep import paths, stores
 from caltech_sweep.artifacts import artifact_problems
-from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
 from caltech_sweep.sweep.optuna_trials import invalidate_trial
 from caltech_sweep.sweep.ownership import foreign_studies
+from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.reconcile import Finding, survey
 from caltech_sweep.text import counted, suggestion
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
@@ -211,15 +211,10 @@ def _worth(run: TrialRecord) -> tuple[bool, int]:
 
 def _wanted(record: StudyRecord) -> set[tuple[str, str]] | None:
     """Return what the study's rows train, as (name, fingerprint) with every seed; None where it is not known."""
-    wanted = set()
-    try:
-        for row in record.document["rows"]:
-            for replicate in range(max(1, int(record.document.get("replicates", 1)))):
-                config = {**row["config"], "seed": row["config"]["seed"] + replicate}
-                wanted.add((row["name"], TrialConfig.from_dict(config).fingerprint()))
-    except (KeyError, TypeError, ValueError):  # a study of another version
-        return None
-    return wanted
+    definition = record.definition
+    if definition is None or any(definition.row_config(r).fingerprint() != r.fingerprint for r in definition.rows):
+        return None  # its document is lost, or of another version
+    return {(row.name, config.fingerprint()) for row, _, config in wanted_rows(definition)}
 
 
 def _is_wanted(wanted: set[tuple[str, str]] | None, trial: FrozenTrial) -> bool:
@@ -315,7 +310,7 @@ def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> It
     beside = _beside(tracker, record.name)
     if not root.exists() and beside is not None:
         root = beside / run.run_id / "artifacts"
-    yield from artifact_problems(run, root, record.document.get("images", {}))
+    yield from artifact_problems(run, root, record.images)
 
 
 def _give_up(tracker: MlflowTracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord, reason: str) -> None:

@@ -74,7 +74,7 @@ def open_study(
             study = optuna.create_study(
                 storage=_open_storage(uri),
                 study_name=definition.name,
-                direction="maximize",
+                direction=definition.objective.direction,
                 load_if_exists=True,
                 pruner=make_pruner(definition.pruner),
             )

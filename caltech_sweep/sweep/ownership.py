@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -19,7 +19,7 @@ from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel, Tri
 from optuna.trial import FixedTrial, TrialState
 
 from caltech_sweep import stores
-from caltech_sweep.config import TRIAL_FIELDS, TrialConfig
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ForeignStudyError, StoreError, UsageError
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.grid import reachable
@@ -208,13 +208,13 @@ def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTrack
     attributes.update({"row": run.row} if run.row is not None else {})
     attributes.update(fingerprint=run.fingerprint, config=json.loads(json.dumps(config.to_dict())))
     outcome = run.outcome if run.outcome in OUTCOMES else "interrupted"
-    value = run.metrics.get("best/val_accuracy") if outcome == "complete" else None
-    if outcome == "complete" and (value is None or value != value):
+    value = run.score if outcome == "complete" else None
+    if outcome == "complete" and value is None:
         outcome, value = "crashed", None
     state = TrialState[OUTCOMES[outcome].optuna]
     seen = {}
     if definition.pruner is not None:
-        seen = {metric.step: metric.value for metric in tracker.history(run.run_id, "val/accuracy")}
+        seen = {metric.step: metric.value for metric in tracker.history(run.run_id, run.objective.each_epoch)}
     if state == TrialState.PRUNED:
         value = seen[max(seen)] if seen else None
     if state == TrialState.FAIL:
@@ -248,19 +248,4 @@ def _params_of(definition: StudyDefinition, run: TrialRecord, config: TrialConfi
 
 def _config_of(definition: StudyDefinition, params: Mapping[str, str]) -> TrialConfig:
     """Return the config that a run's params say; its dataset is the study's."""
-    usual = TrialConfig().to_dict()
-    stored = {key: _value(usual[key], params[key]) for key in TRIAL_FIELDS if key in params and key != "dataset"}
-    return definition.config(stored)
-
-
-def _value(like: Any, text: str) -> Any:
-    """Return a param as a value of the kind of another one."""
-    if isinstance(like, bool):
-        return text == "True"
-    if isinstance(like, (int, float)):
-        return type(like)(text)
-    if isinstance(like, (list, tuple)):
-        return () if text == "none" else tuple(text.split("+"))
-    if like is None:
-        return {"none": None, "True": True, "False": False}[text] if not text.isdecimal() else int(text)
-    return text
+    return replace(TrialConfig.from_params(params), dataset=definition.config({}).dataset)

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from caltech_sweep.metrics import TRAIN_LOSS, VAL_ACCURACY
 from caltech_sweep.text import duration
 
 
@@ -79,8 +80,8 @@ class PlainProgress:
             return
         left = trial.left()
         self._write(
-            f"[{number}] {trial.name}: epoch {epoch}/{trial.epochs}, train loss {metrics.get('train/loss', 0):.3f}, "
-            f"val accuracy {metrics.get('val/accuracy', 0):.3f}{f', {left} left' if left else ''}"
+            f"[{number}] {trial.name}: epoch {epoch}/{trial.epochs}, train loss {metrics.get(TRAIN_LOSS, 0):.3f}, "
+            f"val accuracy {metrics.get(VAL_ACCURACY, 0):.3f}{f', {left} left' if left else ''}"
         )
 
     def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
@@ -120,7 +121,7 @@ class LiveProgress:
         for column in ("trial", "epoch", "train loss", "val accuracy", "time left"):
             table.add_column(column)
         for trial in list(self._trials.values()):
-            loss, accuracy = (trial.metrics.get(key) for key in ("train/loss", "val/accuracy"))
+            loss, accuracy = (trial.metrics.get(key) for key in (TRAIN_LOSS, VAL_ACCURACY))
             table.add_row(
                 Text(trial.name),
                 f"{trial.epoch}/{trial.epochs}",

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
+from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
 from caltech_sweep.study.components import make_sampler
 from caltech_sweep.study.definition import Row, StudyDefinition
@@ -57,6 +58,7 @@ class TrialQueue:
 
     def __init__(self, definition: StudyDefinition, study: optuna.Study, only: Sequence[str] = ()) -> None:
         self.definition, self.study, self.only = definition, study, tuple(only)
+        self.objective = definition.objective
         self._sampled_left = 0
         self._exhausts = False  # whether the space ends before the total is reached
 
@@ -90,7 +92,8 @@ class TrialQueue:
 
     def enqueue_confirmations(self, count: int) -> None:
         """Let the best sampled trials be repeated on fresh seeds."""
-        enqueue_confirmations(self.study, count, max(CONFIRMING_SEEDS, self.definition.replicates))
+        seeds = max(CONFIRMING_SEEDS, self.definition.replicates)
+        enqueue_confirmations(self.study, self.objective, count, seeds)
 
     def _waiting(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the trials that wait and may be run now, in the order of their numbers."""
@@ -225,12 +228,12 @@ def enqueue_missing_rows(study: optuna.Study, definition: StudyDefinition, only:
         _enqueue(study, enqueue_params(definition.space, config.to_dict()), config, attributes)
 
 
-def enqueue_confirmations(study: optuna.Study, count: int, seeds: int) -> None:
+def enqueue_confirmations(study: optuna.Study, objective: Objective, count: int, seeds: int) -> None:
     """Let the best sampled trials be repeated on fresh seeds, none of which took part in choosing them."""
     trials = study.get_trials(deepcopy=False)
     sampled = [t for t in trials if t.state == TrialState.COMPLETE and "row" not in t.user_attrs and not is_extra(t)]
     known = {(t.user_attrs["confirms"], t.user_attrs["fingerprint"]) for t in trials if "confirms" in t.user_attrs}
-    for trial in sorted(sampled, key=lambda t: (-(t.value or 0), t.number))[:count]:
+    for trial in sorted(sampled, key=lambda t: (objective.loss(t.value or 0), t.number))[:count]:
         config = TrialConfig.from_dict(trial.user_attrs["config"])
         for further in range(1, seeds + 1):
             repeat = replace(config, seed=config.seed + further)

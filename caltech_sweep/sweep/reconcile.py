@@ -35,11 +35,10 @@ def _running_trial(
     name = f"trial {trial.number}"
     ended = record is not None and record.outcome in OUTCOMES and record.outcome != "interrupted"
     if record is not None and ended:
-        value = record.metrics.get("best/val_accuracy")
         outcome = record.outcome
         return (
             f"{name} ended as {outcome} in the tracking store, but the study store takes it for running: copied",
-            partial(end_trial, study, trial.number, outcome, value if outcome == "complete" else None),
+            partial(end_trial, study, trial.number, outcome, record.score if outcome == "complete" else None),
         )
     if current:
         return f"{name} was left running: it waits again", partial(requeue, study, trial.number)

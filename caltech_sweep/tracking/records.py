@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+
+from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
+from caltech_sweep.study.definition import StudyDefinition
 
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
@@ -76,6 +80,21 @@ class TrialRecord:
     start_time: int  # milliseconds since 1970
     artifact_uri: str
 
+    @property
+    def objective(self) -> Objective:
+        """The measure that its study is about; runs of earlier versions do not name the default."""
+        return objective(self.params.get("objective", DEFAULT_OBJECTIVE))
+
+    @property
+    def score(self) -> float | None:
+        """What it reached of the objective, or None when that is missing or not finite."""
+        return self.objective.score(self.metrics)
+
+    @property
+    def rank(self) -> float:
+        """A number that is the smaller, the better its score is; infinite without one."""
+        return math.inf if self.score is None else self.objective.loss(self.score)
+
 
 @dataclass(frozen=True)
 class StudyRecord:
@@ -87,6 +106,19 @@ class StudyRecord:
     document: Mapping[str, Any]
     store: str | None = None  # the id of the study store that runs it; None in a study of an earlier version
     former: tuple[str, ...] = ()  # those of the study stores that ran it before
+
+    @cached_property
+    def definition(self) -> StudyDefinition | None:
+        """The study as last run; None where its document is lost or is none."""
+        try:
+            return StudyDefinition.from_dict(self.document) if self.document else None
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def images(self) -> Mapping[str, int]:
+        """How many images each part has, and how many ``classes`` there are, as far as that is recorded."""
+        return self.document.get("images") or {}
 
     def has(self, tags: Mapping[str, str]) -> bool:
         """Tell whether a trial's run is this study's, by its tags, rather than of another study of its name."""

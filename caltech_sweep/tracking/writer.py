@@ -27,6 +27,7 @@ from urllib.request import url2pathname
 from caltech_sweep import paths, stores
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import SUMS, file_digest, read_sums
+from caltech_sweep.metrics import TRAIN_LOSS
 from caltech_sweep.tracking.records import (
     FORMER_TAG,
     OUTCOMES,
@@ -64,7 +65,7 @@ _LARGEST_BATCH = 900  # metrics of one call; MLflow takes 1,000
 _LONGEST_TAG = 7900  # characters; a database store of MLflow takes 8,000
 OWNER_SECONDS = 10.0  # after which a write asks again whether the study is still this study store's
 CLAIM_SECONDS = 1.0  # that two study stores which claim one study at the same time have to see each other
-STEP_METRIC = "train/loss"  # logged by every epoch, so its last step is the last epoch that a run has
+STEP_METRIC = TRAIN_LOSS  # logged by every epoch, so its last step is the last epoch that a run has
 
 for _name in ("alembic", "mlflow"):  # after the import, which sets its own levels
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -471,7 +472,7 @@ class MlflowTracker:
         getattr(_tracking_utils, "_artifact_repos_cache", {}).clear()  # where MLflow remembers each run's to be
 
     def best_trial(self, study: str) -> TrialRecord:
-        """Return the complete trial with the highest validation accuracy, the earliest of equals."""
+        """Return the complete trial with the best score on validation, the earliest of equals."""
         record = self.study(study)
         complete = [t for t in self.trials(record) if t.outcome == "complete"] if record else []
         if not complete:
@@ -479,7 +480,7 @@ class MlflowTracker:
                 f"weights: study {study!r} has no complete trial in {stores.hide_secrets(self.uri)}; "
                 f"run it first: make sweep STUDY={study}"
             )
-        return max(complete, key=lambda t: t.metrics["best/val_accuracy"])
+        return min(complete, key=lambda trial: trial.rank)
 
     def run_exists(self, run_id: str) -> bool:
         """Tell whether the store has a run."""

@@ -154,8 +154,7 @@ def capture(training: Training) -> Checkpoint:
 
 def _as_record(epoch: EpochResult) -> dict[str, Any]:
     kept = [f.name for f in fields(epoch) if f.name not in ("val", "reused")]
-    val = {"loss": epoch.val.loss, "accuracy": epoch.val.accuracy}
-    return {**{name: getattr(epoch, name) for name in kept}, "val": val}
+    return {**{name: getattr(epoch, name) for name in kept}, "val": dict(epoch.val.scores)}
 
 
 def restore(training: Training, stage: Checkpoint) -> None:
@@ -171,8 +170,7 @@ def restore(training: Training, stage: Checkpoint) -> None:
     by_epoch = (stage.tensors[f"val.{name}"].clone() for name in ("predictions", "confidences"))
     values = zip(stage.header["history"], *by_epoch, strict=True)
     training.history = [
-        EpochResult(**{**record, "val": Evaluation(**record["val"], predictions=p, confidences=c), "reused": True})
-        for record, p, c in values
+        EpochResult(**{**record, "val": Evaluation(record["val"], p, c), "reused": True}) for record, p, c in values
     ]
     training.epoch = len(training.history)
     training.best = training.history[stage.header["best_epoch"] - 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from caltech_sweep.errors import NotFiniteError
+from caltech_sweep.metrics import METRICS, Outputs
 from caltech_sweep.training.heartbeat import beat
 
 Views = Callable[[torch.Tensor], torch.Tensor]
@@ -18,18 +19,27 @@ Views = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of N images: mean negative log-likelihood, accuracy as a fraction, predictions and confidences (N,).
+    """Of N images: what was measured, by the names of METRICS, predictions and confidences (N,).
 
     Raises NotFiniteError for numbers that are none, wherever they come from.
     """
 
-    loss: float
-    accuracy: float
+    scores: Mapping[str, float]
     predictions: torch.Tensor
     confidences: torch.Tensor
 
+    @property
+    def loss(self) -> float:
+        """The mean negative log-likelihood."""
+        return self.scores["loss"]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right predictions."""
+        return self.scores["accuracy"]
+
     def __post_init__(self) -> None:
-        for name, value in (("loss", self.loss), ("accuracy", self.accuracy)):
+        for name, value in self.scores.items():
             if not math.isfinite(value):
                 raise NotFiniteError(f"the evaluation's {name} is {value}; try a lower learning rate")
         if not self.confidences.isfinite().all():
@@ -69,5 +79,6 @@ def evaluate(
     if not torch.stack(finite).all():
         raise NotFiniteError("the network's outputs became NaN or infinite; try a lower learning rate")
     predicted = torch.cat(predictions)
-    accuracy = (predicted == labels).double().mean().item()
-    return Evaluation(float(sum(losses)) / len(labels), accuracy, predicted, torch.cat(confidences))
+    outputs = Outputs(labels.numpy(), predicted.numpy(), float(sum(losses)) / len(labels))
+    scores = {name: metric.compute(outputs) for name, metric in METRICS.items()}
+    return Evaluation(scores, predicted, torch.cat(confidences))

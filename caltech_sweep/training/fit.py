@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from caltech_sweep import metrics
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
@@ -47,13 +48,12 @@ class EpochResult:
     def metrics(self) -> dict[str, float]:
         """Return the metrics of this epoch by their names in MLflow."""
         return {
-            "train/loss": self.train_loss,
-            "train/accuracy": self.train_accuracy,
-            "val/loss": self.val.loss,
-            "val/accuracy": self.val.accuracy,
-            "lr": self.lr,
-            "epoch_seconds": self.seconds,
-            "images_per_second": self.images / self.seconds,
+            metrics.TRAIN_LOSS: self.train_loss,
+            metrics.TRAIN_ACCURACY: self.train_accuracy,
+            **metrics.all_logged("val", self.val.scores),
+            metrics.LEARNING_RATE: self.lr,
+            metrics.EPOCH_SECONDS: self.seconds,
+            metrics.SPEED: self.images / self.seconds,
         }
 
 
@@ -263,7 +263,8 @@ class Training:
         result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
         self.epoch = epoch
         self.history.append(result)
-        if self.best is None or val.accuracy > self.best.val.accuracy:
+        goal = metrics.objective(self.config.objective)
+        if self.best is None or goal.better(val.scores[goal.name], self.best.val.scores[goal.name]):
             self.best = result
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         return result

@@ -11,6 +11,7 @@ import torch
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import NotFiniteError, OutOfMemoryError
+from caltech_sweep.metrics import BEST_EPOCH, all_logged, logged_at_best
 from caltech_sweep.training.cache import open_store
 from caltech_sweep.training.checkpoints import TrialCheckpoints
 from caltech_sweep.training.device import is_out_of_memory
@@ -40,16 +41,13 @@ class TrialOutcome:
 
     def metrics(self) -> dict[str, float]:
         """Return the once-a-trial metrics by their names in MLflow."""
-        metrics = {
-            "best/val_accuracy": self.best.val.accuracy,
-            "best/epoch": float(self.best.epoch),
-            "test/accuracy": self.test.accuracy,
-            "test/loss": self.test.loss,
+        tencrop = self.test_tencrop.scores if self.test_tencrop is not None else {}
+        return {
+            **{logged_at_best(name): value for name, value in self.best.val.scores.items()},
+            BEST_EPOCH: float(self.best.epoch),
+            **all_logged("test", self.test.scores),
+            **all_logged("test_tencrop", tencrop),
         }
-        if self.test_tencrop is not None:
-            metrics["test_tencrop/accuracy"] = self.test_tencrop.accuracy
-            metrics["test_tencrop/loss"] = self.test_tencrop.loss
-        return metrics
 
 
 def _train(training: Training, stages: TrialCheckpoints | None) -> Iterator[EpochResult]:

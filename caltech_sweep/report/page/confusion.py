@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from caltech_sweep.errors import StoreError
+from caltech_sweep.metrics import logged
 from caltech_sweep.report.tables import ReadText
 from caltech_sweep.tracking.records import TrialRecord
 
@@ -77,7 +78,7 @@ def read_confusion(read: ReadText, run: TrialRecord) -> Confusion | None:
     if not classes or [len(row) for row in counts] != [len(classes)] * len(classes):
         return None
     right, images = sum(row[i] for i, row in enumerate(counts)), sum(map(sum, counts))
-    recorded = run.metrics.get(f"{reported_part(run)}/accuracy")
+    recorded = run.metrics.get(logged(reported_part(run), "accuracy"))
     if not images or (recorded is not None and abs(right / images - recorded) > 1e-6):
         return None
     cells = tuple((i, j, n) for i, row in enumerate(counts) for j, n in enumerate(row) if n > 0)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from caltech_sweep.report.entries import metric, row_entries
+from caltech_sweep.metrics import TRAIN_ACCURACY, TRAIN_LOSS, VAL_ACCURACY, VAL_LOSS
+from caltech_sweep.report.entries import row_entries
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.tracking.history import Curve, Histories
 from caltech_sweep.tracking.reader import StoredStudy
 from caltech_sweep.tracking.records import TrialRecord
 
 METRICS = {
-    "val/accuracy": "Validation accuracy",
-    "train/accuracy": "Train accuracy",
-    "val/loss": "Validation loss",
-    "train/loss": "Train loss",
+    VAL_ACCURACY: "Validation accuracy",
+    TRAIN_ACCURACY: "Train accuracy",
+    VAL_LOSS: "Validation loss",
+    TRAIN_LOSS: "Train loss",
 }
 SETTINGS = {
     "lr": "Learning rate",
@@ -90,7 +91,7 @@ def sampled(study: StoredStudy) -> list[TrialRecord]:
 
 def best_sampled(study: StoredStudy) -> list[TrialRecord]:
     """Return the sampled trials, those first that are complete and the best on validation."""
-    return sorted(sampled(study), key=lambda t: (t.outcome != "complete", -(metric(t, "best/val_accuracy") or 0)))
+    return sorted(sampled(study), key=lambda trial: (trial.outcome != "complete", trial.rank))
 
 
 def lines(study: StoredStudy, histories: Histories) -> list[Line]:

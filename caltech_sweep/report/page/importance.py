@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import optuna
@@ -14,6 +14,7 @@ from optuna.importance import FanovaImportanceEvaluator
 
 from caltech_sweep.report.model import Importance, Share
 from caltech_sweep.report.statistics import ALPHA, holm
+from caltech_sweep.study.definition import Dimension, Range
 
 Floats = NDArray[np.float64]
 
@@ -26,10 +27,10 @@ _RESAMPLES = 39  # of which the extremes hold 95%
 _FEW_TREES = 8
 
 
-def weigh(space: Mapping[str, Any], trials: Sequence[tuple[Mapping[str, str], float]]) -> Importance | None:
+def weigh(space: Mapping[str, Dimension], trials: Sequence[tuple[Mapping[str, str], float]]) -> Importance | None:
     """Return which settings of a space mattered, and how much, or None when there are not ``FEWEST`` trials.
 
-    ``space`` is a study's document's; ``trials`` are (settings as text, objective). Optuna's shares sum to 1 on noise
+    ``space`` is a study's; ``trials`` are (settings as text, objective). Optuna's shares sum to 1 on noise
     too, so a setting has one only if it explains more of the objective's ranks than it does when the objective is
     shuffled (p below ALPHA, corrected for all settings that vary).
     """
@@ -57,7 +58,7 @@ def weigh(space: Mapping[str, Any], trials: Sequence[tuple[Mapping[str, str], fl
     return Importance({key: Share(value, min(draws[key]), max(draws[key])) for key, value in shares.items()}, chance)
 
 
-def _p_value(dimension: Any, values: Sequence[Any], scores: Floats, random: np.random.Generator) -> float:
+def _p_value(dimension: Dimension, values: Sequence[Any], scores: Floats, random: np.random.Generator) -> float:
     """Return how often a setting explains as much of a shuffled objective's ranks as of the real one's."""
     from scipy.stats import rankdata
 
@@ -76,7 +77,7 @@ def _p_value(dimension: Any, values: Sequence[Any], scores: Floats, random: np.r
 
 
 def importances(
-    space: Mapping[str, Any], trials: Sequence[tuple[Mapping[str, str], float]], trees: int = 64
+    space: Mapping[str, Dimension], trials: Sequence[tuple[Mapping[str, str], float]], trees: int = 64
 ) -> dict[str, float]:
     """Return the share of the objective's variance that each setting of a space explains, the largest first.
 
@@ -94,7 +95,7 @@ def importances(
 
 
 def _columns(
-    space: Mapping[str, Any], trials: Sequence[tuple[Mapping[str, str], float]]
+    space: Mapping[str, Dimension], trials: Sequence[tuple[Mapping[str, str], float]]
 ) -> dict[str, list[float | str | None]]:
     """Return the values of the settings that every trial has and that vary."""
     columns = {key: [_parse(dimension, params.get(key)) for params, _ in trials] for key, dimension in space.items()}
@@ -116,11 +117,11 @@ def _study(
     return study
 
 
-def _is_range(dimension: Any) -> bool:
-    return isinstance(dimension, Mapping) and "low" in dimension
+def _is_range(dimension: Dimension) -> TypeGuard[Range]:
+    return isinstance(dimension, Range)
 
 
-def _parse(dimension: Any, text: str | None) -> float | str | None:
+def _parse(dimension: Dimension, text: str | None) -> float | str | None:
     """Return a setting as a number of a range or as the text of a choice; None when a run does not have it."""
     if text is None or not _is_range(dimension):
         return text
@@ -130,9 +131,9 @@ def _parse(dimension: Any, text: str | None) -> float | str | None:
         return None
 
 
-def _distribution(dimension: Any, values: Sequence[Any]) -> BaseDistribution:
+def _distribution(dimension: Dimension, values: Sequence[Any]) -> BaseDistribution:
     """Return the distribution that the values came from; they may exceed what an edited document says."""
     if not _is_range(dimension):
         return CategoricalDistribution(sorted(set(values)))
     low, high = min(values), max(values)
-    return FloatDistribution(low, high, log=bool(dimension.get("log")) and low > 0)
+    return FloatDistribution(low, high, log=dimension.log and low > 0)

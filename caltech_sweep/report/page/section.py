@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from caltech_sweep.errors import CaltechSweepError
+from caltech_sweep.metrics import BEST_ACCURACY
 from caltech_sweep.report.entries import metric, pick, row_entries, sampled_entries
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import Importance, Table, TableRow
@@ -137,7 +138,7 @@ def _history_points(study: StoredStudy) -> list[tuple[int, float, bool]]:
     points = []
     for trial in curves.sampled(study):
         complete = trial.outcome == "complete"
-        value = metric(trial, "best/val_accuracy" if complete else "val/accuracy")
+        value = trial.score if complete else metric(trial, trial.objective.each_epoch)
         if value is not None and trial.outcome in ("complete", "pruned"):
             points.append((trial.number, value, complete))
     return points
@@ -147,9 +148,9 @@ def _importance(
     study: StoredStudy, complete: Sequence[TrialRecord], weigh: Importances | None, figure: str
 ) -> tuple[str, str]:
     """Return the drawing of what each setting explains, where that can be told from chance, and what to say of it."""
-    document = study.record.document
-    space = {**(document.get("space") or {}), **{k: {"choices": v} for k, v in (document.get("expand") or {}).items()}}
-    scored = [(trial.params, score) for trial in complete if (score := metric(trial, "best/val_accuracy")) is not None]
+    definition = study.record.definition
+    space = definition.dimensions if definition else {}
+    scored = [(trial.params, score) for trial in complete if (score := trial.score) is not None]
     if not space:  # with the document
         return "", "Which settings were sampled is not in the store, so their importance cannot be estimated."
     found = weigh(space, scored) if weigh else None
@@ -202,7 +203,7 @@ def _named(study: StoredStudy, best: int, reader: Reader) -> list[Named]:
     for entry in [*row_entries(study), *sampled_entries(study, best, ())]:
         if entry.runs:
             run = entry.runs[0]
-            val = metric(run, "best/val_accuracy") or 0.0
+            val = metric(run, BEST_ACCURACY) or 0.0
             confusion = read_confusion(reader.text, run)
             found.append(Named(study.record.name, one_line(entry.name), run, val, confusion, len(entry.runs)))
     return found
@@ -245,7 +246,7 @@ def _thumbnails(
     if wrong is None:
         return top.name, (), f"The predictions of {top.name} are lost or damaged."
     try:
-        thumbnail = find_thumbnails(datasets_of(study.record.document, top.run, data), top.run)
+        thumbnail = find_thumbnails(datasets_of(study.record.definition, top.run, data), top.run)
     except (CaltechSweepError, TypeError) as error:
         return top.name, tuple(Thumb(item, None) for item in wrong), f"The images are not shown: {error}."
     thumbs = tuple(Thumb(item, thumbnail(item.image)) for item in wrong)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.errors import DatasetError
+from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.tracking.records import TrialRecord, grey_bits
 
 SIDE = 112  # pixels
 Thumbnail = Callable[[str], str | None]  # from an image's path below the root to a data address, or None
 
 
-def datasets_of(document: Mapping[str, Any], run: TrialRecord, data: str | None) -> list[DatasetConfig]:
+def datasets_of(definition: StudyDefinition | None, run: TrialRecord, data: str | None) -> list[DatasetConfig]:
     """Return where a run's images may lie: only in ``data`` where that is given, else where they lay, or as usual."""
-    known = {field.name for field in fields(DatasetConfig)}
-    values = {key: value for key, value in (document.get("dataset") or {}).items() if key in known}
-    config = DatasetConfig(**values)
+    config = definition.config({}).dataset if definition else DatasetConfig()
     recorded = run.params.get("dataset.root", "none")
     roots = [data] if data else [recorded, config.root] if recorded != "none" else [config.root]
     return [replace(config, root=root) for root in roots]
