@@ -61,7 +61,7 @@ def _normalise(config: DatasetConfig | TrialConfig) -> None:
     """Give each value the one form that it has here: a fingerprint tells 1 from 1.0, and a list cannot be hashed."""
     for field_ in fields(config):
         if (rule := field_.metadata.get("rule")) is not None:
-            object.__setattr__(config, field_.name, rule.normal(getattr(config, field_.name)))
+            object.__setattr__(config, field_.name, rule.ordered(getattr(config, field_.name)))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class TrialConfig:
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
-    objective: str = setting(DEFAULT_OBJECTIVE, OBJECTIVE, "what is best")
+    objective: str = setting(DEFAULT_OBJECTIVE, OBJECTIVE, "which measure decides, for the whole study")
 
     def __post_init__(self) -> None:
         _normalise(self)

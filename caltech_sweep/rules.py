@@ -41,10 +41,15 @@ class Rule:
         """Return the one form of a value that can be written in several: 1 and 1.0, a list and a tuple."""
         if self.kind == "number" and is_number(value):
             return float(value)
-        if isinstance(value, (list, tuple)):
-            ordered = [name for name in self.order or () if name in value]
-            return (*ordered, *(name for name in value if name not in ordered))
-        return value
+        return tuple(value) if isinstance(value, list) else value
+
+    def ordered(self, value: Any) -> Any:
+        """Return a value in its one form, and a list whose order means nothing in the usual order."""
+        value = self.normal(value)
+        if self.order is None or not isinstance(value, tuple):
+            return value
+        known = [name for name in self.order if name in value]
+        return (*known, *(name for name in value if name not in known))
 
     def parse(self, text: str) -> Any:
         """Return the value that :func:`as_text` wrote; raise ValueError for a text of no value that is accepted."""

@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from caltech_sweep import paths
 from caltech_sweep.config import DATASET_RULES, TRIAL_RULES, DatasetConfig, TrialConfig
 from caltech_sweep.errors import StudyFileError, UsageError
+from caltech_sweep.metrics import DEFAULT_OBJECTIVE
 from caltech_sweep.rules import (
     BOOLEAN,
     FRACTION,
@@ -46,6 +47,7 @@ REFERENCES = {
 }
 
 
+_VARYING = {name: rule for name, rule in TRIAL_RULES.items() if name != "objective"}  # it is the whole study's
 _LONGEST_NAME = 150  # bytes: a file's name has 255, of which three stand for one / and a digest takes some
 
 
@@ -154,6 +156,8 @@ class _Reader:
             wrong = TRIAL_RULES[key].problem(value)
             if wrong:
                 self.problem(node, "choices", f"{path}.choices", wrong)
+        if len(set(map(TRIAL_RULES[key].ordered, values))) < len(values):
+            self.problem(node, "choices", f"{path}.choices", "has a value twice")
         return Choices(tuple(map(TRIAL_RULES[key].normal, values)))
 
     def _range(self, space: CommentedMap, node: CommentedMap, key: str, path: str) -> Range | None:
@@ -202,7 +206,7 @@ class _Reader:
                 self.problem(nodes, index, f"{path}.name", "every row needs a name")
             elif name in {row.name for row in rows}:
                 self.problem(node, "name", f"{path}.name", f"{name!r} is a duplicate row name")
-            settings = self.ruled(self.mapping(node, "set", f"{path}.set"), f"{path}.set.", TRIAL_RULES)
+            settings = self.ruled(self.mapping(node, "set", f"{path}.set"), f"{path}.set.", _VARYING)
             reference = self.ruled(
                 self.mapping(node, "reference", f"{path}.reference"), f"{path}.reference.", REFERENCES
             )
@@ -248,6 +252,13 @@ class _Reader:
             self.problem(node, "tolerance", f"{path}tolerance", wrong)
         return tolerance
 
+    def objective(self, root: CommentedMap) -> dict[str, str]:
+        """Return the study's measure as a setting of all its trials; the usual one is none."""
+        name = _plain(root.get("objective", DEFAULT_OBJECTIVE))
+        if wrong := TRIAL_RULES["objective"].problem(name):
+            self.problem(root, "objective", "objective", wrong)
+        return {"objective": name} if name != DEFAULT_OBJECTIVE and not wrong else {}
+
     def component(self, root: CommentedMap, key: str) -> Component | None:
         from caltech_sweep.study.components import component_problems
 
@@ -264,6 +275,7 @@ class _Reader:
 _TOP = (
     "title",
     "dataset",
+    "objective",
     "trials",
     "sampler",
     "pruner",
@@ -282,9 +294,10 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     if not isinstance(title, str) or not title.strip():
         reader.problem(root, "title", "title", f"must be text, got {title!r}")
     dataset = reader.ruled(reader.mapping(root, "dataset", "dataset"), "dataset.", DATASET_RULES)
-    fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", TRIAL_RULES)
+    fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", _VARYING)
+    fixed.update(reader.objective(root))
     node = reader.mapping(root, "space", "space")
-    space = {key: reader.dimension(node, key) for key in reader.known(node, "space.", list(TRIAL_RULES))}
+    space = {key: reader.dimension(node, key) for key in reader.known(node, "space.", list(_VARYING))}
     for key in set(space) & set(fixed):
         reader.problem(node, key, f"space.{key}", "is also under fixed; leave it in one of the two")
     expand = reader.expand(root, {**space, **fixed})
