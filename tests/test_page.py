@@ -33,7 +33,7 @@ from caltech_sweep.report.page.curves import Line, groupings
 from caltech_sweep.report.page.importance import FEWEST, importances, weigh
 from caltech_sweep.report.page.section import Options
 from caltech_sweep.report.page.thumbnails import SIDE, open_thumbnails
-from caltech_sweep.study.definition import Row
+from caltech_sweep.study.definition import Choices, Range, Row
 from caltech_sweep.tracking.history import _from_database, _from_server, read_histories
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.stores import DRAWN, HOSTILE, HOSTILE_CLASSES, PageStore, new_store, write_store
@@ -249,8 +249,8 @@ def test_the_search_shows_the_history_of_the_sampled_trials_alone(store: PageSto
 
 
 # lr decides, freeze does not; the trials of a seed are in an order of their own.
-LR = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}
-TWO = {**LR, "freeze": {"choices": ["none", "conv"]}}
+LR = {"lr": Range(1e-3, 1e-1, log=True)}
+TWO = {**LR, "freeze": Choices(("none", "conv"))}
 
 
 def sampled_trials(number: int, seed: int, matters: bool) -> list[tuple[dict[str, str], float]]:
