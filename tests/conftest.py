@@ -8,16 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+from helpers.migrations import migrate_once
 from helpers.places import Cli, clone, furnish, invoke
 
 # One thread a process: the suite's tiny models gain nothing from more, and it shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Few examples by default, since each run draws others; HYPOTHESIS_PROFILE=thorough draws many.
+settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first new tracking store is copied to, for all later ones."""
+    return tmp_path_factory.mktemp("template") / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)
-def no_other_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_other_place(monkeypatch: pytest.MonkeyPatch, template: Path) -> None:
     """Let no store or dataset outside a test's own folder be seen."""
+    migrate_once(template)
     for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
 

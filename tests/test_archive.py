@@ -563,7 +563,7 @@ def test_files_that_are_no_archive_are_sentences(tmp_path: Path) -> None:
         unpacked(tar_of(member("a", b"file"), GOOD), tmp_path / "clash")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(kind=st.sampled_from(sorted(PLAIN)), data=st.data())
 def test_flipped_bytes_never_crash_or_escape(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
@@ -586,7 +586,7 @@ kinds = st.sampled_from([*tarfile.SUPPORTED_TYPES, b"Z", b"\0"])
 members = st.builds(member, names, st.binary(max_size=20), kinds, names)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(members, min_size=1, max_size=5))
 def test_hostile_members_never_crash_or_escape_and_others_are_written_as_tarfile_does(
     tmp_path_factory: pytest.TempPathFactory, hostile: list[tuple[bytes, ...]]

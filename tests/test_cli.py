@@ -187,22 +187,20 @@ def weights_of(place: Path, folder: str) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def test_one_worker_two_workers_and_none_give_the_same_weights(cli, place: Path) -> None:
-    for name, options in {"one": ("--workers", "1"), "two": ("--workers", "2"), "none": ("--in-process",)}.items():
-        stores = ("--tracking-uri", f"{name}/mlflow.db", "--storage", f"{name}/optuna.db")
-        result = cli("run", "tiny", "--threads", "1", *options, *stores)
-        assert result.exit_code == 0, result.output
-    one = weights_of(place, "one")
-    assert len(one) == 3
-    for other in (weights_of(place, "two"), weights_of(place, "none")):
-        assert other.keys() == one.keys()
-        for fingerprint, weights in one.items():
-            assert all(torch.equal(weights[name], other[fingerprint][name]) for name in weights)
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+def test_the_weights_are_the_same_with_workers_as_without(workers: str, finished_place: Path, cli, place: Path) -> None:
+    result = cli("run", "tiny", "--threads", "1", "--workers", workers)
+    assert result.exit_code == 0, result.output
+    without, found = weights_of(finished_place, "mlruns"), weights_of(place, "mlruns")
+    assert len(without) == 3 and found.keys() == without.keys()
+    for fingerprint, weights in without.items():
+        assert all(torch.equal(weights[name], found[fingerprint][name]) for name in weights)
 
 
-def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(place: Path, cli) -> None:
+@pytest.mark.parametrize("where", ["--in-process", pytest.param("--workers=1", marks=pytest.mark.slow)])
+def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(where: str, place: Path, cli) -> None:
     options = ("--set", "epochs=10", "--row", "First")
-    command = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", *options]
+    command = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", where, *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=place) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if "epoch 2/10" in line)
@@ -222,7 +220,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(place: Path, cli) -> None
 
 
 def test_two_runs_of_one_study_at_once_are_refused(place: Path, cli) -> None:
-    command = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--set", "epochs=400", "--threads", "1"]
+    command = [sys.executable, "-m", "caltech_sweep", *RUN, "--set", "epochs=400"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=place) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if "started" in line)

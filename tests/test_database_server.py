@@ -121,7 +121,7 @@ def test_a_database_server_that_goes_away_does_not_stop_a_study(
         wait_for(place, process, "Views: started")
         time.sleep(0.5)
         server.stop()
-        time.sleep(20)
+        wait_for(place, process, "the study store does not answer")
         server.start()
         assert process.wait(120) == 0, (place / "log.txt").read_text()
     finally:

@@ -170,7 +170,7 @@ FILES = [file_of(picture(), kind) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WE
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(FILES), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8), st.floats(0, 1))
 def test_damaged_files_are_pixels_or_a_reason_never_anything_else(
     content: bytes, changes: list[tuple[float, int]], kept: float

@@ -107,7 +107,7 @@ def transparent(kind: str, width: int, height: int, seed: int) -> bytes:
     return made[kind]()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.sampled_from([WHITE, GREEN])
 )
@@ -123,7 +123,7 @@ def test_what_is_transparent_shows_the_background(
     assert np.abs(got - blended(np.asarray(rgba), rules.rgb)).max() <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from([(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3)]), st.integers(1, 20), st.integers(0, 99)
 )
@@ -203,7 +203,7 @@ def test_an_orientation_after_the_pixels_of_a_png_counts_and_so_does_one_of_a_tr
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.data())
 def test_malformed_exif_data_turns_nothing_and_breaks_nothing(kind: str, data: st.DataObject) -> None:
     image = Image.fromarray(noise(8, 8, 3))

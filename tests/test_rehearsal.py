@@ -110,18 +110,21 @@ def test_the_batches_of_an_epoch() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("arch: resnet18", "arch: alexnet"), "arch: alexnet cannot be trained on crops of 32 pixels"),
+        (("arch: squeezenet1_1", "arch: alexnet"), "arch: alexnet cannot be trained on crops of 32 pixels"),
         (
             (
-                "arch: resnet18, batch_size: 8, epochs: 2}\nspace:",
+                "arch: squeezenet1_1, batch_size: 8, epochs: 2}\nspace:",
                 "batch_size: 8}\nspace:\n  arch: {choices: [resnet18, vit_b_32]}",
             ),
             "arch: vit_b_32 ",
         ),
-        (("batch_size: 8, ", "batch_size: 23, drop_last: false, "), "batch_size: 23 leaves a batch of one image"),
+        (
+            ("arch: squeezenet1_1, batch_size: 8, ", "arch: resnet18, batch_size: 23, drop_last: false, "),
+            "batch_size: 23 leaves a batch of one image",
+        ),
         (
             (
-                "{arch: resnet18, batch_size: 8, epochs: 2}\nspace:",
+                "{arch: squeezenet1_1, batch_size: 8, epochs: 2}\nspace:",
                 "{arch: resnet18, epochs: 2, drop_last: false}\nspace:\n  batch_size: {low: 21, high: 23}",
             ),
             "batch_size: 23 leaves a batch of one image",

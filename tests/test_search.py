@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -129,14 +129,18 @@ def test_every_pruner_prunes_what_it_prunes_in_optuna_s_own_loop(name: str, uri:
     assert {state for _, state, _ in mine} == {"COMPLETE", "PRUNED"}
 
 
+@pytest.mark.parametrize(
+    "parts", [(2, 3, 12, 18), pytest.param(range(2, 19), marks=pytest.mark.slow)], ids=["some", "each trial"]
+)
 @pytest.mark.parametrize(("name", "pruner"), [*((name, None) for name in STOCK), *(("tpe", name) for name in PRUNERS)])
-def test_a_study_that_is_opened_anew_for_each_trial_samples_what_one_run_does(
-    name: str, pruner: str | None, uri: str
+def test_a_study_that_is_opened_anew_again_and_again_samples_what_one_run_does(
+    name: str, pruner: str | None, parts: Sequence[int], uri: str
 ) -> None:
-    definition, tracker = searched(name, pruner, ENOUGH.get(name, 18)), MemoryTracker()
-    for total in range(len(ROWS), definition.trials + 1):
+    definition, tracker, done = searched(name, pruner, ENOUGH.get(name, 18)), MemoryTracker(), 0
+    for total in (part for part in parts if part <= definition.trials):
         executor = run(replace(definition, trials=total), uri, tracker)
-        assert [job.number for job in executor.jobs] == ([0, 1] if total == 2 else [total - 1])
+        assert [job.number for job in executor.jobs] == list(range(done, total))
+        done = total
     assert outcome(definition, uri) == stock(name, pruner, definition.trials)
 
 

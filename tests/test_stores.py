@@ -201,7 +201,7 @@ TEXTS = st.tuples(st.sampled_from(STARTS), st.text(max_size=30)).map("".join) | 
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS, option=st.sampled_from(BOTH))
 @example(text="http://[", option="--tracking-uri")
 @example(text="sqlite:///\ud800", option="--storage")
@@ -221,7 +221,7 @@ def test_any_text_is_understood_the_same_twice_or_refused(
     assert not list(tmp_path.iterdir())
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_no_text_gives_a_traceback_or_makes_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.chdir(tmp_path)

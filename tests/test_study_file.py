@@ -196,7 +196,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("generated")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tree=st.dictionaries(keys, trees, max_size=8))
 def test_any_file_is_read_or_refused_in_sentences(generated: Path, tree: dict) -> None:
     import io
@@ -211,7 +211,7 @@ def test_any_file_is_read_or_refused_in_sentences(generated: Path, tree: dict) -
         assert str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     key=st.sampled_from(["lr", "epochs", "augment", "dataset.classes", "weights", "seed", "outputs"]),
     value=st.text(max_size=30),

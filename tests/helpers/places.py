@@ -16,7 +16,7 @@ title: A tiny study
 dataset: {name: shapes, resize: 32, crop: 32, classes: 3, images_per_class: 8}
 trials: 3
 sampler: {name: random, seed: 0}
-fixed: {arch: resnet18, batch_size: 8, epochs: 2}
+fixed: {arch: squeezenet1_1, batch_size: 8, epochs: 2}
 space:
   lr: {low: 1e-3, high: 1e-1, log: true}
 rows:
