@@ -11,7 +11,7 @@ DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan report test test-all chaos check format lint types docs docs-check ui
+.PHONY: help setup sweep plan report test test-slow test-all chaos check format lint types docs docs-check ui
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ ui: $(SETUP) ## serve the MLflow UI on loopback
 test: $(SETUP) ## run the default test suite
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
+test-slow: $(SETUP) ## run only the slow tests: they start servers, browsers and processes
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow -rs $(ARGS)
+
 test-all: $(SETUP) ## run every test, the slow ones too
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow or not slow" $(ARGS)
 
@@ -60,4 +63,4 @@ docs: $(SETUP) ## write the pages that are made from the code
 docs-check: $(SETUP)
 	@$(BIN)/python docs/build.py --check
 
-check: lint types docs-check test ## what CI runs
+check: lint types docs-check test ## what CI runs first; the slow tests follow
