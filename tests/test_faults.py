@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.files import try_lock
+from caltech_sweep.files import locked
 from caltech_sweep.report.build import build_report
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors.base import Job
@@ -191,12 +191,8 @@ def test_what_a_killed_run_left_in_the_temporary_folder_goes_with_the_next(
         (folder / "3").mkdir(parents=True)
     for folder in (left, working):
         os.utime(folder, (0, 0))
-    descriptor = os.open(working, os.O_RDONLY)
-    try:
-        assert try_lock(descriptor)
-        assert invoke("run", "tiny", "--in-process", "--threads", "1").exit_code == 0
-    finally:
-        os.close(descriptor)
+    with locked(working) as held:
+        assert held and invoke("run", "tiny", "--in-process", "--threads", "1").exit_code == 0
     assert sorted(tmp_path.glob("caltech-sweep-run-*")) == sorted([working, fresh])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     refused = invoke("run", "tiny", "--in-process", "--threads", "1")
