@@ -348,8 +348,7 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
     from caltech_sweep.study.file import dataset_of
 
     config = dataset_of(study, overrides, data)
-    root = None if config.name == "shapes" else dataset_root(config)
-    split = load_split(config)
+    root, split = dataset_root(config), load_split(config)
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     for item in split.part(part):

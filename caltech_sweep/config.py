@@ -68,7 +68,7 @@ def _normalise(config: DatasetConfig | TrialConfig) -> None:
 class DatasetConfig:
     """Which images a trial sees and how they are cut; shapes are in pixels."""
 
-    name: str = setting("caltech101", one_of(("caltech101", "folder", "shapes")), "shapes are drawn, not read")
+    name: str = setting("caltech101", TEXT, "an entry of data/registry.py")
     root: str | None = setting(None, optional(TEXT, "the default place"), "folder of class folders")
     classes: int | str | tuple[str, ...] | None = setting(None, CLASSES, "which classes; a number means the first ones")
     images_per_class: int | None = setting(None, optional(integer(1), "all"), "at most so many in each split")

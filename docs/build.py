@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 
 from caltech_sweep.cli import main
-from caltech_sweep.config import DATASET_FIELDS, TRIAL_FIELDS
+from caltech_sweep.config import DATASET_FIELDS, TRIAL_FIELDS, TRIAL_RULES
+from caltech_sweep.data.registry import DATASETS, dataset_rules
 
 ROOT = Path(__file__).resolve().parent.parent
 _MADE = "<!-- Made by docs/build.py; do not edit. -->\n\n"
@@ -34,26 +35,36 @@ def commands() -> str:
     return f"{_MADE}# Commands\n\n" + "\n".join(_help(main, "caltech-sweep"))
 
 
-def _rows(fields: dict, prefix: str) -> list[str]:
+def _rows(fields: dict, rules: dict, prefix: str) -> list[str]:
     def default(value: object) -> str:
         if isinstance(value, bool) or value is None:
             return {True: "true", False: "false", None: "null"}[value]
         return "[]" if value == () else str(value)
 
     return [
-        f"| `{prefix}{name}` | {f.metadata['rule'].words} | `{default(f.default)}` | {f.metadata['about']} |"
+        f"| `{prefix}{name}` | {rules[name].words} | `{default(f.default)}` | {f.metadata['about']} |"
         for name, f in fields.items()
-        if "rule" in f.metadata
+        if name in rules
     ]
 
 
 def settings() -> str:
     """Return the page of every setting, what it may be, and its default."""
+    own = {
+        name: ", ".join(f"`{field}`" for field in DATASET_FIELDS if field in entry.settings)
+        for name, entry in DATASETS.items()
+    }
+    names = "\n".join(f"| `{name}` | {entry.about} | {own[name]} |" for name, entry in DATASETS.items())
+    datasets = f"## Datasets\n\n| name | what it is | settings of its own |\n| --- | --- | --- |\n{names}\n"
     head = "| setting | may be | default | what it is |\n| --- | --- | --- | --- |\n"
-    trial, dataset = _rows(TRIAL_FIELDS, ""), _rows(DATASET_FIELDS, "dataset.")
+    trial, dataset = _rows(TRIAL_FIELDS, TRIAL_RULES, ""), _rows(DATASET_FIELDS, dataset_rules(), "dataset.")
     return (
         f"{_MADE}# Settings\n\nWhat a study file may fix, sample or set in a row, and what `--set` takes.\n\n"
-        f"## Of a trial\n\n{head}" + "\n".join(trial) + f"\n\n## Of the dataset\n\n{head}" + "\n".join(dataset) + "\n"
+        f"## Of a trial\n\n{head}"
+        + "\n".join(trial)
+        + f"\n\n## Of the dataset\n\n{head}"
+        + "\n".join(dataset)
+        + f"\n\n{datasets}"
     )
 
 

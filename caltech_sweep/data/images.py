@@ -35,6 +35,7 @@ from caltech_sweep.text import readable
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
+Read = Callable[[Path], bytes]  # from a sample's path to the content of an image file
 FORMAT = 1
 _LARGEST = 180_000_000  # pixels of a resized image; about what Pillow takes for a decompression bomb
 _WAVE = 256  # images decoded ahead of the writer; bounds the memory that a cache takes while it is built
@@ -59,20 +60,22 @@ def _check_shape(size: tuple[int, int], resize: int) -> None:
         )
 
 
-def _content_digest(paths: Sequence[Path]) -> str:
+def _content_digest(paths: Sequence[Path], read: Read) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(read(path)).digest())
     return digest.hexdigest()
 
 
-def _each(paths: Sequence[Path], work: Callable[[bytes], T], progress: Progress | None) -> Iterator[T]:
+def _each(
+    paths: Sequence[Path], work: Callable[[bytes], T], progress: Progress | None, read: Read = Path.read_bytes
+) -> Iterator[T]:
     """Do something with every file's content, in order; at the end name all that cannot be read in one error."""
     bad: list[str] = []
 
     def attempt(path: Path) -> tuple[T | None, str]:
         try:
-            return work(path.read_bytes()), ""
+            return work(read(path)), ""
         except OSError as error:
             return None, f"{readable(str(path))} ({error.strerror})"
         except DatasetError as error:
@@ -203,29 +206,31 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _keys(paths: Sequence[Path], resize: int, rules: PixelRules) -> tuple[str, str]:
+def _keys(paths: Sequence[Path], resize: int, rules: PixelRules, read: Read) -> tuple[str, str]:
     """Return the digests that name the cache of these files: where all are plain, and where the rules count."""
     try:
-        content = _content_digest(paths)
+        content = _content_digest(paths, read)
     except OSError as error:
         raise DatasetError(f"{readable(error.filename)} cannot be read: {error.strerror}") from error
     plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}|{content}")
     return plain, _digest(f"{plain}|{VERSION}|{rules.rgb}|{rules.exif}")
 
 
-def inspect_store(paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path) -> OpenedStore:
+def inspect_store(
+    paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path, read: Read = Path.read_bytes
+) -> OpenedStore:
     """Return what :func:`open_store` would, without the images and with nothing written.
 
     Raises its DatasetError for images whose headers show that they cannot be decoded, and for a cache that cannot be
     written, unless the images are decoded already.
     """
-    plain_key, own_key = _keys(paths, resize, rules)
+    plain_key, own_key = _keys(paths, resize, rules, read)
     empty = ImageStore(np.empty(0, np.uint8), [])
     if _Cache(cache / f"images-{plain_key}").header().get("plain"):
         return OpenedStore(empty, plain_key)
     if header := _Cache(cache / f"images-{own_key}").header():
         return OpenedStore(empty, own_key, header["grey_bits"])
-    facts = Facts.of_all(_each(paths, partial(_inspect, resize), None))
+    facts = Facts.of_all(_each(paths, partial(_inspect, resize), None, read))
     _check_colour(facts)
     place = closest(cache)
     if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -241,23 +246,28 @@ def _inspect(resize: int, content: bytes) -> Facts:
 
 
 def open_store(
-    paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path, progress: Progress | None
+    paths: Sequence[Path],
+    resize: int,
+    rules: PixelRules,
+    cache: Path,
+    progress: Progress | None,
+    read: Read = Path.read_bytes,
 ) -> OpenedStore:
     """Open the cache of these files, building it first when it is missing or damaged.
 
     The settings of ``rules`` are in its name only where an image depends on them. The bits of its sixteen-bit grey
     images are those that they use, whatever ``rules`` says. Raises DatasetError naming every file that cannot be read.
     """
-    plain_key, own_key = _keys(paths, resize, rules)
+    plain_key, own_key = _keys(paths, resize, rules, read)
     plain, own = _Cache(cache / f"images-{plain_key}"), _Cache(cache / f"images-{own_key}")
     if plain.header().get("plain") and (store := plain.open()):
         return OpenedStore(store, plain_key)
     if store := own.open():
         return OpenedStore(store, own_key, own.header()["grey_bits"])
-    facts = Facts.of_all(_each(paths, _facts, None))
+    facts = Facts.of_all(_each(paths, _facts, None, read))
     _check_colour(facts)
     bits = facts.grey_bits()
-    images = _each(paths, lambda content: decode(content, resize, replace(rules, grey_bits=bits)), progress)
+    images = _each(paths, lambda content: decode(content, resize, replace(rules, grey_bits=bits)), progress, read)
     if not facts.plain or bits < 16:
         return OpenedStore(own.build(images, {"grey_bits": bits}), own_key, bits)
     if store := plain.open():  # of a version that asked no questions about plain images
@@ -279,6 +289,13 @@ def _check_colour(facts: Facts) -> None:
             "the 16-bit colour images of the dataset use 14 bits at most and would be nearly black; scale their "
             "values to 0 to 65,535, or convert them to 8 bits"
         )
+
+
+def store_of(images: Sequence[np.ndarray]) -> OpenedStore:
+    """Return (H, W, 3) uint8 pictures that are in memory, named by their pixels."""
+    flat = np.concatenate([image.ravel() for image in images])
+    store = ImageStore(flat, [(image.shape[0], image.shape[1]) for image in images])
+    return OpenedStore(store, hashlib.sha256(flat.data).hexdigest()[:16])
 
 
 class LoadedData:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
 from pathlib import Path
 
@@ -78,11 +80,25 @@ def shapes_listing() -> Split:
     return Split(CLASSES, parts["train"], parts["val"], parts["test"])
 
 
+def draw_sample(path: Path, size: int, seed: int) -> np.ndarray:
+    """Return the (size, size, 3) uint8 picture that :func:`shapes_listing` names; every picture has its own key."""
+    part, _, index = path.name.partition("_")
+    key = [seed, list(COUNTS).index(part), CLASSES.index(path.parent.name), int(index)]
+    return draw_shape(path.parent.name, size, np.random.default_rng(key))
+
+
+def shape_file(path: Path, size: int, seed: int) -> bytes:
+    """Return the picture that :func:`shapes_listing` names as a file; raise OSError where it names none."""
+    try:
+        pixels = draw_sample(path, size, seed)
+    except ValueError as error:
+        raise FileNotFoundError(errno.ENOENT, "there is no such shape", str(path)) from error
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
 def shapes_split(size: int, seed: int) -> tuple[Split, list[np.ndarray]]:
-    """Return the split and its pictures in the order train, val, test; every picture has its own key."""
-    split, images = shapes_listing(), []
-    for number, (part, count) in enumerate(COUNTS.items()):
-        for place, item in enumerate(split.part(part)):
-            rng = np.random.default_rng([seed, number, item.label, place % count])
-            images.append(draw_shape(item.class_name, size, rng))
-    return split, images
+    """Return the split and its pictures in the order train, val, test."""
+    split = shapes_listing()
+    return split, [draw_sample(item.path, size, seed) for part in COUNTS for item in split.part(part)]

@@ -16,7 +16,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from caltech_sweep import paths
-from caltech_sweep.config import DATASET_RULES, TRIAL_RULES, DatasetConfig, TrialConfig
+from caltech_sweep.config import TRIAL_RULES, DatasetConfig, TrialConfig
+from caltech_sweep.data.registry import dataset_rules, name_for
 from caltech_sweep.errors import StudyFileError, UsageError
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE
 from caltech_sweep.rules import (
@@ -293,7 +294,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     title = _plain(root.get("title", name))
     if not isinstance(title, str) or not title.strip():
         reader.problem(root, "title", "title", f"must be text, got {title!r}")
-    dataset = reader.ruled(reader.mapping(root, "dataset", "dataset"), "dataset.", DATASET_RULES)
+    dataset = reader.ruled(reader.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
     fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", _VARYING)
     fixed.update(reader.objective(root))
     node = reader.mapping(root, "space", "space")
@@ -343,7 +344,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Return the key and value of one ``key=value``, the value read as YAML; raise UsageError for a wrong one."""
     key, equals, raw = text.partition("=")
     key = key.strip()
-    known = [*TRIAL_RULES, *(f"dataset.{name}" for name in DATASET_RULES)]
+    known = [*TRIAL_RULES, *(f"dataset.{name}" for name in dataset_rules())]
     if not equals:
         raise UsageError(f"--set {text}: must be key=value, such as lr=0.01")
     if key not in known:
@@ -352,7 +353,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         value = _plain(_load_yaml(raw, "--set"))
     except StudyFileError as error:
         raise UsageError(f"--set {text}: the value is not valid YAML") from error
-    rule = DATASET_RULES[key[8:]] if key.startswith("dataset.") else TRIAL_RULES[key]
+    rule = dataset_rules()[key[8:]] if key.startswith("dataset.") else TRIAL_RULES[key]
     wrong = rule.problem(value)
     if wrong:
         raise UsageError(f"--set {text}: {key} {wrong}")
@@ -396,8 +397,7 @@ def dataset_of(study: str | None, overrides: Sequence[str], data: str | None) ->
     values = {key[8:]: value for key, value in changes.items()}
     root = data if data is not None else values.get("root")
     if root is not None and "name" not in values:
-        marks = (paths.CALTECH_FOLDER, "BACKGROUND_Google", "Faces_easy")
-        values["name"] = "caltech101" if any((Path(root) / mark).is_dir() for mark in marks) else "folder"
+        values["name"] = name_for(Path(root))
     return TrialConfig.from_dict({"dataset": {**values, "root": root}}).dataset
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
-from caltech_sweep.data import dataset_root
 from caltech_sweep.data.fetch.download import Progress, download, shown
 from caltech_sweep.data.fetch.unpack import ARCHIVES, unpack
 from caltech_sweep.data.listing import is_hidden
+from caltech_sweep.data.registry import caltech_root
 from caltech_sweep.data.splits import BACKGROUND, caltech_split
 from caltech_sweep.errors import DatasetError, UsageError
 from caltech_sweep.files import ELSEWHERE, alone, locked_directory, make_folder, remove_abandoned
@@ -60,7 +60,7 @@ def fetch(source: Path | None, url: str | None, progress: Progress) -> Path:
 def _named_root() -> Path:
     """Return the folder that CALTECH101_ROOT names, since every command reads it and no download."""
     try:
-        root = dataset_root(DatasetConfig())
+        root = caltech_root(DatasetConfig())
         _verify(root, root)
     except DatasetError as error:
         raise DatasetError(

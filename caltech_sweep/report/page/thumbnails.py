@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from caltech_sweep.config import DatasetConfig
@@ -44,39 +45,22 @@ def open_thumbnails(config: DatasetConfig, bits: int = 16) -> Thumbnail:
 
     Raises DatasetError when the images are not there.
     """
-    if config.name == "shapes":
-        return _drawn(config)
-    from caltech_sweep.data import dataset_root
     from caltech_sweep.data.pixels import PixelRules, read_rgb
+    from caltech_sweep.data.registry import dataset_of, dataset_root
 
-    root, rules = dataset_root(config).resolve(), PixelRules.of(config, bits)
+    root, rules, read = dataset_root(config), PixelRules.of(config, bits), dataset_of(config).read(config)
 
     def thumbnail(name: str) -> str | None:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):  # a store may come from anyone; it names images, no other files
+        # A store may come from anyone: it names images of the dataset, no other files.
+        path = (root / name).resolve() if root else Path(name)
+        if root and not path.is_relative_to(root.resolve()):
             return None
         try:
-            return _encode(read_rgb(path.read_bytes(), rules))
-        except (OSError, DatasetError):
+            return _encode(read_rgb(read(path), rules))
+        except (OSError, TypeError, ValueError, DatasetError):
             return None
 
     return thumbnail
-
-
-def _drawn(config: DatasetConfig) -> Thumbnail:
-    """Draw the shapes again, which are no files."""
-    from PIL import Image
-
-    from caltech_sweep.data.shapes import shapes_split
-    from caltech_sweep.data.splits import SPLITS
-
-    try:
-        split, images = shapes_split(config.resize, config.split_seed)
-    except (TypeError, ValueError, MemoryError) as error:
-        raise DatasetError(f"the shapes cannot be drawn again: {error}") from error
-    names = (item.path.as_posix() for part in SPLITS for item in split.part(part))
-    by_name = dict(zip(names, images, strict=True))
-    return lambda name: _encode(Image.fromarray(by_name[name])) if name in by_name else None
 
 
 def _encode(image: Any) -> str:

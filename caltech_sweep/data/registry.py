@@ -1,0 +1,145 @@
+"""The datasets by name: which images there are, where their files lie, and what an entry of its own may say.
+
+To add one, add an entry to DATASETS: study files, ``--set``, the commands, the report and the docs read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from caltech_sweep import paths
+from caltech_sweep.config import DATASET_RULES, DatasetConfig
+from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, folder_split, subset
+from caltech_sweep.errors import DatasetError
+from caltech_sweep.rules import Rule, one_of
+
+if TYPE_CHECKING:
+    from caltech_sweep.data.images import OpenedStore
+
+Read = Callable[[Path], bytes]  # from a sample's path to the content of an image file
+
+
+def _files(config: DatasetConfig) -> Read:
+    return Path.read_bytes
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One kind of dataset; each function is called with a dataset's settings.
+
+    ``split`` returns every image without opening one, and ``read`` what gives an image's content. ``root`` returns the
+    folder that names of images are relative to, or raises DatasetError when it is not there; it is None where the
+    images are no files. ``images`` is for pixels that are not decoded from files.
+    """
+
+    about: str  # in a few words
+    split: Callable[[DatasetConfig], Split]
+    root: Callable[[DatasetConfig], Path] | None = None
+    read: Callable[[DatasetConfig], Read] = _files
+    images: Callable[[DatasetConfig], OpenedStore] | None = None
+    settings: frozenset[str] = frozenset()  # that this dataset reads, and not every one
+    claims: Callable[[Path], bool] = lambda place: False  # tells whether a folder or file of no stated kind is one
+
+
+def caltech_root(config: DatasetConfig) -> Path:
+    """Return the folder of Caltech-101's class folders; raise DatasetError when it is not there."""
+    root = Path(config.root) if config.root else paths.caltech_root()
+    if (root / paths.CALTECH_FOLDER).is_dir():
+        root = root / paths.CALTECH_FOLDER
+    return _there(root, "fetch it with `caltech-sweep data`, or name your copy with --data or CALTECH101_ROOT")
+
+
+def _folder_root(config: DatasetConfig) -> Path:
+    if config.root is None:
+        raise DatasetError("dataset.root: a dataset named folder needs the folder of its class folders")
+    return _there(Path(config.root), "name the folder with --data")
+
+
+def _is_caltech(place: Path) -> bool:
+    return any((place / mark).is_dir() for mark in (paths.CALTECH_FOLDER, BACKGROUND, "Faces_easy"))
+
+
+def _there(root: Path, fix: str) -> Path:
+    if not root.is_dir():
+        raise DatasetError(f"there is no dataset folder {root}; {fix}")
+    return root
+
+
+def _caltech(config: DatasetConfig) -> Split:
+    return caltech_split(caltech_root(config), config.val_fraction, config.split_seed)
+
+
+def _folder(config: DatasetConfig) -> Split:
+    return folder_split(_folder_root(config), config.val_fraction, config.test_fraction, config.split_seed)
+
+
+def _shapes(config: DatasetConfig) -> Split:
+    from caltech_sweep.data.shapes import shapes_listing
+
+    return shapes_listing()
+
+
+def _drawn(config: DatasetConfig) -> Read:
+    from caltech_sweep.data.shapes import shape_file
+
+    return lambda path: shape_file(path, config.resize, config.split_seed)
+
+
+def _drawings(config: DatasetConfig) -> OpenedStore:
+    from caltech_sweep.data.images import store_of
+    from caltech_sweep.data.shapes import draw_sample
+
+    split = load_split(config)
+    samples = [item for part in SPLITS for item in split.part(part)]
+    return store_of([draw_sample(item.path, config.resize, config.split_seed) for item in samples])
+
+
+DATASETS = {
+    "caltech101": Dataset(
+        "Caltech-101 with its official split",
+        _caltech,
+        caltech_root,
+        settings=frozenset({"root", "val_fraction"}),
+        claims=_is_caltech,
+    ),
+    "folder": Dataset(
+        "a folder of class folders",
+        _folder,
+        _folder_root,
+        settings=frozenset({"root", "val_fraction", "test_fraction"}),
+        claims=lambda place: True,
+    ),
+    "shapes": Dataset("shapes drawn by code", _shapes, read=_drawn, images=_drawings),
+}
+
+
+def dataset_rules() -> dict[str, Rule]:
+    """Return what each setting of a dataset may be, the names in DATASETS included."""
+    return {**DATASET_RULES, "name": one_of(DATASETS)}
+
+
+def dataset_of(config: DatasetConfig) -> Dataset:
+    """Return the entry of a config's dataset; raise DatasetError for a name that has none."""
+    try:
+        return DATASETS[config.name]
+    except KeyError:
+        raise DatasetError(f"dataset.name: must be one of {', '.join(DATASETS)}, got {config.name!r}") from None
+
+
+def dataset_root(config: DatasetConfig) -> Path | None:
+    """Return the folder that a dataset's files lie in, None where they are drawn; DatasetError when it is not there."""
+    entry = dataset_of(config)
+    return entry.root(config) if entry.root else None
+
+
+def load_split(config: DatasetConfig) -> Split:
+    """Return the split of a dataset without decoding or drawing an image."""
+    return subset(dataset_of(config).split(config), config)
+
+
+def name_for(place: Path) -> str:
+    """Return the name of the dataset that a folder or file is: the first that claims it."""
+    return next(name for name, entry in DATASETS.items() if entry.claims(place))
