@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from caltech_sweep.files import changed
 from caltech_sweep.metrics import BEST_ACCURACY, TENCROP_ACCURACY, logged
-from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.records import TrialRecord, missing_artifacts
 
 CHECKPOINT = "checkpoints/best.safetensors"
 _ALWAYS = ("config.yaml", "environment.json", "per_class.csv")
@@ -21,8 +21,9 @@ _ALWAYS = ("config.yaml", "environment.json", "per_class.csv")
 def artifact_problems(record: TrialRecord, root: Path, images: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for every artifact of a completed trial that is missing or cut short.
 
-    ``images`` holds how many images each part has, and how many classes there are, as the study recorded them. The
-    checksums, for which everything is read, come last: what is short has been found by then.
+    What the trial itself recorded as missing is no problem. ``images`` holds how many images each part has, and how
+    many classes there are, as the study recorded them. The checksums, for which everything is read, come last: what is
+    short has been found by then.
     """
     problems = list(_shortcomings(record, root, images))
     yield from problems
@@ -31,16 +32,20 @@ def artifact_problems(record: TrialRecord, root: Path, images: Mapping[str, Any]
 
 
 def _shortcomings(record: TrialRecord, root: Path, images: Mapping[str, Any]) -> Iterator[str]:
+    known = missing_artifacts(record.tags)
     tests = ["test", *(["test_tencrop"] if TENCROP_ACCURACY in record.metrics else [])]
     for name in ("val", *tests):
         part = "val" if name == "val" else "test"
         accuracy = record.metrics.get(BEST_ACCURACY if name == "val" else logged(name, "accuracy"))
-        yield from _predictions(root / "predictions" / f"{name}.csv", images.get(part), accuracy)
-        yield from _table(root / "confusion_matrix" / f"{name}.csv", images.get("classes"))
+        if f"predictions/{name}.csv" not in known:
+            yield from _predictions(root / "predictions" / f"{name}.csv", images.get(part), accuracy)
+        if f"confusion_matrix/{name}.csv" not in known:
+            yield from _table(root / "confusion_matrix" / f"{name}.csv", images.get("classes"))
     for path in _ALWAYS:
-        if not _size(root / path):
+        if path not in known and not _size(root / path):
             yield f"{path} is missing or empty"
-    yield from safetensors_problems(root / CHECKPOINT)
+    if CHECKPOINT not in known:
+        yield from safetensors_problems(root / CHECKPOINT)
 
 
 def _size(path: Path) -> int:

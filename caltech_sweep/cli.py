@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -13,6 +14,8 @@ import click
 from caltech_sweep import __version__
 from caltech_sweep.errors import CaltechSweepError
 from caltech_sweep.metrics import BEST_ACCURACY
+
+MOST = 1_000_000  # of whatever is counted
 
 
 class _Group(click.Group):
@@ -52,12 +55,22 @@ def _emit(text: str, out: Path | None) -> None:
         raise CaltechSweepError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
+class _Number(click.FloatRange):
+    """A range of numbers without NaN and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 tracking_option = click.option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI or mlruns/mlflow.db.")
 storage_option = click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Fix a setting for this run, such as lr=0.01."
 )
-trials_option = click.option("--trials", type=click.IntRange(1), help="Trials in total, rows included.")
+trials_option = click.option("--trials", type=click.IntRange(1, MOST), help="Trials in total, rows included.")
 data_option = click.option(
     "--data", metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/."
 )
@@ -65,11 +78,11 @@ device_option = click.option(
     "--device", help="Device for all trials, such as cpu or cuda:1 (default: all GPUs, else the CPU)."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="Torch threads of each worker; default all cores."
+    "--threads", type=click.IntRange(1, 10_000), help="Torch threads of each worker; default all cores."
 )
 row_option = click.option("--row", "rows", multiple=True, metavar="NAME", help="Run only this row; may be repeated.")
 replicates_option = click.option(
-    "--replicates", type=click.IntRange(1), help="Number of seeds per row (default: from the study file)."
+    "--replicates", type=click.IntRange(1, 10_000), help="Number of seeds per row (default: from the study file)."
 )
 name_option = click.option("--name", help="Store the study under another name.")
 
@@ -96,25 +109,27 @@ def main() -> None:
     is_flag=True,
     help="Take the study over from another study store, such as a lost one: rebuild it from its runs.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Worker processes (default: one per GPU, or one).")
-@click.option("--per-device", type=click.IntRange(1), default=1, help="Workers that share a GPU.")
+@click.option("--workers", type=click.IntRange(1, 1000), help="Worker processes (default: one per GPU, or one).")
+@click.option("--per-device", type=click.IntRange(1, 1000), default=1, help="Workers that share a GPU.")
 @device_option
 @threads_option
 @row_option
 @replicates_option
-@click.option("--confirm", type=click.IntRange(0), default=0, metavar="K", help="Repeat the K best on fresh seeds.")
+@click.option(
+    "--confirm", type=click.IntRange(0, 10_000), default=0, metavar="K", help="Repeat the K best on fresh seeds."
+)
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option(
     "--cache-size",
     "--stage-budget",
     "cache_size",
-    type=click.FloatRange(0),
+    type=_Number(0),
     metavar="GB",
     help="Disk for what is shared.",
 )
 @click.option(
     "--hang-timeout",
-    type=click.FloatRange(30),
+    type=_Number(30),
     default=600,
     show_default=True,
     metavar="SECONDS",
@@ -122,7 +137,7 @@ def main() -> None:
 )
 @click.option(
     "--max-failures",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST),
     default=5,
     show_default=True,
     help="Stop after so many trials in a row that crashed, ran out of memory or met bad data.",
@@ -230,7 +245,9 @@ def studies() -> None:
     show_default=True,
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
-@click.option("--best", type=click.IntRange(0), default=3, show_default=True, help="Sampled trials below the rows.")
+@click.option(
+    "--best", type=click.IntRange(0, MOST), default=3, show_default=True, help="Sampled trials below the rows."
+)
 @click.option("--check", is_flag=True, help="Exit with 1 when a row is outside its tolerance of the reference.")
 @click.option("--compare", nargs=2, metavar="ROW ROW", help="Rows that the page compares class by class.")
 @data_option
@@ -385,8 +402,10 @@ def promote(study: str, run_id: str | None, name: str | None, alias: str, tracki
 @click.option(
     "--model", metavar="MODEL", help="NAME@ALIAS, NAME/VERSION or a RUN_ID; default the store's only champion."
 )
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes of each image.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images computed at once.")
+@click.option("--top", type=click.IntRange(1, MOST), default=3, show_default=True, help="Classes of each image.")
+@click.option(
+    "--batch-size", type=click.IntRange(1, MOST), default=64, show_default=True, help="Images computed at once."
+)
 @click.option("--format", "kind", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
 @click.option("--device", help="Such as cpu or cuda:1; default the GPU, or the CPU.")
 @click.option("--allow-pickle", is_flag=True, help="Load a run's pickled weights, which can run code.")

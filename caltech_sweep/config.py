@@ -19,6 +19,7 @@ from caltech_sweep.rules import (
     CLASSES,
     COLOUR,
     FRACTION,
+    LARGEST_SEED,
     NOT_NEGATIVE,
     POSITIVE,
     PROBABILITY,
@@ -71,12 +72,14 @@ class DatasetConfig:
     name: str = setting("caltech101", TEXT, "an entry of data/registry.py")
     root: str | None = setting(None, optional(TEXT, "the default place"), "folder of class folders")
     classes: int | str | tuple[str, ...] | None = setting(None, CLASSES, "which classes; a number means the first ones")
-    images_per_class: int | None = setting(None, optional(integer(1), "all"), "at most so many in each split")
-    resize: int = setting(256, integer(8), "short side, in pixels")
-    crop: int = setting(224, integer(8), "side of the square that is cut from the centre, in pixels")
+    images_per_class: int | None = setting(
+        None, optional(integer(1, 1_000_000_000), "all"), "at most so many in each split"
+    )
+    resize: int = setting(256, integer(8, 4096), "short side, in pixels")
+    crop: int = setting(224, integer(8, 4096), "side of the square that is cut from the centre, in pixels")
     val_fraction: float = setting(1 / 3, FRACTION, "of train, class by class")
     test_fraction: float = setting(1 / 3, FRACTION, "for folder only; Caltech-101 has its official rule")
-    split_seed: int = setting(0, integer(0))
+    split_seed: int = setting(0, integer(0, LARGEST_SEED))
     background: str = setting("white", COLOUR, "what transparent pixels show")
     exif: str = setting("apply", one_of(("apply", "ignore")), "turn an image as its EXIF orientation says, or not")
 
@@ -94,7 +97,7 @@ class TrialConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     arch: str = setting("alexnet", TEXT, "any torchvision classification model")
     weights: str = setting("none", WEIGHTS, "what the training starts from")
-    outputs: int | None = setting(None, optional(integer(2), "one for each class"), "size of the last layer")
+    outputs: int | None = setting(None, optional(integer(2, 100_000), "one for each class"), "size of the last layer")
     freeze: Freeze = setting("none", one_of(FREEZE_CHOICES), "which layers are not trained")
     optimizer: str = setting("sgd", one_of(OPTIMIZER_CHOICES))
     lr: float = setting(0.01, POSITIVE, "learning rate that the schedule starts from")
@@ -102,8 +105,8 @@ class TrialConfig:
     weight_decay: float = setting(5e-5, NOT_NEGATIVE)
     step_size: int = setting(20, integer(1), "epochs between two drops of the learning rate")
     gamma: float = setting(0.1, number("above 0 and at most 1", lambda v: 0 < v <= 1), "factor of each drop")
-    epochs: int = setting(30, integer(1))
-    batch_size: int = setting(256, integer(1), "images in a training step")
+    epochs: int = setting(30, integer(1, 100_000))
+    batch_size: int = setting(256, integer(1, 100_000), "images in a training step")
     drop_last: bool = setting(True, BOOLEAN, "leave out an incomplete last batch")
     augment: tuple[str, ...] = setting((), some_of(AUGMENTATIONS), "applied in this order")
     augment_probability: float = setting(0.5, PROBABILITY, "of each augmentation, for each image")
@@ -112,8 +115,8 @@ class TrialConfig:
     )
     normalize: str = setting("auto", one_of(("auto", "half", "imagenet")), "auto follows the initial weights")
     test_views: str = setting("center", one_of(("center", "tencrop")))
-    test_batch_size: int = setting(256, integer(1), "images in a step of the test")
-    seed: int = setting(0, integer(0))
+    test_batch_size: int = setting(256, integer(1, 100_000), "images in a step of the test")
+    seed: int = setting(0, integer(0, LARGEST_SEED))
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")

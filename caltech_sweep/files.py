@@ -135,6 +135,14 @@ def _move_once(made: Path, target: Path) -> None:
             made.replace(target)
 
 
+_FULL = re.compile(r"No space left|File too large|Disk quota exceeded|Read-only file system")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error says that the disk takes no more; libraries such as safetensors raise their own kinds."""
+    return _FULL.search(str(error)) is not None
+
+
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _BLOCK = 1 << 22  # bytes read at once

@@ -15,10 +15,14 @@ from typing import Any
 
 from PIL import ImageColor
 
+from caltech_sweep.text import quoted
+
 
 @dataclass(frozen=True)
 class Rule:
     """A test of one value and the words that follow "must be"; ``kind`` says which ranges make sense.
+
+    ``most`` is the largest number that makes sense: beyond it a value is a slip, or costs more than any machine has.
 
     The words may be a function, for what is known only later: the names of a registry that grows.
     """
@@ -26,6 +30,7 @@ class Rule:
     text: str | Callable[[], str]
     accepts: Callable[[Any], bool]
     kind: str = "other"  # integer | number | other
+    most: float = math.inf
     order: Collection[str] | None = None  # of a list whose order means nothing
 
     @property
@@ -35,7 +40,11 @@ class Rule:
 
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value, or None."""
-        return None if self.accepts(value) else f"must be {self.words}, got {value!r}"
+        if not self.accepts(value):
+            return f"must be {self.words}, got {quoted(value)}"
+        if self.kind != "other" and value is not None and value > self.most:
+            return f"must be at most {self.most:,}, got {quoted(value)}"
+        return None
 
     def normal(self, value: Any) -> Any:
         """Return the one form of a value that can be written in several: 1 and 1.0, a list and a tuple."""
@@ -92,17 +101,20 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Tell a finite number from a boolean, NaN and infinity."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
-def integer(low: int) -> Rule:
-    """Return the rule of an integer with a lower bound."""
-    return Rule(f"an integer >= {low}", lambda v: is_integer(v) and v >= low, "integer")
+def integer(low: int, most: int = 1_000_000) -> Rule:
+    """Return the rule of an integer with a lower and an upper bound."""
+    return Rule(f"an integer >= {low}", lambda v: is_integer(v) and v >= low, "integer", most)
 
 
-def number(words: str, accepts: Callable[[float], bool]) -> Rule:
-    """Return the rule of a finite number."""
-    return Rule(f"a number {words}", lambda v: is_number(v) and accepts(v), "number")
+def number(words: str, accepts: Callable[[float], bool], most: float = 1_000_000) -> Rule:
+    """Return the rule of a finite number with an upper bound."""
+    return Rule(f"a number {words}", lambda v: is_number(v) and accepts(v), "number", most)
 
 
 def one_of(choices: Collection[str]) -> Rule:
@@ -123,7 +135,9 @@ def some_of(choices: Collection[str]) -> Rule:
 
 def optional(rule: Rule, missing: str) -> Rule:
     """Let a rule accept null as well."""
-    return Rule(lambda: f"{rule.words}, or null for {missing}", lambda v: v is None or rule.accepts(v), rule.kind)
+    return Rule(
+        lambda: f"{rule.words}, or null for {missing}", lambda v: v is None or rule.accepts(v), rule.kind, rule.most
+    )
 
 
 def _is_weights(value: Any) -> bool:
@@ -148,6 +162,7 @@ def _is_colour(value: Any) -> bool:
         return False
 
 
+LARGEST_SEED = 2**62  # with what is added to it for a replicate, torch takes it
 BOOLEAN = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("a name", lambda v: isinstance(v, str) and bool(v.strip()))
 POSITIVE = number("above 0", lambda v: v > 0)

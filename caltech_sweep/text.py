@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
@@ -16,6 +16,43 @@ def counted(number: int, one: str, many: str = "") -> str:
 def readable(name: str) -> str:
     """Return a file's name as text that every file and stream takes: bytes that are no UTF-8 are shown as ``\\xe9``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def one_line(text: str, longest: int = 80) -> str:
+    """Return a text without its line breaks, cut to ``longest`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def quoted(value: object, longest: int = 80) -> str:
+    """Return what the user wrote as Python would, cut to ``longest`` characters, to stand in a sentence."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # too deep, or an integer of very many digits
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def is_overgrown(node: object, most: int = 100_000) -> bool:
+    """Tell whether nested lists and mappings hold more than ``most`` values once every alias is written out.
+
+    A few lines of YAML whose aliases name each other would otherwise become more values than any memory holds.
+    """
+    sizes: dict[int, float] = {}
+    stack = [(node, False)]
+    while stack:
+        value, counted_ = stack.pop()
+        inner = [*value, *value.values()] if isinstance(value, Mapping) else value
+        if isinstance(inner, str) or not isinstance(inner, Sequence):
+            continue
+        if counted_:
+            sizes[id(value)] = 1 + sum(sizes.get(id(each), 1) for each in inner)
+            if sizes[id(value)] > most:
+                return True
+        elif id(value) not in sizes:
+            sizes[id(value)] = float("inf")  # until it is counted: what holds itself has no end
+            stack += [(value, True), *((each, False) for each in inner)]
+    return False
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

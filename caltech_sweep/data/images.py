@@ -24,9 +24,10 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from PIL import Image
 from torchvision.transforms import functional as tvf
 
-from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules, examine, read_rgb
+from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules, examine, read_file, read_rgb
 from caltech_sweep.data.splits import SPLITS, Sample, Split
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.files import create_atomically
@@ -38,7 +39,7 @@ Progress = Callable[[int, int], None]
 Read = Callable[[Path], bytes]  # from a sample's path to the content of an image file
 FORMAT = 1
 _LARGEST = 180_000_000  # pixels of a resized image; about what Pillow takes for a decompression bomb
-_WAVE = 256  # images decoded ahead of the writer; bounds the memory that a cache takes while it is built
+_WAVE, _WAVE_BYTES = 256, 1 << 29  # images, or bytes of them, that are decoded ahead of the writer of a cache
 
 
 def decode(content: bytes, resize: int, rules: PixelRules = DEFAULT_RULES) -> np.ndarray:
@@ -46,9 +47,12 @@ def decode(content: bytes, resize: int, rules: PixelRules = DEFAULT_RULES) -> np
 
     Raises DatasetError with the reason for what is damaged, is no image, or has pixels that eight bits cannot show.
     """
-    image = read_rgb(content, rules)
-    _check_shape(image.size, resize)
-    return np.asarray(tvf.resize(image, [resize]))
+
+    def resized(image: Image.Image) -> Image.Image:
+        _check_shape(image.size, resize)
+        return tvf.resize(image, [resize])
+
+    return np.asarray(read_rgb(content, rules, resized))
 
 
 def _check_shape(size: tuple[int, int], resize: int) -> None:
@@ -63,12 +67,19 @@ def _check_shape(size: tuple[int, int], resize: int) -> None:
 def _content_digest(paths: Sequence[Path], read: Read) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(hashlib.sha256(read(path)).digest())
+        try:
+            digest.update(hashlib.sha256(read(path)).digest())
+        except DatasetError as error:
+            raise DatasetError(f"{readable(str(path))} cannot be read: {error}") from error
     return digest.hexdigest()
 
 
 def _each(
-    paths: Sequence[Path], work: Callable[[bytes], T], progress: Progress | None, read: Read = Path.read_bytes
+    paths: Sequence[Path],
+    work: Callable[[bytes], T],
+    progress: Progress | None,
+    read: Read = read_file,
+    wave: int = _WAVE,
 ) -> Iterator[T]:
     """Do something with every file's content, in order; at the end name all that cannot be read in one error."""
     bad: list[str] = []
@@ -82,8 +93,8 @@ def _each(
             return None, f"{readable(str(path))} ({error})"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), _WAVE):
-            results = pool.map(attempt, paths[start : start + _WAVE])
+        for start in range(0, len(paths), wave):
+            results = pool.map(attempt, paths[start : start + wave])
             for done, (result, problem) in enumerate(results, start=start + 1):
                 if problem:
                     bad.append(problem)
@@ -211,13 +222,13 @@ def _keys(paths: Sequence[Path], resize: int, rules: PixelRules, read: Read) -> 
     try:
         content = _content_digest(paths, read)
     except OSError as error:
-        raise DatasetError(f"{readable(error.filename)} cannot be read: {error.strerror}") from error
+        raise DatasetError(f"{readable(str(error.filename))} cannot be read: {error.strerror}") from error
     plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}|{content}")
     return plain, _digest(f"{plain}|{VERSION}|{rules.rgb}|{rules.exif}")
 
 
 def inspect_store(
-    paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path, read: Read = Path.read_bytes
+    paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path, read: Read = read_file
 ) -> OpenedStore:
     """Return what :func:`open_store` would, without the images and with nothing written.
 
@@ -251,7 +262,7 @@ def open_store(
     rules: PixelRules,
     cache: Path,
     progress: Progress | None,
-    read: Read = Path.read_bytes,
+    read: Read = read_file,
 ) -> OpenedStore:
     """Open the cache of these files, building it first when it is missing or damaged.
 
@@ -267,7 +278,8 @@ def open_store(
     facts = Facts.of_all(_each(paths, _facts, None, read))
     _check_colour(facts)
     bits = facts.grey_bits()
-    images = _each(paths, lambda content: decode(content, resize, replace(rules, grey_bits=bits)), progress, read)
+    wave = max(1, min(_WAVE, _WAVE_BYTES // (6 * resize * resize)))
+    images = _each(paths, lambda content: decode(content, resize, replace(rules, grey_bits=bits)), progress, read, wave)
     if not facts.plain or bits < 16:
         return OpenedStore(own.build(images, {"grey_bits": bits}), own_key, bits)
     if store := plain.open():  # of a version that asked no questions about plain images

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LARGEST_FILE = 1 << 30  # bytes: what Pillow reads has no more
+_STRIP = 1 << 22  # pixels that are converted at once
+_SHARE, _SHARES = 1 << 22, 32  # pixels a share, and shares: 134 million pixels are held at once, or one larger image
+_ROOM, _TURNSTILE = threading.BoundedSemaphore(_SHARES), threading.Lock()
 # EPS starts Ghostscript; IPTC opens what it holds as any format; the others are no images, or read by no decoder.
 _NEVER = frozenset({"EPS", "IPTC", "PDF", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 
@@ -105,15 +111,26 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
-def read_rgb(content: bytes, rules: PixelRules) -> Image.Image:
+def read_file(path: Path) -> bytes:
+    """Return a file's content; raise DatasetError for one that is too large to be an image, or has no end."""
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
+    if len(content) > _LARGEST_FILE:
+        raise DatasetError(f"it has more than {_LARGEST_FILE >> 20} MB; make it smaller")
+    return content
+
+
+def read_rgb(content: bytes, rules: PixelRules, use: Callable[[Image.Image], Image.Image] | None = None) -> Image.Image:
     """Return a file's content as an RGB image; its format is told by the content, never by a file's name.
 
-    Raises DatasetError with the reason for what is damaged, is no image, or has pixels that eight bits cannot show.
+    ``use`` makes something smaller of it while its memory is accounted for. Raises DatasetError with the reason for
+    what is damaged, is no image, or has pixels that eight bits cannot show.
     """
     with _opened(content) as image:
         flat = _flatten(image, rules)
         turn = _turn(image) if rules.exif == "apply" else None
-        return flat if turn is None else flat.transpose(turn)
+        flat = flat if turn is None else flat.transpose(turn)
+        return (use(flat) if use else flat).convert("RGB")
 
 
 def examine(content: bytes) -> Facts:
@@ -140,12 +157,28 @@ def _check_mode(image: Image.Image) -> None:
 
 
 @contextlib.contextmanager
+def _in_turn(pixels: int) -> Iterator[None]:
+    """Wait until the pixels that all threads hold, this image's included, are few enough to fit in memory.
+
+    A file of kilobytes may have 179 million of them, after which Pillow refuses it.
+    """
+    share = min(_SHARES, 1 + pixels // _SHARE)
+    with _TURNSTILE:  # one after another, so that two large images never wait for each other
+        for _ in range(share):
+            _ROOM.acquire()
+    try:
+        yield
+    finally:
+        _ROOM.release(share)
+
+
+@contextlib.contextmanager
 def _opened(content: bytes) -> Iterator[Image.Image]:
     """Open a file's content, and turn whatever goes wrong with it into a DatasetError."""
     if not content:
         raise DatasetError("it is empty")
     try:
-        with Image.open(io.BytesIO(content), formats=formats()) as image:
+        with Image.open(io.BytesIO(content), formats=formats()) as image, _in_turn(image.size[0] * image.size[1]):
             yield image
     except DatasetError:
         raise
@@ -158,12 +191,26 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
 
 
 def _flatten(image: Image.Image, rules: PixelRules) -> Image.Image:
-    """Return an image as RGB, what is transparent of it over the background."""
+    """Return an image as RGB, or as L where that has the same pixels; what is transparent lies over the background.
+
+    Only a strip of an image is in memory twice.
+    """
     _check_mode(image)
     raw = _raw_mode(image)
     image.load()
+    if image.mode in ("L", "1", "RGB") and not image.has_transparency_data:
+        return image.convert("L") if image.mode == "1" else image
+    flat = Image.new("RGB", image.size)
+    height = max(1, _STRIP // image.width)
+    for top in range(0, image.height, height):
+        strip = image.crop((0, top, image.width, min(top + height, image.height)))
+        flat.paste(_flat_strip(strip, image.format, raw, rules), (0, top))
+    return flat
+
+
+def _flat_strip(image: Image.Image, kind: str | None, raw: str, rules: PixelRules) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
-        return _flat_grey(image, rules)
+        return _flat_grey(image, kind, rules)
     if not image.has_transparency_data:
         return image.convert("RGB")
     above = _rgba(image, raw)
@@ -194,7 +241,14 @@ def _rgba(image: Image.Image, raw: str) -> Image.Image:
 def _is_transparent(image: Image.Image, raw: str) -> bool:
     if image.mode in _SIXTEEN_BIT:
         return "transparency" in image.info
-    return image.has_transparency_data and _rgba(image.copy(), raw).getchannel("A").getextrema()[0] != 0xFF
+    if not image.has_transparency_data:
+        return False
+    height = max(1, _STRIP // image.width)
+    for top in range(0, image.height, height):
+        strip = image.crop((0, top, image.width, min(top + height, image.height)))
+        if _rgba(strip, raw).getchannel("A").getextrema()[0] != 0xFF:
+            return True
+    return False
 
 
 def _grey_values(image: Image.Image) -> np.ndarray:
@@ -204,10 +258,10 @@ def _grey_values(image: Image.Image) -> np.ndarray:
     return values.astype(np.uint16)
 
 
-def _flat_grey(image: Image.Image, rules: PixelRules) -> Image.Image:
+def _flat_grey(image: Image.Image, kind: str | None, rules: PixelRules) -> Image.Image:
     """Return sixteen-bit grey as RGB: Pillow's own conversion would clip it to white."""
     values = _grey_values(image)
-    bits = 16 if image.format in _SCALED else rules.grey_bits
+    bits = 16 if kind in _SCALED else rules.grey_bits
     if values.max() >= 1 << bits:
         raise DatasetError(
             f"its grey values reach {values.max():,}, and the images of its dataset have {bits} bits; scale it to 0 to "

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from caltech_sweep.data.images import OpenedStore
 
 Read = Callable[[Path], bytes]  # from a sample's path to the content of an image file
+_MOST_DRAWN = 2_000_000_000  # bytes
 
 
 def _files(config: DatasetConfig) -> Read:
-    return Path.read_bytes
+    from caltech_sweep.data.pixels import read_file
+
+    return read_file
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ def _drawings(config: DatasetConfig) -> OpenedStore:
 
     split = load_split(config)
     samples = [item for part in SPLITS for item in split.part(part)]
+    if (size := len(samples) * config.resize**2 * 3) > _MOST_DRAWN:
+        raise DatasetError(
+            f"dataset.resize: {len(samples):,} shapes of {config.resize} pixels take {size / 1e9:.0f} GB of memory; "
+            "lower it, or take fewer images with dataset.images_per_class"
+        )
     return store_of([draw_sample(item.path, config.resize, config.split_seed) for item in samples])
 
 

@@ -15,6 +15,7 @@ import torch
 
 from caltech_sweep.data.listing import PassedOver
 from caltech_sweep.data.listing import find_images as images_below
+from caltech_sweep.data.pixels import read_file
 from caltech_sweep.errors import DatasetError, UsageError
 from caltech_sweep.serving.served_model import Classifier, Ranking
 
@@ -44,7 +45,7 @@ def predict_files(
 
     def read(path: Path) -> torch.Tensor | str:
         try:
-            return classifier.prepare(path.read_bytes())
+            return classifier.prepare(read_file(path))
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
         except DatasetError as error:

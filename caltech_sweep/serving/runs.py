@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from caltech_sweep import stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError, StoreError
+from caltech_sweep.text import is_overgrown
 from caltech_sweep.tracking.records import grey_bits
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.models import not_finite
@@ -49,8 +50,11 @@ def _fetch(tracker: MlflowTracker, uri: str, path: str, scratch: Path) -> Path:
 
 def _read_config(path: Path) -> TrialConfig:
     try:
-        return TrialConfig.from_dict(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))
-    except (OSError, YAMLError, ValueError, TypeError, AttributeError) as error:
+        loaded = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        if is_overgrown(loaded):
+            raise ValueError("it has too many values")
+        return TrialConfig.from_dict(loaded)
+    except (OSError, RecursionError, YAMLError, ValueError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read as a trial's config; was it damaged?") from error
 
 

@@ -13,7 +13,7 @@ import optuna
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.study.definition import Component, Dimension
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_of
-from caltech_sweep.text import suggestion
+from caltech_sweep.text import quoted, suggestion
 
 SAMPLERS = {
     "tpe": "TPESampler",
@@ -37,6 +37,7 @@ PRUNERS = {
 PACKAGES = {"cmaes": "cmaes", "gp": "scipy", "qmc": "scipy"}  # what Optuna imports when these first sample
 
 
+LARGEST_ARGUMENT = 1_000_000  # trials, epochs or candidates
 _FIXED_SEQUENCE = ("qmc", *EXHAUSTIVE)
 _DERIVED = ("self", "search_space")  # arguments that the study's space gives
 ALIASES = {"startup_trials": "n_startup_trials", "warmup_epochs": "n_warmup_steps", "interval_epochs": "interval_steps"}
@@ -59,11 +60,17 @@ def _build(kind: str, component: Component, grid: Mapping[str, Sequence[Any]] | 
     return _class_of(kind, component.name)(**arguments)
 
 
+def _is_too_large(key: str, value: Any) -> bool:
+    if isinstance(value, int):
+        return not -LARGEST_ARGUMENT <= value <= (2**32 - 1 if key == "seed" else LARGEST_ARGUMENT)
+    return isinstance(value, float) and not abs(value) < 1e300
+
+
 def component_problems(kind: str, component: Component) -> Iterator[tuple[str, str]]:
     """Yield (argument, sentence) for what is wrong with a "sampler" or a "pruner"."""
     names = _names(kind)
     if not isinstance(component.name, str) or component.name not in names:
-        yield "name", f"there is no {kind} {component.name!r}{suggestion(str(component.name), names)}"
+        yield "name", f"there is no {kind} {quoted(component.name)}{suggestion(str(component.name), names)}"
         return
     package = PACKAGES.get(component.name) if kind == "sampler" else None
     if package and importlib.util.find_spec(package) is None:
@@ -74,7 +81,10 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
     unknown = [key for key in component.arguments if aliases.get(key, key) not in known]
     for key in unknown:
         yield key, f"is no argument of {component.name}{suggestion(str(key), [*aliases, *known])}"
-    if not unknown:
+    too_large = [key for key, value in component.arguments.items() if _is_too_large(key, value)]
+    for key in too_large:
+        yield key, f"is too large a number: {quoted(component.arguments[key])}"
+    if not unknown and not too_large:
         try:
             _build(kind, component)
         except (ImportError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ A sentence about a problem starts with where it is: ``sweeps/x.yaml:12: space.lr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from caltech_sweep.study.definition import (
     StudyDefinition,
     SubsetOf,
 )
-from caltech_sweep.text import suggestion
+from caltech_sweep.text import is_overgrown, one_line, quoted, suggestion
 from caltech_sweep.training.schedule import schedule_settings
 
 REFERENCES = {
@@ -49,6 +50,8 @@ REFERENCES = {
 
 
 _VARYING = {name: rule for name, rule in TRIAL_RULES.items() if name != "objective"}  # it is the whole study's
+_LONGEST_FILE = 1 << 18  # bytes: of some thousand rows
+_DEEPEST = 100  # brackets within brackets
 _LONGEST_NAME = 150  # bytes: a file's name has 255, of which three stand for one / and a digest takes some
 
 
@@ -71,16 +74,32 @@ def _plain(node: Any) -> Any:
     return str(node)
 
 
+def _check_depth(text: str, where: str) -> None:
+    """Refuse brackets within brackets within brackets, over which the parser takes the square of their number."""
+    depth = 0
+    for found in re.finditer(r"[\[{]|([\]}])", text):
+        depth = max(0, depth - 1) if found[1] else depth + 1
+        if depth > _DEEPEST:
+            line = text.count("\n", 0, found.start()) + 1
+            raise StudyFileError([f"{where}:{line}: not valid YAML: brackets are nested more than {_DEEPEST} deep"])
+
+
 def _load_yaml(text: str, where: str) -> Any:
+    _check_depth(text, where)
     yaml = YAML(typ="rt", pure=True)
     try:
-        return yaml.load(text)
+        root = yaml.load(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = (error.problem or "cannot be read").splitlines()[0]
+        problem = one_line(error.problem or "cannot be read")
         raise StudyFileError([f"{where}:{line}: not valid YAML: {problem}"]) from error
     except (YAMLError, ValueError, RecursionError) as error:
-        raise StudyFileError([f"{where}:1: not valid YAML: {str(error).splitlines()[0]}"]) from error
+        raise StudyFileError([f"{where}:1: not valid YAML: {one_line(str(error))}"]) from error
+    if is_overgrown(root):
+        raise StudyFileError(
+            [f"{where}:1: has more than 100,000 values, or aliases that name themselves; write out what they stand for"]
+        )
+    return root
 
 
 class _Reader:
@@ -108,7 +127,7 @@ class _Reader:
             return CommentedMap()
         if isinstance(node, CommentedMap):
             return node
-        self.problem(parent, key, path, f"must be a mapping of names to values, got {_plain(node)!r}")
+        self.problem(parent, key, path, f"must be a mapping of names to values, got {quoted(_plain(node))}")
         return CommentedMap()
 
     def known(self, node: CommentedMap, path: str, known: Sequence[str]) -> list[str]:
@@ -146,7 +165,7 @@ class _Reader:
         self.known(node, f"{path}.", forms)
         values = _plain(node[forms[0]])
         if not isinstance(values, list) or not values:
-            self.problem(node, forms[0], f"{path}.{forms[0]}", f"must be a list with values, got {values!r}")
+            self.problem(node, forms[0], f"{path}.{forms[0]}", f"must be a list with values, got {quoted(values)}")
             return None
         if forms[0] == "subset_of":
             wrong = "can only be sampled for augment" if key != "augment" else TRIAL_RULES[key].problem(values)
@@ -173,14 +192,14 @@ class _Reader:
             if end not in values:
                 self.problem(node, None, f"{path}.{end}", "is missing")
             elif values.get("log") is True and is_number(value) and value <= 0:
-                self.problem(node, end, f"{path}.{end}", f"must be > 0 for a log range, got {value!r}")
+                self.problem(node, end, f"{path}.{end}", f"must be > 0 for a log range, got {quoted(value)}")
             elif wrong := rule.problem(value):
                 self.problem(node, end, f"{path}.{end}", wrong)
         if wrong := BOOLEAN.problem(values.get("log", False)):
             self.problem(node, "log", f"{path}.log", wrong)
         step = values.get("step")
         if step is not None and not (is_number(step) and step > 0 and (rule.kind == "number" or is_integer(step))):
-            self.problem(node, "step", f"{path}.step", f"must be a positive {rule.kind}, got {step!r}")
+            self.problem(node, "step", f"{path}.step", f"must be a positive {rule.kind}, got {quoted(step)}")
         if step is not None and values.get("log"):
             self.problem(node, "step", f"{path}.step", "cannot be combined with log; leave one of them out")
         if len(self.problems) > before:
@@ -206,7 +225,7 @@ class _Reader:
             if not isinstance(name, str) or not name.strip():
                 self.problem(nodes, index, f"{path}.name", "every row needs a name")
             elif name in {row.name for row in rows}:
-                self.problem(node, "name", f"{path}.name", f"{name!r} is a duplicate row name")
+                self.problem(node, "name", f"{path}.name", f"{quoted(name)} is a duplicate row name")
             settings = self.ruled(self.mapping(node, "set", f"{path}.set"), f"{path}.set.", _VARYING)
             reference = self.ruled(
                 self.mapping(node, "reference", f"{path}.reference"), f"{path}.reference.", REFERENCES
@@ -226,7 +245,7 @@ class _Reader:
                 else []
             )
             if not isinstance(values, list) or not values:
-                self.problem(node, key, path, f"must be a list with values, got {values!r}")
+                self.problem(node, key, path, f"must be a list with values, got {quoted(values)}")
             elif wrong:
                 self.problem(node, key, path, wrong[0])
             elif len(set(values)) < len(values):
@@ -293,7 +312,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     reader.known(root, "", _TOP)
     title = _plain(root.get("title", name))
     if not isinstance(title, str) or not title.strip():
-        reader.problem(root, "title", "title", f"must be text, got {title!r}")
+        reader.problem(root, "title", "title", f"must be text, got {quoted(title)}")
     dataset = reader.ruled(reader.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
     fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", _VARYING)
     fixed.update(reader.objective(root))
@@ -322,7 +341,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     kept = {key: dimension for key, dimension in space.items() if dimension is not None}
     tolerance = reader.tolerance(root, "")
     replicates = _plain(root.get("replicates", 1))
-    if wrong := integer(1).problem(replicates):
+    if wrong := integer(1, 10_000).problem(replicates):
         reader.problem(root, "replicates", "replicates", wrong)
     return StudyDefinition(
         name,
@@ -346,17 +365,17 @@ def parse_override(text: str) -> tuple[str, Any]:
     key = key.strip()
     known = [*TRIAL_RULES, *(f"dataset.{name}" for name in dataset_rules())]
     if not equals:
-        raise UsageError(f"--set {text}: must be key=value, such as lr=0.01")
+        raise UsageError(f"--set {one_line(text)}: must be key=value, such as lr=0.01")
     if key not in known:
-        raise UsageError(f"--set {text}: there is no setting {key!r}{suggestion(key, known)}")
+        raise UsageError(f"--set {one_line(text)}: there is no setting {quoted(key)}{suggestion(key, known)}")
     try:
         value = _plain(_load_yaml(raw, "--set"))
     except StudyFileError as error:
-        raise UsageError(f"--set {text}: the value is not valid YAML") from error
+        raise UsageError(f"--set {one_line(text)}: the value is not valid YAML") from error
     rule = dataset_rules()[key[8:]] if key.startswith("dataset.") else TRIAL_RULES[key]
     wrong = rule.problem(value)
     if wrong:
-        raise UsageError(f"--set {text}: {key} {wrong}")
+        raise UsageError(f"--set {one_line(text)}: {key} {wrong}")
     return key, rule.normal(value)
 
 
@@ -453,12 +472,14 @@ def load_study(
     if wrong:
         raise UsageError(f"{path if name is None else f'--name {name!r}'}: {wrong}")
     try:
+        if path.stat().st_size > _LONGEST_FILE:
+            raise StudyFileError([f"{path}: has more than {_LONGEST_FILE >> 10} KB; split it into several studies"])
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StudyFileError([f"{path}: cannot be read as UTF-8 text"]) from error
     root = _load_yaml(text, str(path))
     if not isinstance(root, CommentedMap):
-        raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {_plain(root)!r}"])
+        raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {quoted(_plain(root))}"])
     reader = _Reader(str(path))
     definition = _read(reader, root, name if name is not None else path.stem)
     if not reader.problems:

@@ -20,7 +20,7 @@ from caltech_sweep.sweep.progress import Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.reconcile import survey
 from caltech_sweep.sweep.recorder import RecordedTrial, Recorder
-from caltech_sweep.tracking.records import FAILURES, not_a_number
+from caltech_sweep.tracking.records import FAILURES, missing_artifacts, not_a_number
 
 MAX_RETRIES = 2  # of a trial whose worker died
 
@@ -192,6 +192,8 @@ class Coordinator:
             text += f"; {event.tags['reuse.epochs_reused']} of {running.queued.config.epochs} epochs reused"
         if "reuse.warnings" in event.tags:
             self.progress.note(f"{running.queued.name}: {event.tags['reuse.warnings']}")
+        for path, why in missing_artifacts(event.tags).items():
+            self.progress.note(f"{running.queued.name}: {path} is missing: {why}")
         self._end(running, "complete", text, event.metrics, event.tags)
 
     def _failed(self, running: _Running, event: Failed) -> None:

@@ -92,21 +92,26 @@ def imagenet_weights(definition: StudyDefinition, progress: Callable[[int, int],
     return found
 
 
-def _batch_sizes(definition: StudyDefinition, config: TrialConfig) -> Iterator[TrialConfig]:
-    """Yield a config that is sampled with every batch size that a range of them may give it."""
+def _batch_sizes(definition: StudyDefinition, config: TrialConfig, images: int) -> Iterator[TrialConfig]:
+    """Yield a config that is sampled with every batch size that a range of them may give it.
+
+    Of those above the number of ``images``, which all give one batch, it is the first.
+    """
     sizes = definition.space.get("batch_size")
     if not isinstance(sizes, Range):
         yield config
         return
     for size in range(int(sizes.low), int(sizes.high) + 1, int(sizes.step or 1)):
         yield replace(config, batch_size=size)
+        if size > images:
+            return
 
 
-def _variants(definition: StudyDefinition) -> Iterator[TrialConfig]:
+def _variants(definition: StudyDefinition, images: int) -> Iterator[TrialConfig]:
     """Yield every row, and every sampled combination of what decides whether a network can be trained."""
     yield from (definition.row_config(row) for row in definition.rows)
     for config in variants(definition, ("arch", "weights", "outputs", "freeze", "batch_size", "drop_last"), rows=False):
-        yield from _batch_sizes(definition, config)
+        yield from _batch_sizes(definition, config, images)
 
 
 def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> None:
@@ -121,7 +126,7 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
         if not data.split.part(part):
             raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
     seen = set()
-    for config in _variants(definition):
+    for config in _variants(definition, images):
         if config.outputs is not None and config.outputs < classes:
             raise UsageError(f"outputs: {config.outputs} outputs cannot tell {classes} classes apart; leave it out")
         if config.drop_last and config.batch_size > images:

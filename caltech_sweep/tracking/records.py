@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
 from caltech_sweep.study.definition import StudyDefinition
 
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
+MISSING_TAG = "artifacts.missing"  # of a trial: a JSON object from each artifact that was not made to the reason
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
 
 
@@ -51,6 +53,15 @@ def sound_outcome(outcome: str, metrics: Mapping[str, float]) -> str:
     """Return a recorded outcome; a complete trial whose results are not numbers, of an older version, diverged."""
     own = {name: value for name, value in metrics.items() if name.startswith(("best/", "test", "val/", "train/"))}
     return "diverged" if outcome == "complete" and not_a_number(own) else outcome
+
+
+def missing_artifacts(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the artifacts that a trial has not made, with the reasons."""
+    try:
+        found = json.loads(tags.get(MISSING_TAG, "{}"))
+    except ValueError:
+        return {}
+    return {str(path): str(why) for path, why in found.items()} if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)

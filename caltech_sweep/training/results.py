@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ from safetensors.torch import save_file
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.files import write_sums
+from caltech_sweep.errors import CaltechSweepError
+from caltech_sweep.files import is_disk_full, write_sums
+from caltech_sweep.text import one_line
 from caltech_sweep.training.device import environment
 from caltech_sweep.training.evaluate import Evaluation
+from caltech_sweep.training.figure import draw_confusion_matrix
 from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.trial import TrialOutcome
 
 CHECKPOINT = "checkpoints/best.safetensors"
+MOST_CLASSES = 3000  # of a confusion matrix: 9 million cells, 20 MB as text
+
+
+class ArtifactError(CaltechSweepError):
+    """An artifact that is not made."""
 
 
 def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, classes: int) -> np.ndarray:
@@ -36,98 +45,139 @@ def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, classes: i
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
 
 
-def draw_confusion_matrix(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a matrix as shares of each true class; readable at 101 classes, when zoomed into."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class _Part:
+    """One evaluation: the name of its files, the true labels, and what was predicted."""
 
-    side = max(5.0, 0.16 * len(classes) + 2.5)
-    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    size = 9 if len(classes) <= 20 else 6
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(classes)), classes, fontsize=size)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(title)
-    if len(classes) <= 20:
-        for row, column in np.argwhere(matrix > 0):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=size)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the true class")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    name: str
+    images: Sequence[str]
+    labels: torch.Tensor
+    result: Evaluation
+    classes: Sequence[str]
 
+    def write_predictions(self, path: Path) -> None:
+        names = [*self.classes]
+        names += [f"output {n}" for n in range(len(names), int(self.result.predictions.max()) + 1)]
+        rows = zip(
+            self.images,
+            (names[label] for label in self.labels.tolist()),
+            (names[prediction] for prediction in self.result.predictions.tolist()),
+            (f"{confidence:.6f}" for confidence in self.result.confidences.tolist()),
+            strict=True,
+        )
+        _write_csv(path, ["image", "label", "prediction", "confidence"], rows)
 
-def _write_evaluation(folder: Path, name: str, part: str, data: LoadedData, result: Evaluation) -> np.ndarray:
-    classes, labels = data.split.classes, data.labels(part)
-    extra = [f"output {n}" for n in range(len(classes), int(result.predictions.max()) + 1)]
-    names = [*classes, *extra]
-    rows = zip(
-        data.paths(part),
-        (classes[label] for label in labels.tolist()),
-        (names[prediction] for prediction in result.predictions.tolist()),
-        (f"{confidence:.6f}" for confidence in result.confidences.tolist()),
-        strict=True,
-    )
-    _write_csv(folder / "predictions" / f"{name}.csv", ["image", "label", "prediction", "confidence"], rows)
-    matrix = confusion_matrix(labels, result.predictions, len(classes))
-    table = ([class_name, *row] for class_name, row in zip(classes, matrix.tolist(), strict=True))
-    _write_csv(folder / "confusion_matrix" / f"{name}.csv", ["true class", *classes], table)
-    title = f"{name}: accuracy {result.accuracy:.3f} of {len(labels):,} images"
-    draw_confusion_matrix(matrix, classes, title, folder / "confusion_matrix" / f"{name}.png")
-    return matrix
+    def matrix(self) -> np.ndarray:
+        if len(self.classes) > MOST_CLASSES:
+            raise ArtifactError(
+                f"confusion matrices are made for {MOST_CLASSES:,} classes at most, not for {len(self.classes):,}; "
+                "the predictions list every image"
+            )
+        return confusion_matrix(self.labels, self.result.predictions, len(self.classes))
+
+    def write_matrix(self, path: Path) -> None:
+        table = ([name, *row.tolist()] for name, row in zip(self.classes, self.matrix(), strict=True))
+        _write_csv(path, ["true class", *self.classes], table)
+
+    def draw_matrix(self, path: Path) -> None:
+        title = f"{self.name}: accuracy {self.result.accuracy:.3f} of {len(self.labels):,} images"
+        draw_confusion_matrix(self.matrix(), self.classes, title, path)
+
+    def counts(self) -> tuple[list[int], list[int], list[int]]:
+        """Return of each class how many images it has, how many of them were right, and how often it was predicted."""
+        classes, predictions = len(self.classes), self.result.predictions
+        inside = predictions < classes
+        right = self.labels[predictions == self.labels]
+        every = (self.labels[inside], right, predictions[inside])
+        images, found, predicted = (torch.bincount(labels, minlength=classes).tolist() for labels in every)
+        return images, found, predicted
 
 
 def _ratio(part: int, whole: int) -> str:
     return f"{part / whole:.4f}" if whole else ""
 
 
-def write_artifacts(
-    folder: Path, config: TrialConfig, data: LoadedData, outcome: TrialOutcome, device: torch.device
-) -> None:
-    """Write every artifact of a completed trial below ``folder``."""
-    evaluations = {"val": ("val", outcome.best.val), "test": ("test", outcome.test)}
-    if outcome.test_tencrop is not None:
-        evaluations["test_tencrop"] = ("test", outcome.test_tencrop)
-    matrices = {
-        name: _write_evaluation(folder, name, part, data, result) for name, (part, result) in evaluations.items()
-    }
-    val, test = matrices["val"], matrices["test"]
-    rows = [
+def _write_classes(path: Path, val: _Part, test: _Part) -> None:
+    (val_images, val_right, _), (test_images, test_right, predicted) = val.counts(), test.counts()
+    rows = (
         [
             name,
-            val[i].sum(),
-            _ratio(val[i, i], val[i].sum()),
-            test[i].sum(),
-            _ratio(test[i, i], test[i].sum()),
-            _ratio(test[i, i], test[:, i].sum()),
+            val_images[i],
+            _ratio(val_right[i], val_images[i]),
+            test_images[i],
+            _ratio(test_right[i], test_images[i]),
+            _ratio(test_right[i], predicted[i]),
         ]
-        for i, name in enumerate(data.split.classes)
-    ]
-    header = ["class", "val_images", "val_recall", "test_images", "test_recall", "test_precision"]
-    _write_csv(folder / "per_class.csv", header, rows)
-    checkpoint = folder / CHECKPOINT
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        for i, name in enumerate(val.classes)
+    )
+    _write_csv(path, ["class", "val_images", "val_recall", "test_images", "test_recall", "test_precision"], rows)
+
+
+def _write_checkpoint(path: Path, config: TrialConfig, classes: Sequence[str], outcome: TrialOutcome) -> None:
     weights = {key: value.cpu().contiguous() for key, value in outcome.weights.items()}
     metadata = {
         "arch": config.arch,
-        "classes": json.dumps(data.split.classes),
+        "classes": json.dumps(classes),
         "fingerprint": config.fingerprint(),
         "normalize": normalization(config),
         "transform_input": json.dumps(outcome.transform_input),
     }
-    save_file(weights, checkpoint, metadata)
-    with (folder / "config.yaml").open("w", encoding="utf-8") as file:
+    save_file(weights, path, metadata)
+
+
+def _write_config(path: Path, config: TrialConfig) -> None:
+    with path.open("w", encoding="utf-8") as file:
         YAML().dump(json.loads(json.dumps(config.to_dict())), file)
-    (folder / "environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+
+
+def _artifacts(
+    config: TrialConfig, data: LoadedData, outcome: TrialOutcome, device: torch.device
+) -> dict[str, Callable[[Path], object]]:
+    """Return what writes each artifact of a completed trial, by its path."""
+    evaluations = {"val": ("val", outcome.best.val), "test": ("test", outcome.test)}
+    if outcome.test_tencrop is not None:
+        evaluations["test_tencrop"] = ("test", outcome.test_tencrop)
+    parts = {
+        name: _Part(name, data.paths(part), data.labels(part), result, data.split.classes)
+        for name, (part, result) in evaluations.items()
+    }
+    found: dict[str, Callable[[Path], object]] = {
+        CHECKPOINT: lambda path: _write_checkpoint(path, config, data.split.classes, outcome),
+        "config.yaml": lambda path: _write_config(path, config),
+        "environment.json": lambda path: path.write_text(json.dumps(environment(device), indent=2) + "\n"),
+        "per_class.csv": lambda path: _write_classes(path, parts["val"], parts["test"]),
+    }
+    for name, part in parts.items():
+        found[f"predictions/{name}.csv"] = part.write_predictions
+        found[f"confusion_matrix/{name}.csv"] = part.write_matrix
+        found[f"confusion_matrix/{name}.png"] = part.draw_matrix
+    return found
+
+
+def write_artifacts(
+    folder: Path, config: TrialConfig, data: LoadedData, outcome: TrialOutcome, device: torch.device
+) -> dict[str, str]:
+    """Write every artifact of a completed trial below ``folder``; return the reason for each that cannot be made.
+
+    No artifact is worth a result. A full disk is an error all the same: it is told at once, and the trial goes on
+    from its last epoch when there is room.
+    """
+    missing: dict[str, str] = {}
+    for name, write in _artifacts(config, data, outcome, device).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(path)
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            path.unlink(missing_ok=True)
+            missing[name] = one_line(str(error) or type(error).__name__, 300)
     write_sums(folder)
+    return missing

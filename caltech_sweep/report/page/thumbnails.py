@@ -7,12 +7,15 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.tracking.records import TrialRecord, grey_bits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIDE = 112  # pixels
 Thumbnail = Callable[[str], str | None]  # from an image's path below the root to a data address, or None
@@ -56,20 +59,23 @@ def open_thumbnails(config: DatasetConfig, bits: int = 16) -> Thumbnail:
         if root and not path.is_relative_to(root.resolve()):
             return None
         try:
-            return _encode(read_rgb(read(path), rules))
+            return _encode(read_rgb(read(path), rules, _shrunk))
         except (OSError, TypeError, ValueError, DatasetError):
             return None
 
     return thumbnail
 
 
-def _encode(image: Any) -> str:
-    from PIL import Image
+def _shrunk(image: Image) -> Image:
+    from PIL.Image import Resampling
 
     scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # A drawn shape is smaller than a thumbnail: enlarged with hard edges it stays what the network saw.
-    resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    return image.resize(size, Resampling.LANCZOS if scale < 1 else Resampling.NEAREST)
+
+
+def _encode(image: Image) -> str:
     buffer = io.BytesIO()
-    image.resize(size, resampling).save(buffer, "WEBP", quality=72, method=4)
+    image.save(buffer, "WEBP", quality=72, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

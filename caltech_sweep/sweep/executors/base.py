@@ -7,7 +7,6 @@ executor to find out: it kills it and says :class:`WorkerDied`.
 
 from __future__ import annotations
 
-import re
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Protocol
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
+from caltech_sweep.files import is_disk_full
 from caltech_sweep.training.keys import CacheOptions
 
 HANG_SECONDS = 600.0  # of silence after which a worker is killed; every step of a training gives a sign
@@ -108,9 +108,6 @@ class Executor(Protocol):
         """End every job and worker at once."""
 
 
-_DISK = re.compile(r"No space left|File too large|Disk quota exceeded|Read-only file system")
-
-
 def failure_of(job: int, error: Exception) -> Failed:
     """Name the outcome of an error that a job raised."""
     if isinstance(error, DivergedError):
@@ -119,7 +116,7 @@ def failure_of(job: int, error: Exception) -> Failed:
         return Failed(job, "out_of_memory", str(error))
     if isinstance(error, DatasetError):
         return Failed(job, "data_error", str(error))
-    if _DISK.search(str(error)):  # safetensors has errors of its own for what the disk does not take
+    if is_disk_full(error):
         where = getattr(error, "filename", None) or "what the trial leaves"
         return Failed(job, "crashed", f"{where} cannot be written ({error}); make room and run the study again")
     trace = "" if isinstance(error, CaltechSweepError) else traceback.format_exc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from functools import lru_cache
 
@@ -9,6 +10,7 @@ from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.sweep.executors.base import Done, Epoch, Job
+from caltech_sweep.tracking.records import MISSING_TAG
 
 
 @lru_cache(maxsize=1)
@@ -32,10 +34,12 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
             outcome = end.value
             break
         yield Epoch(job.number, result.epoch, result.metrics(), result.reused)
-    write_artifacts(job.folder, job.config, data, outcome, device)
+    missing = write_artifacts(job.folder, job.config, data, outcome, device)
     tags = {f"environment.{key}": str(value) for key, value in environment(device).items() if value is not None}
     tags["reuse.epochs_reused"] = str(outcome.epochs_reused)
     tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
     if outcome.warnings:
         tags["reuse.warnings"] = " ".join(f"{sentence}." for sentence in outcome.warnings)
+    if missing:
+        tags[MISSING_TAG] = json.dumps(missing, ensure_ascii=False)
     return Done(job.number, outcome.metrics(), tags)
