@@ -29,7 +29,7 @@ from caltech_sweep.errors import DatasetError, StudyFileError, UsageError
 from caltech_sweep.rules import TRIAL_RULES
 from caltech_sweep.study.file import load_study, parse_override
 from caltech_sweep.text import is_overgrown, quoted
-from conftest import Cli
+from helpers.places import Cli
 
 # -- images ------------------------------------------------------------------------------------------------------------
 

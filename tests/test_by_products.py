@@ -24,7 +24,7 @@ from caltech_sweep.training.figure import draw_confusion_matrix, fonts_for
 from caltech_sweep.training.fit import EpochResult
 from caltech_sweep.training.results import CHECKPOINT, MOST_CLASSES, write_artifacts
 from caltech_sweep.training.trial import TrialOutcome
-from conftest import Cli
+from helpers.places import Cli
 
 NAMES = [
     "price_$5_to_$10",

@@ -12,7 +12,7 @@ from PIL import Image
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data.registry import DATASETS, Dataset
 from caltech_sweep.data.splits import Sample, Split
-from conftest import Cli
+from helpers.places import Cli
 
 STUDY = """\
 title: A dataset of somebody's own
