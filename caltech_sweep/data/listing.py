@@ -39,6 +39,12 @@ class PassedOver:
     others: Counter[str] = field(default_factory=Counter)  # by what they are, in the singular
     empty: list[str] = field(default_factory=list)  # names of classes
 
+    def add(self, other: PassedOver) -> None:
+        """Add what was found elsewhere."""
+        self.kinds += other.kinds
+        self.others += other.others
+        self.empty += other.empty
+
     def __str__(self) -> str:
         """Return it as the end of a sentence, such as "12 .txt, 2 hidden folders, 1 empty class 'x'", or ""."""
         ranked = sorted(self.kinds.items(), key=lambda item: (-item[1], item[0]))

@@ -5,13 +5,14 @@ To add one, add an entry to DATASETS: study files, ``--set``, the commands, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caltech_sweep import paths
-from caltech_sweep.config import DATASET_RULES, DatasetConfig
+from caltech_sweep.config import DATASET_RULES, FIRST_DATASET_FIELDS, DatasetConfig
+from caltech_sweep.data.given import csv_file, csv_split, part_folders, parts_split
 from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, folder_split, subset
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.rules import Rule, one_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from caltech_sweep.data.images import OpenedStore
 
 Read = Callable[[Path], bytes]  # from a sample's path to the content of an image file
+CSV_COLUMNS = ("path_column", "label_column", "split_column", "group_column")
 _MOST_DRAWN = 2_000_000_000  # bytes
 
 
@@ -76,7 +78,14 @@ def _caltech(config: DatasetConfig) -> Split:
 
 
 def _folder(config: DatasetConfig) -> Split:
-    return folder_split(_folder_root(config), config.val_fraction, config.test_fraction, config.split_seed)
+    root = _folder_root(config)
+    if parts := part_folders(root):
+        return parts_split(root, parts, config)
+    return folder_split(root, config.val_fraction, config.test_fraction, config.split_seed)
+
+
+def _csv_root(config: DatasetConfig) -> Path:
+    return csv_file(config).parent
 
 
 def _shapes(config: DatasetConfig) -> Split:
@@ -113,8 +122,15 @@ DATASETS = {
         settings=frozenset({"root", "val_fraction"}),
         claims=_is_caltech,
     ),
+    "csv": Dataset(
+        "a csv file with a path and a label a line, and a split and a group where it has them",
+        csv_split,
+        _csv_root,
+        settings=frozenset({"root", "val_fraction", "test_fraction", *CSV_COLUMNS}),
+        claims=lambda place: place.suffix.lower() in (".csv", ".tsv"),
+    ),
     "folder": Dataset(
-        "a folder of class folders",
+        "a folder of class folders, or of folders train, val and test with these",
         _folder,
         _folder_root,
         settings=frozenset({"root", "val_fraction", "test_fraction"}),
@@ -151,3 +167,13 @@ def load_split(config: DatasetConfig) -> Split:
 def name_for(place: Path) -> str:
     """Return the name of the dataset that a folder or file is: the first that claims it."""
     return next(name for name, entry in DATASETS.items() if entry.claims(place))
+
+
+def unread(dataset: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield (setting, sentence) for every setting of a study's dataset that only datasets of other names read."""
+    name = str(dataset.get("name", DatasetConfig.name))
+    entry = DATASETS[name]
+    for setting in dataset:
+        readers = [other for other, each in DATASETS.items() if setting in each.settings]
+        if readers and setting not in entry.settings and setting not in FIRST_DATASET_FIELDS:
+            yield setting, f"is not read by a dataset named {name}; it is for {', '.join(readers)}"

@@ -42,6 +42,7 @@ class Split:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
     passed_over: str = ""
+    notes: tuple[str, ...] = ()  # sentences without their full stop, about what a reader should know of the parts
 
     def part(self, name: str) -> tuple[Sample, ...]:
         """Return the images of "train", "val" or "test"."""
@@ -96,9 +97,10 @@ def _quotas(counts: Sequence[int], fraction: float) -> list[int]:
     return quotas
 
 
-def _carve_val(
+def carve_val(
     classes: Sequence[str], train: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Return what stays in train and what becomes val, class by class; raise DatasetError for a class too small."""
     by_class: list[list[Sample]] = [[] for _ in classes]
     for item in train:
         by_class[item.label].append(item)
@@ -134,7 +136,7 @@ def caltech_split(root: Path, val_fraction: float = 1 / 3, seed: int = 0) -> Spl
             if name != BACKGROUND:
                 (test if number % 3 == 0 else train).append(Sample(path, labels[name], name))
             number += 1
-    kept, val = _carve_val(classes, train, val_fraction, seed)
+    kept, val = carve_val(classes, train, val_fraction, seed)
     return Split(classes, kept, val, tuple(test), str(passed))
 
 
@@ -162,7 +164,7 @@ def folder_split(root: Path, val_fraction: float, test_fraction: float, seed: in
             )
         for position, path in enumerate(paths):
             (test if position in chosen else train).append(Sample(path, label, name))
-    kept, val = _carve_val(classes, train, val_fraction, seed)
+    kept, val = carve_val(classes, train, val_fraction, seed)
     return Split(classes, kept, val, tuple(test), str(passed))
 
 

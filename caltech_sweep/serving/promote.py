@@ -195,7 +195,8 @@ def _register(
     if _registered_model(tracker, name) is None:
         client.create_registered_model(name)
         undo.callback(_quietly, client.delete_registered_model, name)
-    scores = {key: trial.metrics.get(key, float("nan")) for key in (BEST_ACCURACY, TEST_ACCURACY)}
+    val = trial.metrics.get(BEST_ACCURACY, float("nan"))
+    test = f"{trial.metrics[TEST_ACCURACY]:.4f}" if TEST_ACCURACY in trial.metrics else "not measured"
     version = client.create_model_version(
         name,
         client.get_logged_model(model_id).artifact_location,  # MLflow would look models:/ID up in its default store
@@ -203,7 +204,7 @@ def _register(
         dict(tags),
         model_id=model_id,
         description=f"Trial {trial.name!r} of study {trial.study!r}, chosen on validation: validation accuracy "
-        f"{scores[BEST_ACCURACY]:.4f}, test accuracy {scores[TEST_ACCURACY]:.4f}.",
+        f"{val:.4f}, test accuracy {test}.",
     )
     undo.callback(_quietly, client.delete_model_version, name, version.version)
     versions = [{"name": name, "version": version.version}]

@@ -18,7 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from caltech_sweep import paths
 from caltech_sweep.config import TRIAL_RULES, DatasetConfig, TrialConfig
-from caltech_sweep.data.registry import dataset_rules, name_for
+from caltech_sweep.data.registry import dataset_rules, name_for, unread
 from caltech_sweep.errors import StudyFileError, UsageError
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE
 from caltech_sweep.rules import (
@@ -314,6 +314,8 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     if not isinstance(title, str) or not title.strip():
         reader.problem(root, "title", "title", f"must be text, got {quoted(title)}")
     dataset = reader.ruled(reader.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
+    for key, text in unread(dataset):
+        reader.problem(root["dataset"], key, f"dataset.{key}", text)
     fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", _VARYING)
     fixed.update(reader.objective(root))
     node = reader.mapping(root, "space", "space")

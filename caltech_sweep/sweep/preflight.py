@@ -123,7 +123,7 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
 
     classes, images = len(data.split.classes), len(data.split.train)
     for part in SPLITS:
-        if not data.split.part(part):
+        if not data.split.part(part) and part != "test":
             raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
     seen = set()
     for config in _variants(definition, images):
@@ -201,6 +201,7 @@ def _full_batch_sizes(definition: StudyDefinition, images: int) -> set[int]:
 def left_out(definition: StudyDefinition, split: Split) -> list[str]:
     """Return sentences about what no epoch sees: files that are passed over, and images that drop_last leaves out."""
     sentences = [f"passed over: {split.passed_over}"] if split.passed_over else []
+    sentences += split.notes
     images = len(split.train)
     worst = max(sorted(_full_batch_sizes(definition, images)), key=lambda size: images % size, default=1)
     if images % worst * 10 > images:
@@ -225,6 +226,8 @@ def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[
         write(sentence)
     parts = {part: len(data.split.part(part)) for part in SPLITS}
     tags = {"dataset.passed_over": data.split.passed_over[:_LONGEST_TAG]} if data.split.passed_over else {}
+    if data.split.notes:
+        tags["dataset.notes"] = "; ".join(data.split.notes)[:_LONGEST_TAG]
     if data.grey_bits < 16:
         tags[GREY_BITS] = str(data.grey_bits)
     images = DatasetInfo(data.fingerprint, parts, dataset.root or dataset.name, len(data.split.classes), tags)

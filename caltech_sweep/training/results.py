@@ -103,20 +103,15 @@ def _ratio(part: int, whole: int) -> str:
     return f"{part / whole:.4f}" if whole else ""
 
 
-def _write_classes(path: Path, val: _Part, test: _Part) -> None:
-    (val_images, val_right, _), (test_images, test_right, predicted) = val.counts(), test.counts()
-    rows = (
-        [
-            name,
-            val_images[i],
-            _ratio(val_right[i], val_images[i]),
-            test_images[i],
-            _ratio(test_right[i], test_images[i]),
-            _ratio(test_right[i], predicted[i]),
-        ]
-        for i, name in enumerate(val.classes)
-    )
-    _write_csv(path, ["class", "val_images", "val_recall", "test_images", "test_recall", "test_precision"], rows)
+def _write_classes(path: Path, val: _Part, test: _Part | None) -> None:
+    header = ["class", "val_images", "val_recall"]
+    images, right, _ = val.counts()
+    columns: list[Sequence[object]] = [val.classes, images, list(map(_ratio, right, images))]
+    if test is not None:
+        header += ["test_images", "test_recall", "test_precision"]
+        images, right, predicted = test.counts()
+        columns += [images, list(map(_ratio, right, images)), list(map(_ratio, right, predicted))]
+    _write_csv(path, header, zip(*columns, strict=True))
 
 
 def _write_checkpoint(path: Path, config: TrialConfig, classes: Sequence[str], outcome: TrialOutcome) -> None:
@@ -140,7 +135,9 @@ def _artifacts(
     config: TrialConfig, data: LoadedData, outcome: TrialOutcome, device: torch.device
 ) -> dict[str, Callable[[Path], object]]:
     """Return what writes each artifact of a completed trial, by its path."""
-    evaluations = {"val": ("val", outcome.best.val), "test": ("test", outcome.test)}
+    evaluations = {"val": ("val", outcome.best.val)}
+    if outcome.test is not None:
+        evaluations["test"] = ("test", outcome.test)
     if outcome.test_tencrop is not None:
         evaluations["test_tencrop"] = ("test", outcome.test_tencrop)
     parts = {
@@ -151,7 +148,7 @@ def _artifacts(
         CHECKPOINT: lambda path: _write_checkpoint(path, config, data.split.classes, outcome),
         "config.yaml": lambda path: _write_config(path, config),
         "environment.json": lambda path: path.write_text(json.dumps(environment(device), indent=2) + "\n"),
-        "per_class.csv": lambda path: _write_classes(path, parts["val"], parts["test"]),
+        "per_class.csv": lambda path: _write_classes(path, parts["val"], parts.get("test")),
     }
     for name, part in parts.items():
         found[f"predictions/{name}.csv"] = part.write_predictions

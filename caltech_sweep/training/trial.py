@@ -30,7 +30,7 @@ class TrialOutcome:
     """
 
     best: EpochResult
-    test: Evaluation
+    test: Evaluation | None  # None where the dataset has no test images
     test_tencrop: Evaluation | None
     weights: dict[str, torch.Tensor]
     epochs_reused: int = 0
@@ -41,11 +41,12 @@ class TrialOutcome:
 
     def metrics(self) -> dict[str, float]:
         """Return the once-a-trial metrics by their names in MLflow."""
+        test = self.test.scores if self.test is not None else {}
         tencrop = self.test_tencrop.scores if self.test_tencrop is not None else {}
         return {
             **{logged_at_best(name): value for name, value in self.best.val.scores.items()},
             BEST_EPOCH: float(self.best.epoch),
-            **all_logged("test", self.test.scores),
+            **all_logged("test", test),
             **all_logged("test_tencrop", tencrop),
         }
 
@@ -88,8 +89,9 @@ def run_trial(
         if broken := not_finite(training.best_weights):
             raise NotFiniteError(f"the weights {broken[0]} became NaN or infinite; try a lower learning rate")
         load_state(training.model, training.best_weights)
-        test = training.evaluate("test")
-        tencrop = training.evaluate("test", "tencrop") if config.test_views == "tencrop" else None
+        tested = bool(data.split.test)
+        test = training.evaluate("test") if tested else None
+        tencrop = training.evaluate("test", "tencrop") if tested and config.test_views == "tencrop" else None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from caltech_sweep.errors import StoreError
-from caltech_sweep.metrics import logged
+from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY, logged
 from caltech_sweep.report.tables import ReadText
 from caltech_sweep.tracking.records import TrialRecord
 
@@ -55,7 +55,9 @@ class Wrong:
 
 
 def reported_part(run: TrialRecord) -> str:
-    """Return the part whose files hold a run's reported test predictions."""
+    """Return the part whose files hold a run's reported predictions: val where the dataset has no test images."""
+    if TEST_ACCURACY not in run.metrics:
+        return "val"
     return "test_tencrop" if run.params.get("test_views") == "tencrop" else "test"
 
 
@@ -78,7 +80,8 @@ def read_confusion(read: ReadText, run: TrialRecord) -> Confusion | None:
     if not classes or [len(row) for row in counts] != [len(classes)] * len(classes):
         return None
     right, images = sum(row[i] for i, row in enumerate(counts)), sum(map(sum, counts))
-    recorded = run.metrics.get(logged(reported_part(run), "accuracy"))
+    part = reported_part(run)
+    recorded = run.metrics.get(BEST_ACCURACY if part == "val" else logged(part, "accuracy"))
     if not images or (recorded is not None and abs(right / images - recorded) > 1e-6):
         return None
     cells = tuple((i, j, n) for i, row in enumerate(counts) for j, n in enumerate(row) if n > 0)

@@ -1,0 +1,289 @@
+"""Datasets that say themselves which image belongs where: by folders, by a column, or by a library.
+
+What is not given is carved out: a test part only where no part is given at all, a validation part from train. Images
+of one group, such as those of one patient, always stay together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from caltech_sweep.config import DatasetConfig
+from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden, list_classes
+from caltech_sweep.data.splits import SPLITS, Sample, Split, carve, carve_val
+from caltech_sweep.errors import DatasetError
+from caltech_sweep.text import counted, one_line, readable
+
+NO_TEST = "the dataset has no test images, so there is no test accuracy"
+_PARTS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "eval": "test",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: its path, its class, and where it is given, its part and its group."""
+
+    path: Path
+    class_name: str
+    part: str | None = None
+    group: str | None = None
+
+
+def part_named(name: str) -> str | None:
+    """Return the part that a folder's or a column's word means, in any letter case: train, val, test, or None."""
+    return _PARTS.get(name.strip().casefold())
+
+
+def deal(groups: Sequence[Mapping[str, int]], shares: Sequence[float], seed: Sequence[int]) -> list[int]:
+    """Return for each group, which has so many images of each class, the part that it goes to.
+
+    Parts get about their ``shares`` of every class: the larger groups first, in a seeded order, each to the part that
+    lacks its classes most.
+    """
+    totals: dict[str, int] = {}
+    for group in groups:
+        for name, number in group.items():
+            totals[name] = totals.get(name, 0) + number
+    have: list[dict[str, int]] = [dict.fromkeys(totals, 0) for _ in shares]
+    parts = [0] * len(groups)
+    order = np.random.default_rng(list(seed)).permutation(len(groups)).tolist()
+    for index in sorted(order, key=lambda index: -sum(groups[index].values())):
+        group = groups[index]
+
+        def cost(part: int, group: Mapping[str, int] = group) -> float:
+            return sum((2 * have[part][c] + n) * n / (shares[part] * totals[c]) for c, n in group.items())
+
+        parts[index] = min(range(len(shares)), key=cost)
+        for name, number in group.items():
+            have[parts[index]][name] += number
+    return parts
+
+
+def _deal_out(items: Sequence[Item], fraction: float, seed: Sequence[int]) -> tuple[list[Item], list[Item]]:
+    """Return what stays and what is carved out of items that have groups."""
+    members: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        members.setdefault(item.group if item.group is not None else f"\0{index}", []).append(index)
+    counts = []
+    for indices in members.values():
+        count: dict[str, int] = {}
+        for index in indices:
+            count[items[index].class_name] = count.get(items[index].class_name, 0) + 1
+        counts.append(count)
+    parts = deal(counts, [1 - fraction, fraction], seed)
+    out = {index for part, indices in zip(parts, members.values(), strict=True) if part for index in indices}
+    return [item for i, item in enumerate(items) if i not in out], [item for i, item in enumerate(items) if i in out]
+
+
+def _carve_test(
+    items: Sequence[Item], classes: Sequence[str], fraction: float, seed: int
+) -> tuple[list[Item], list[Item]]:
+    if any(item.group is not None for item in items):
+        return _deal_out(items, fraction, [seed, 2])
+    chosen: set[int] = set()
+    for label, name in enumerate(classes):
+        own = [index for index, item in enumerate(items) if item.class_name == name]
+        picked = [own[place] for place in carve(len(own), fraction, [seed, 0, label]).tolist()]
+        if not 0 < len(picked) < len(own) - 1:
+            raise DatasetError(
+                f"class {name!r} has {counted(len(own), 'image')}, too few for a train, val and test part; "
+                "add images or change dataset.test_fraction"
+            )
+        chosen.update(picked)
+    return [item for i, item in enumerate(items) if i not in chosen], [
+        item for i, item in enumerate(items) if i in chosen
+    ]
+
+
+def given_split(
+    items: Sequence[Item], config: DatasetConfig, where: str, passed: str = "", classes: Sequence[str] = ()
+) -> Split:
+    """Return the split of items, in their order; ``where`` names the dataset, ``classes`` their order if it is given.
+
+    Raises DatasetError for fewer than two classes, for one that train lacks, or too few images to carve from.
+    """
+    parts = {part: [item for item in items if item.part == part] for part in SPLITS}
+    known = classes or sorted({item.class_name for item in items}, key=lambda name: by_name(Path(name)))
+    rest = [item for item in items if item.part is None]
+    if rest and not any(parts.values()):
+        parts["train"], parts["test"] = _carve_test(rest, known, config.test_fraction, config.split_seed)
+    if len(known) < 2:
+        raise DatasetError(f"{where} must hold images of at least two classes; it has {len(known)}")
+    trained = {item.class_name for item in parts["train"]}
+    for part in ("val", "test"):
+        if strange := sorted({item.class_name for item in parts[part]} - trained):
+            names = ", ".join(map(repr, strange[:5])) + (" and others" if len(strange) > 5 else "")
+            raise DatasetError(
+                f"{where}: {part} has images of {names}, of which train has none; add some, or leave them out"
+            )
+    labels = {name: label for label, name in enumerate(known)}
+
+    def samples(chosen: Sequence[Item]) -> tuple[Sample, ...]:
+        return tuple(Sample(item.path, labels[item.class_name], item.class_name) for item in chosen)
+
+    train, val = parts["train"], parts["val"]
+    if val:
+        kept, held = samples(train), samples(val)
+    elif any(item.group is not None for item in train):
+        first, second = _deal_out(train, config.val_fraction, [config.split_seed, 3])
+        if not second or {item.class_name for item in first} != trained:
+            raise DatasetError(f"{where} has too few groups to carve a validation part; change dataset.val_fraction")
+        kept, held = samples(first), samples(second)
+    else:
+        kept, held = carve_val(known, samples(train), config.val_fraction, config.split_seed)
+    return Split(tuple(known), kept, held, samples(parts["test"]), passed, () if parts["test"] else (NO_TEST,))
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """Return the folders of a root that are its parts, by part; none where its folders are classes.
+
+    They are where one is called train, holds folders, and no other folder has another name than a part's.
+    """
+    found: dict[str, list[Path]] = {}
+    for entry in entries(root):
+        if not is_hidden(entry.name) and entry.is_dir():
+            part = part_named(entry.name)
+            if part is None:
+                return {}
+            found.setdefault(part, []).append(Path(entry.path))
+    if "train" not in found or not any(
+        entry.is_dir() and not is_hidden(entry.name) for entry in entries(found["train"][0])
+    ):
+        return {}
+    for part, folders in found.items():
+        if len(folders) > 1:
+            names = " and ".join(readable(folder.name) for folder in folders)
+            raise DatasetError(f"{readable(str(root))}: the folders {names} both mean {part}; merge them or rename one")
+    return {part: folders[0] for part, folders in found.items()}
+
+
+def parts_split(root: Path, folders: Mapping[str, Path], config: DatasetConfig) -> Split:
+    """Return the split that folders called train, val and test give, each of class folders."""
+    items: list[Item] = []
+    passed = PassedOver()
+    for part, folder in folders.items():
+        classes, others = list_classes(folder)
+        passed.add(others)
+        items += [Item(path, name, part) for name, paths in classes.items() for path in paths]
+    return given_split(items, config, readable(str(root)), str(passed))
+
+
+# -- a table of paths and labels ---------------------------------------------------------------------------------------
+
+_MOST_PROBLEMS = 8
+
+
+def csv_file(config: DatasetConfig) -> Path:
+    """Return the file that a dataset named csv is; raise DatasetError when it is not there."""
+    if config.root is None:
+        raise DatasetError("dataset.root: a dataset named csv needs its file; name it with --data")
+    path = Path(config.root)
+    if not path.is_file():
+        raise DatasetError(f"there is no file {readable(str(path))}; name the csv file of the dataset with --data")
+    return path
+
+
+def csv_split(config: DatasetConfig) -> Split:
+    """Return the split that a file of paths and labels gives; raise DatasetError with every problem of its lines."""
+    return given_split(CsvReader(config).items(), config, readable(str(csv_file(config))))
+
+
+class CsvReader:
+    """Reads the lines of a dataset's file, collecting a sentence for each problem."""
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.config, self.path = config, csv_file(config)
+        self.problems: list[str] = []
+
+    def items(self) -> list[Item]:
+        """Return the images of the file in its order."""
+        rows = self._rows()
+        columns = self._columns(rows[0] if rows else [])
+        items: list[Item] = []
+        seen: dict[str, int] = {}
+        groups: dict[str, tuple[str | None, int]] = {}
+        for number, row in enumerate(rows[1:], start=2):
+            if not any(cell.strip() for cell in row):
+                continue
+            cells = {name: row[place].strip() if place < len(row) else "" for name, place in columns.items()}
+            item = self._item(number, cells, seen)
+            if item is None:
+                continue
+            if item.group is not None:
+                part, first = groups.setdefault(item.group, (item.part, number))
+                if part != item.part:
+                    self._say(number, f"group {item.group!r} is in {item.part}, and in {part} on line {first}")
+            items.append(item)
+        if self.problems:
+            more = (
+                f"\n... and {len(self.problems) - _MOST_PROBLEMS:,} more" if len(self.problems) > _MOST_PROBLEMS else ""
+            )
+            raise DatasetError("\n".join(self.problems[:_MOST_PROBLEMS]) + more)
+        return items
+
+    def _say(self, line: int, text: str) -> None:
+        self.problems.append(f"{readable(str(self.path))}:{line}: {text}")
+
+    def _rows(self) -> list[list[str]]:
+        import csv
+
+        try:
+            text = self.path.read_text(encoding="utf-8-sig")
+            first = text.partition("\n")[0]
+            delimiter = max(",;\t", key=first.count)
+            return list(csv.reader(text.splitlines(), delimiter=delimiter, strict=True))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or one_line(str(error))
+            raise DatasetError(f"{readable(str(self.path))} cannot be read as a csv file in UTF-8: {reason}") from error
+
+    def _columns(self, header: Sequence[str]) -> dict[str, int]:
+        """Return where each column is; of split and group, only if they are there, or named by a setting."""
+        names = [cell.strip() for cell in header]
+        columns: dict[str, int] = {}
+        for column in ("path", "label", "split", "group"):
+            setting = f"{column}_column"
+            name = getattr(self.config, setting)
+            if names.count(name) > 1:
+                self._say(1, f"there are {names.count(name)} columns {name!r}; rename all but one")
+            elif name in names:
+                columns[column] = names.index(name)
+            elif column in ("path", "label") or name != getattr(DatasetConfig, setting):
+                self._say(1, f"there is no column {name!r} among {one_line(', '.join(names))!r}; set dataset.{setting}")
+        if self.problems:
+            raise DatasetError("\n".join(self.problems))
+        return columns
+
+    def _item(self, line: int, cells: Mapping[str, str], seen: dict[str, int]) -> Item | None:
+        name, label, before = cells["path"].replace("\\", "/"), cells["label"], len(self.problems)
+        path = Path(*[part for part in name.split("/") if part not in ("", ".")])
+        if not name or not label:
+            self._say(line, f"the {'path' if not name else 'label'} is empty")
+        elif name.startswith("/") or ".." in path.parts or (len(name) > 1 and name[1] == ":") or "\0" in name:
+            self._say(line, f"{one_line(name)!r} leads out of the file's folder; give paths below it")
+        elif path.as_posix() in seen:
+            self._say(line, f"{one_line(name)!r} is on line {seen[path.as_posix()]} already")
+        elif not (self.path.parent / path).is_file():
+            self._say(line, f"there is no file {one_line(name)!r}")
+        part = None
+        if "split" in cells:
+            part = part_named(cells["split"])
+            if part is None:
+                self._say(line, f"{one_line(cells['split'])!r} is no part; write train, val or test")
+        if len(self.problems) > before:
+            return None
+        seen[path.as_posix()] = line
+        return Item(self.path.parent / path, label, part, cells.get("group") or None)
