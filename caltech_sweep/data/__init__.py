@@ -21,7 +21,10 @@ def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> Loa
     from caltech_sweep.data.images import LoadedData, open_store
     from caltech_sweep.data.pixels import PixelRules
 
-    entry, root, split = dataset_of(config), dataset_root(config), load_split(config)
+    entry = dataset_of(config)
+    if entry.fetch is not None:
+        entry.fetch(config)
+    root, split = dataset_root(config), load_split(config)
     if entry.images is not None:
         return LoadedData(split, entry.images(config), root)
     rules, read = PixelRules.of(config), entry.read(config)

@@ -37,7 +37,8 @@ class Dataset:
 
     ``split`` returns every image without opening one, and ``read`` what gives an image's content. ``root`` returns the
     folder that names of images are relative to, or raises DatasetError when it is not there; it is None where the
-    images are no files. ``images`` is for pixels that are not decoded from files.
+    images are no files. ``images`` is for pixels that are not decoded from files. ``fetch`` downloads what is not
+    there; only a run does.
     """
 
     about: str  # in a few words
@@ -45,6 +46,7 @@ class Dataset:
     root: Callable[[DatasetConfig], Path] | None = None
     read: Callable[[DatasetConfig], Read] = _files
     images: Callable[[DatasetConfig], OpenedStore] | None = None
+    fetch: Callable[[DatasetConfig], None] | None = None
     settings: frozenset[str] = frozenset()  # that this dataset reads, and not every one
     claims: Callable[[Path], bool] = lambda place: False  # tells whether a folder or file of no stated kind is one
 
@@ -88,6 +90,24 @@ def _csv_root(config: DatasetConfig) -> Path:
     return csv_file(config).parent
 
 
+def _library(config: DatasetConfig) -> Split:
+    from caltech_sweep.data.library import library_split
+
+    return library_split(config)
+
+
+def _library_reader(config: DatasetConfig) -> Read:
+    from caltech_sweep.data.library import library_reader
+
+    return library_reader(config)
+
+
+def _fetch_library(config: DatasetConfig) -> None:
+    from caltech_sweep.data.library import fetch_library
+
+    fetch_library(config)
+
+
 def _shapes(config: DatasetConfig) -> Split:
     from caltech_sweep.data.shapes import shapes_listing
 
@@ -128,6 +148,13 @@ DATASETS = {
         _csv_root,
         settings=frozenset({"root", "val_fraction", "test_fraction", *CSV_COLUMNS}),
         claims=lambda place: place.suffix.lower() in (".csv", ".tsv"),
+    ),
+    "torchvision": Dataset(
+        "one of torchvision's classification datasets, such as CIFAR10 or Flowers102",
+        _library,
+        read=_library_reader,
+        fetch=_fetch_library,
+        settings=frozenset({"root", "source", "val_fraction", "test_fraction"}),
     ),
     "folder": Dataset(
         "a folder of class folders, or of folders train, val and test with these",
