@@ -81,6 +81,12 @@ class TrialQueue:
             self._exhausts, self._sampled_left = left < self._sampled_left, min(left, self._sampled_left)
         return len(done), len(done) + len(waiting) + self._sampled_left
 
+    def left(self) -> tuple[list[TrialConfig], int]:
+        """Return the trials that wait, and how many are yet to be sampled."""
+        waiting = self._waiting(self.study.get_trials(deepcopy=False))
+        configs = [TrialConfig.from_dict(t.user_attrs["config"]) for t in waiting if not is_unsampled(t)]
+        return configs, self._sampled_left + len(waiting) - len(configs)
+
     def ending(self) -> str | None:
         """Return a sentence where the study ends before its total, because its space does."""
         size = f"{grid_size(self.definition.space):,} combinations" if self._exhausts else ""
@@ -133,7 +139,7 @@ class TrialQueue:
         except (ImportError, ValueError) as error:
             name = self.definition.sampler.name
             raise UsageError(f"sampler {name} cannot suggest settings for this study: {reason(error)}") from error
-        config = self.definition.config(settings)
+        config = self.definition.sampled_config(settings)
         trial.set_user_attr("fingerprint", config.fingerprint())
         trial.set_user_attr("config", json.loads(json.dumps(config.to_dict())))
         if self.definition.expand:

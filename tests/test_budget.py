@@ -1,0 +1,198 @@
+"""Budgets: a study ends within its epochs or hours, over all its runs, and goes on where it stopped with more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition
+from caltech_sweep.sweep.executors.base import Epoch
+from caltech_sweep.sweep.optuna_store import MEMORY, open_study
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, scripted_coordinator
+
+DEFINITION = StudyDefinition(
+    name="s",
+    title="A study",
+    trials=8,
+    dataset={"name": "shapes"},
+    fixed={"epochs": 4},
+    space={"lr": Range(1e-3, 1.0, log=True)},
+    rows=(Row("One", {"lr": 0.1}), Row("Two", {"lr": 0.2})),
+    sampler=Component("tpe", {"seed": 1, "startup_trials": 3}),
+)
+
+
+class Clock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(ScriptedExecutor):
+    """A scripted executor in which each poll, an epoch of every running trial, takes ``seconds``."""
+
+    def __init__(self, clock: Clock, seconds: float, slots: int = 1) -> None:
+        super().__init__(slots=slots)
+        self.clock, self.seconds = clock, seconds
+
+    def poll(self, timeout: float) -> list:
+        events = super().poll(timeout)
+        trained = any(isinstance(event, Epoch) for event in events)
+        self.clock.now += self.seconds * trained
+        return [
+            replace(e, metrics={**e.metrics, "epoch_seconds": self.seconds}) if isinstance(e, Epoch) else e
+            for e in events
+        ]
+
+
+class Stores:
+    """A study store and a tracking store in memory, which several runs of a study use one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tracker, self.folder, self.lines = MemoryTracker(), folder, list[str]()
+        self.study: optuna.Study | None = None
+
+    def run(self, definition: StudyDefinition, executor: ScriptedExecutor, clock: Clock | None = None):
+        self.study = self.study or open_study(definition, MEMORY, definition.identity())
+        self.lines.clear()
+        options = {"clock": clock} if clock else {}
+        return scripted_coordinator(
+            definition, executor, self.tracker, self.folder, self.study, write=self.lines.append, **options
+        ).run()
+
+    @property
+    def trained(self) -> int:
+        """How many epochs the tracking store has; scripted trials share none."""
+        return sum(len(run.history) for run in self.tracker.runs.values())
+
+    def spent(self, what: str) -> float:
+        return sum(run.metrics[f"spent/{what}"] for run in self.tracker.runs.values())
+
+    def settings(self) -> list[object]:
+        assert self.study is not None
+        return [trial.user_attrs["config"] for trial in self.study.trials if "config" in trial.user_attrs]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("epochs, trials", [(7, 1), (8, 2), (21, 5), (31, 7), (32, 8), (99, 8)])
+def test_a_trial_starts_only_where_its_epochs_fit(tmp_path: Path, epochs: int, trials: int, slots: int) -> None:
+    stores = Stores(tmp_path)
+    summary = stores.run(replace(DEFINITION, budget={"epochs": epochs}), ScriptedExecutor(slots=slots))
+    assert summary.outcomes == {"complete": trials} and summary.complete
+    assert stores.trained == stores.spent("epochs") == 4 * trials
+    assert [run.name for run in stores.tracker.runs.values()][:2] == ["One", "Two"][:trials]
+    assert any(line.startswith("the study ends within its budget") for line in stores.lines) == (trials < 8)
+    assert not any(trial.state == TrialState.RUNNING for trial in stores.study.trials)  # type: ignore[union-attr]
+
+
+def test_it_says_what_it_would_do_with_more_and_does_that_with_the_budget_that_it_names(tmp_path: Path) -> None:
+    stores = Stores(tmp_path)
+    stores.run(replace(DEFINITION, budget={"epochs": 6}), ScriptedExecutor())
+    assert stores.lines[-1] == (
+        "the study ends within its budget, with 4 of 6 epochs spent; with more it would train 1 trial that waits and "
+        "6 sampled trials, at most 28 epochs: run it again with --budget epochs=32"
+    )
+    assert stores.run(replace(DEFINITION, budget={"epochs": 31}), ScriptedExecutor()).outcomes == {"complete": 6}
+    assert stores.run(replace(DEFINITION, budget={"epochs": 32}), ScriptedExecutor()).outcomes == {"complete": 1}
+    assert "budget" not in stores.lines[-1] and stores.trained == 32
+
+
+def test_a_study_that_goes_on_with_more_samples_what_it_would_have_sampled(tmp_path: Path) -> None:
+    def script(config: TrialConfig) -> Script:
+        return Script([0.2, 0.3, 0.4, 0.9 - abs(config.lr - 0.05)])
+
+    whole, parts = Stores(tmp_path / "whole"), Stores(tmp_path / "parts")
+    whole.run(DEFINITION, ScriptedExecutor(script))
+    for epochs in (3, 10, 17, 18, 29, 32):
+        parts.run(replace(DEFINITION, budget={"epochs": epochs}), ScriptedExecutor(script))
+        assert parts.trained <= epochs
+    assert parts.settings() == whole.settings() and len(whole.settings()) == 8
+    assert [t.value for t in parts.study.trials] == [t.value for t in whole.study.trials]  # type: ignore[union-attr]
+
+
+def test_epochs_that_a_pruner_or_early_stopping_saves_are_spent_on_other_trials(tmp_path: Path) -> None:
+    definition = replace(
+        DEFINITION,
+        early_stopping={"patience": 1},
+        budget={"epochs": 22},  # the last one has to fit with all its four epochs
+    )
+    stores = Stores(tmp_path)  # each epoch gives 0.5: sampled trials end after the second one
+    assert stores.run(definition, ScriptedExecutor()).outcomes == {"complete": 8}
+    assert stores.spent("epochs") == 2 * 4 + 6 * 2
+
+
+def test_what_a_failed_or_repeated_training_took_is_spent(tmp_path: Path) -> None:
+    stores = Stores(tmp_path)
+    rows = replace(DEFINITION, trials=1, rows=DEFINITION.rows[:1], budget={"epochs": 11})
+    executor = ScriptedExecutor(Script(deaths=2))
+    assert stores.run(rows, executor).outcomes == {"interrupted": 1}  # it was trained twice, and a third time in part
+    assert stores.spent("epochs") == 11
+    assert stores.run(replace(rows, budget={"epochs": 14}), ScriptedExecutor()).outcomes == {}
+    assert stores.run(replace(rows, budget={"epochs": 15}), ScriptedExecutor()).outcomes == {"complete": 1}
+    assert stores.spent("epochs") == 15
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_hours_count_the_clock_on_the_wall_of_all_runs(tmp_path: Path, slots: int) -> None:
+    clock, stores = Clock(), Stores(tmp_path)
+    for hours, complete in ((1.0, 3 * slots), (1.5, 1 * slots), (1.5, 0)):  # each trial takes 20 minutes
+        definition = replace(DEFINITION, trials=20, budget={"hours": hours})
+        executor = Timed(clock, 300.0, slots)
+        assert stores.run(definition, executor, clock).outcomes == ({"complete": complete} if complete else {})
+        clock.now += 7200  # between the runs
+        assert stores.spent("seconds") <= hours * 3600 + 1e-6
+    assert stores.spent("seconds") == pytest.approx(1200 * 4)
+    assert stores.lines[-1].startswith("the study ends within its budget, with 1.33 of 1.5 hours spent")
+
+
+def test_a_trial_that_takes_longer_than_was_measured_is_interrupted_and_goes_on(tmp_path: Path) -> None:
+    clock, stores = Clock(), Stores(tmp_path)
+    definition = replace(DEFINITION, budget={"hours": 1})
+    summary = stores.run(definition, Timed(clock, 1000.0), clock)
+    assert summary.outcomes == {"interrupted": 1} and summary.complete  # nothing was measured before the first trial
+    (run,) = stores.tracker.runs.values()
+    assert (run.status, run.tags["outcome"]) == ("KILLED", "interrupted")
+    assert stores.run(replace(definition, budget={"hours": 3}), Timed(clock, 1000.0), clock).outcomes["complete"] >= 1
+    assert run.tags["outcome"] == "complete"
+
+
+def test_both_limits_hold_at_once(tmp_path: Path) -> None:
+    clock, stores = Clock(), Stores(tmp_path)
+    budget: dict[str, float] = {"epochs": 12, "hours": 100}
+    assert stores.run(replace(DEFINITION, budget=budget), Timed(clock, 1.0), clock).outcomes == {"complete": 3}
+    budget = {"epochs": 100, "hours": 17 / 3600}
+    assert stores.run(replace(DEFINITION, budget=budget), Timed(clock, 1.0), clock).outcomes == {"complete": 1}
+
+
+def test_confirmations_count(tmp_path: Path) -> None:
+    stores = Stores(tmp_path)
+    definition = replace(DEFINITION, trials=3, budget={"epochs": 18})
+    study = open_study(definition, MEMORY, definition.identity())
+    coordinator = scripted_coordinator(definition, ScriptedExecutor(), stores.tracker, tmp_path, study)
+    assert coordinator.run(confirm=1).outcomes == {"complete": 4}  # three trials, and one of three repeats
+    assert stores.trained == 16
+
+
+def _names(trials: Sequence[optuna.trial.FrozenTrial]) -> list[str]:
+    return [trial.user_attrs.get("row", "sampled") for trial in trials]
+
+
+def test_rows_come_first_even_where_only_a_sampled_trial_would_fit(tmp_path: Path) -> None:
+    rows = (Row("Long", {"lr": 0.1, "epochs": 30}), Row("Short", {"lr": 0.1, "epochs": 2}))
+    definition = replace(
+        DEFINITION, rows=rows, fixed={}, space={**DEFINITION.space, "epochs": Choices((2, 4))}, budget={"epochs": 29}
+    )
+    stores = Stores(tmp_path)
+    assert stores.run(definition, ScriptedExecutor()).outcomes == {}
+    assert _names(stores.study.trials) == ["Long", "Short"]  # type: ignore[union-attr]
+    assert "2 trials that wait and 6 sampled trials, at most 56 epochs" in stores.lines[-1]
