@@ -19,6 +19,7 @@ from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import CaltechSweepError, UsageError
 from caltech_sweep.study.definition import Dimension, Range, Row, StudyDefinition, variants
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_size
+from caltech_sweep.sweep.forecast import outlook
 from caltech_sweep.sweep.lease import check_free
 from caltech_sweep.sweep.optuna_store import check_stored
 from caltech_sweep.sweep.ownership import check_record
@@ -184,7 +185,7 @@ def _planned_rows(
                     if len(counts) == 1
                     else ", ".join(f"{n} {state}" for state, n in counts.items()),
                     (config.epochs * len(seeds[row.name]),) * 2,
-                    (left[row.name],) * 2,
+                    (left[row.name] if config.patience is None else 0, left[row.name]),
                 )
             )
     return planned
@@ -227,8 +228,9 @@ def _is_finite(dimension: Dimension) -> bool:
 
 
 def _may_be_less(definition: StudyDefinition) -> bool:
-    """Tell whether sampled trials may train less than all their epochs: pruned, or alike when few can be sampled."""
-    return definition.pruner is not None or all(map(_is_finite, definition.space.values()))
+    """Tell whether sampled trials may train less than all their epochs: stopped, or alike when few can be sampled."""
+    stops = definition.sampled_config({}).patience is not None or "patience" in definition.space
+    return definition.pruner is not None or stops or all(map(_is_finite, definition.space.values()))
 
 
 def _schedule(config: TrialConfig) -> tuple[int, float, int]:
@@ -358,6 +360,7 @@ def _text(
             asked, left = _total([g.asked for g in some]), _total([g.new_epochs for g in some])
             lines.append(f"{name}: {_between(asked)} epochs requested, {_between(left)} to train")
     left = _total([group.new_epochs for group in groups])
+    lines += outlook(definition, records, _total([row.new_epochs for row in rows])[1])
     lines.append(_time(records, left) if left[1] else "nothing to train")
     return "\n".join(lines)
 
