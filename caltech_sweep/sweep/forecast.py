@@ -19,15 +19,17 @@ RUNGS = {"asha": ("min_epochs", "factor", 1, 3), "halving": ("min_resource", "re
 def first_proposal(definition: StudyDefinition) -> int | None:
     """Return the number of the first trial that the sampler's model proposes on one worker, or None without a model.
 
-    The rows come before it, and of these the ones inside the space are learnt from. A family is sampled once.
+    The rows come before it, and of these the ones inside the space are learnt from (``nsgaii`` breeds sampled trials
+    only). A family is sampled once.
     """
     startup = startup_trials(definition.sampler)
     if startup is None:
         return None
     space, family = definition.space, definition.family_size
-    inside = [reachable(space, definition.row_config(row).to_dict()) == space for row in definition.rows]
-    at_random = -(-max(0, startup - sum(inside) * definition.replicates) // family) * family
-    return len(inside) * definition.replicates + at_random
+    inside = sum(reachable(space, definition.row_config(row).to_dict()) == space for row in definition.rows)
+    learnt = 0 if definition.sampler.name == "nsgaii" else inside * definition.replicates
+    at_random = -(-max(0, startup - learnt) // family) * family
+    return len(definition.rows) * definition.replicates + at_random
 
 
 def _proposals(definition: StudyDefinition) -> str:
