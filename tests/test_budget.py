@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +20,8 @@ from caltech_sweep.study.definition import Choices, Component, Range, Row, Study
 from caltech_sweep.sweep.executors.base import Epoch
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, scripted_coordinator
+from caltech_sweep.tracking.reader import open_reader
+from tests.conftest import Cli
 
 DEFINITION = StudyDefinition(
     name="s",
@@ -196,3 +203,75 @@ def test_rows_come_first_even_where_only_a_sampled_trial_would_fit(tmp_path: Pat
     assert stores.run(definition, ScriptedExecutor()).outcomes == {}
     assert _names(stores.study.trials) == ["Long", "Short"]  # type: ignore[union-attr]
     assert "2 trials that wait and 6 sampled trials, at most 56 epochs" in stores.lines[-1]
+
+
+SHARING = """\
+title: Epochs that trials share
+dataset: {name: shapes, resize: 32, crop: 32, classes: 3, images_per_class: 8}
+trials: 4
+sampler: {name: random, seed: 0}
+fixed: {arch: squeezenet1_1, batch_size: 8, step_size: 9, epochs: 2}
+space: {lr: {low: 1e-3, high: 1e-1, log: true}}
+budget: {epochs: 3}
+rows:
+  - {name: Short, set: {lr: 0.01, epochs: 2}}
+  - {name: Long, set: {lr: 0.01, epochs: 3}}
+  - {name: Views, set: {lr: 0.01, epochs: 3, test_views: tencrop}}
+"""
+
+
+def spent(place: Path) -> dict[str, tuple[float, str, float]]:
+    """Return the epochs that each trial has spent, its outcome, and the seconds that it ran."""
+    reader = open_reader(f"sqlite:///{place / 'mlruns' / 'mlflow.db'}")
+    assert reader.names() == ["sharing"]
+    trials = reader.studies(["sharing"])[0].trials
+    return {t.name: (t.metrics["spent/epochs"], t.outcome, t.metrics["spent/seconds"]) for t in trials}
+
+
+def test_epochs_that_are_shared_are_not_spent_in_real_stores(cli: Cli, place: Path) -> None:
+    (place / "sweeps" / "sharing.yaml").write_text(SHARING, encoding="utf-8")
+    options = ("--in-process", "--threads", "1", "--device", "cpu")
+    first = cli("run", "sharing", *options)
+    assert first.exit_code == 0, first.output
+    assert {name: trial[:2] for name, trial in spent(place).items()} == {
+        "Long": (3, "complete"),  # first, since most of it is shared
+        "Short": (0, "complete"),
+        "Views": (0, "complete"),
+    }  # eight epochs were requested, and three are spent
+    assert (
+        "the study ends within its budget, with 3 of 3 epochs spent; with more it would train 1 trial that waits, at "
+        "most 2 epochs: run it again with --budget epochs=5" in first.output
+    )
+    assert (
+        "budget: 5 epochs, 3 spent; that is enough for all trials"
+        in cli("plan", "sharing", "--threads", "1", "--device", "cpu", "--budget", "epochs=5").output
+    )
+    assert cli("run", "sharing", *options, "--budget", "epochs=4").exit_code == 0
+    assert len(spent(place)) == 3
+    assert cli("run", "sharing", *options, "--budget", "epochs=5").exit_code == 0
+    assert spent(place)["trial-003"][:2] == (2, "complete")
+    assert cli("doctor", "sharing").exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_killed_process_has_spent_what_it_trained(place: Path) -> None:
+    """The study is killed after some seconds of its first trial, and goes on in a new process, within its hours."""
+    text = SHARING.replace("epochs: 3}}", "epochs: 2000}}").replace("budget: {epochs: 3}", "budget: {hours: 0.005}")
+    (place / "sweeps" / "sharing.yaml").write_text(text.replace("epochs: 2}}", "epochs: 1500}}"), encoding="utf-8")
+    command = [sys.executable, "-m", "caltech_sweep", "run", "sharing", "--threads", "1", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=place)
+    for _ in range(1200):
+        time.sleep(0.1)
+        if (place / "mlruns" / "mlflow.db").is_file():
+            with closing(sqlite3.connect(place / "mlruns" / "mlflow.db")) as store, suppress(sqlite3.OperationalError):
+                if store.execute("SELECT COUNT(*) FROM latest_metrics WHERE key = 'spent/seconds'").fetchone()[0]:
+                    break
+    process.kill()
+    process.wait()
+    (before,) = spent(place).values()
+    assert before[0] >= 1 and before[2] > 1
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0 and "the study ends within its budget" in done.stderr
+    after = spent(place)
+    assert sum(trial[2] for trial in after.values()) < 18 + 2 and after["Short"][2] > before[2]
+    assert {trial[1] for trial in after.values()} == {"interrupted"}
