@@ -66,6 +66,7 @@ class Ledger:
         self.budget, self._kept, self._clock = dict(budget), kept, clock
         self._trials: dict[int, Spent] = {}
         self._reserved: dict[int, int] = {}  # epochs that each running trial has left
+        self._until: dict[int, int] = {}  # the epoch after which each running trial ends
         self._measured: list[float] = []  # seconds of epochs
         self._at = clock()
         self.over = False  # whether running trials have to stop
@@ -89,21 +90,21 @@ class Ledger:
         trials = self._trials.values()
         return Spent(sum(spent.epochs for spent in trials), sum(spent.seconds for spent in trials))
 
-    def need(self, config: TrialConfig) -> int:
-        """Return the most epochs that a trial has to train."""
-        return max(0, config.epochs - self._kept(config))
+    def need(self, config: TrialConfig, until: int | None = None) -> int:
+        """Return the most epochs that a trial has to train up to epoch ``until``, or to its end."""
+        return max(0, (until or config.epochs) - self._kept(config))
 
-    def admit(self, number: int, config: TrialConfig) -> bool:
-        """Tell whether a trial fits, and if so keep its epochs for it."""
+    def admit(self, number: int, config: TrialConfig, until: int) -> bool:
+        """Tell whether a trial fits that goes on up to epoch ``until``, and if so keep its epochs for it."""
         if not self.budget:  # nothing to look up
             return True
-        need, total = self.need(config), self.total
+        need, total = self.need(config, until), self.total
         epochs, hours = self.budget.get("epochs"), self.budget.get("hours")
         if epochs is not None and need and total.epochs + sum(self._reserved.values()) + need > epochs:
             return False
         if hours is not None and total.seconds + max(need * self.epoch_seconds, 1e-9) > hours * 3600:
             return False
-        self._reserved[number] = need
+        self._reserved[number], self._until[number] = need, until
         return True
 
     def release(self, number: int) -> None:
@@ -122,8 +123,9 @@ class Ledger:
         self.of(event.job).epochs += 1
         self._reserved[event.job] = max(0, self._reserved.get(event.job, 0) - 1)
         self._measured.append(event.metrics.get("epoch_seconds", 0.0))
+        ends = event.last or event.epoch >= self._until.get(event.job, 0)
         # Only where more had to be trained than was kept: a worker died, or the cache dropped a checkpoint.
-        self.over = self.over or (not event.last and self.total.epochs >= self.budget.get("epochs", float("inf")))
+        self.over = self.over or (not ends and self.total.epochs >= self.budget.get("epochs", float("inf")))
 
     def pass_time(self, running: Collection[int]) -> None:
         """Share the time since the last call among the trials that run."""

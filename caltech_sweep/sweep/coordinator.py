@@ -161,7 +161,7 @@ class Coordinator:
             queued, self._held = self._held or self.queue.next(running), None
             if queued is None:
                 break
-            if not self.ledger.admit(queued.number, queued.config):
+            if not self.ledger.admit(queued.number, queued.config, queued.until):
                 self._held = queued
                 break
             run = self.recorder.open(queued)

@@ -46,6 +46,11 @@ class QueuedTrial:
         return self.trial.number
 
     @property
+    def until(self) -> int:
+        """The epoch that it goes on to before another trial may take its slot."""
+        return self.config.epochs
+
+    @property
     def name(self) -> str:
         """What people call it: its row, with the seed where there are several, or its number."""
         if "replicate" in self.tags:
