@@ -21,7 +21,7 @@ from caltech_sweep.sweep.executors.base import Epoch
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, scripted_coordinator
 from caltech_sweep.tracking.reader import open_reader
-from tests.conftest import Cli
+from helpers.places import Cli
 
 DEFINITION = StudyDefinition(
     name="s",

@@ -28,7 +28,7 @@ from caltech_sweep.tracking.reader import open_reader
 from caltech_sweep.training.keys import CacheOptions, prefix_key
 from caltech_sweep.training.stopping import last_epoch
 from caltech_sweep.training.trial import TrialOutcome, run_trial
-from tests.conftest import Cli
+from helpers.places import Cli
 
 CPU = torch.device("cpu")
 SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from optuna.trial import TrialState
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.components import pruning_start, startup_trials
 from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition
+from caltech_sweep.study.file import load_study
 from caltech_sweep.sweep.forecast import expected_epochs, first_proposal, outlook
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.tracking.records import TrialRecord
-from tests.conftest import Cli
+from helpers.places import Cli
 
 INSIDE = Row("Inside", {"lr": 0.1, "momentum": 0.5})
 OUTSIDE = Row("Outside", {"lr": 7.0, "momentum": 0.5})
@@ -195,3 +197,27 @@ def test_a_sampler_that_never_gets_to_its_model_is_said() -> None:
     choices = {"lr": Choices((0.1, 0.2)), "momentum": Choices((0.0, 0.5, 0.9))}
     grid = replace(DEFINITION, space=choices, sampler=Component("grid"))
     assert outlook(grid, [], 2) == ["sampler: grid tries each of 6 combinations once"]
+
+
+SHIPPED = sorted(Path(__file__).parent.parent.glob("sweeps/*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_each_shipped_study_says_what_its_startup_trials_and_its_pruner_do(path: Path) -> None:
+    definition, text = load_study(str(path)), path.read_text(encoding="utf-8")
+    rows, sampled = len(definition.rows), definition.trials - len(definition.rows)
+    if not sampled:
+        assert "nothing is sampled or pruned" in text
+        return
+    first = first_proposal(definition)
+    assert first is not None and rows <= first < definition.trials and definition.pruner is not None
+    said = re.search(r"# (\d+) rows? and (\d+) settings at random before TPE's model proposes the other (\d+)", text)
+    if first > rows:
+        assert said and tuple(map(int, said.groups())) == (rows, first - rows, definition.trials - first)
+    start = pruning_start(definition.pruner)
+    assert start is not None and start[1] < definition.trials and start[0] < 30
+    held = max(0, start[1] - rows)
+    others = f" and the first {'' if held == 1 else f'{held} '}sampled trial{'s' * (held > 1)}" if held else ""
+    row = f"the {rows} rows" if rows > 1 else "the row"
+    if path.stem != "demo":
+        assert f"# Sampled trials are held against {row}{others}." in text and f"before epoch {start[0]}," in text
