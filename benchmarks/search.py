@@ -30,10 +30,13 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +198,12 @@ if not list(component_problems("pruner", ASHA)):
     METHODS["ours tpe+asha"] = lambda seed, trials: ours(seed, 3 * trials, ASHA)
 
 
+def _search(name: str, seed: int, trials: int) -> Search:
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return METHODS[name](seed, trials)
+
+
 def interval(values: Sequence[float]) -> str:
     """Return the mean of some values with its 95% t interval."""
     mean = statistics.fmean(values)
@@ -243,13 +252,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     found: dict[str, list[Search]] = {}
-    for name in arguments.only:
-        start = time.perf_counter()
-        found[name] = [METHODS[name](seed, arguments.trials) for seed in range(arguments.seeds)]
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    start, context = time.perf_counter(), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        for name in arguments.only:
+            each = [pool.submit(_search, name, seed, arguments.trials) for seed in range(arguments.seeds)]
+            found[name] = [search.result() for search in each]
+            print(f"{name}: after {time.perf_counter() - start:.0f} s", flush=True)
     print(f"\n{arguments.seeds} seeds, {arguments.trials} trials of at most {EPOCHS} epochs\n")
     print("\n".join([*summary(found), "", *progress(found), ""]))
     for one in ("ours tpe+asha", "ours tpe+median", "stock tpe+hyperband", "ours tpe"):

@@ -40,7 +40,7 @@ class _Running:
 
 @dataclass
 class Summary:
-    """How many trials of this run ended in each outcome, and whether the study reached its total."""
+    """How many trials of this run ended in each outcome, and whether the study reached its total or budget."""
 
     outcomes: dict[str, int] = field(default_factory=dict)
     complete: bool = False
