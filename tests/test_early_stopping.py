@@ -64,6 +64,8 @@ def test_a_training_ends_where_the_definition_says(accuracies: list[float], pati
     assert last_epoch(config, accuracies) == want
     assert all(last_epoch(config, accuracies[:epoch]) is None for epoch in range(want))
     assert last_epoch(replace(config, patience=None), accuracies) == len(accuracies)
+    falling = replace(config, objective="val/loss")  # less of it is better
+    assert last_epoch(falling, [-accuracy for accuracy in accuracies]) == want
 
 
 Result = tuple[list[tuple], TrialOutcome]
@@ -247,7 +249,7 @@ def test_a_study_file_stops_its_sampled_trials_and_the_table_says_where(cli: Cli
     "wrong, sentence",
     [
         ("early_stopping: {patience: 0}", "early_stopping.patience: must be an integer >= 1"),
-        ("early_stopping: {patience: 2, min_delta: 1}", "early_stopping.min_delta: must be a number of at least 0"),
+        ("early_stopping: {patience: 2, min_delta: -1}", "early_stopping.min_delta: must be a number of at least 0"),
         ("early_stopping: {min_delta: 0.1}", "early_stopping.patience: is missing"),
         ("early_stopping: {patience: 2, delta: 1}", "early_stopping.delta: is an unknown key"),
         ("early_stopping: 5", "early_stopping: must be a mapping"),

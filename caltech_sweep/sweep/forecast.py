@@ -6,6 +6,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 
+from caltech_sweep.metrics import objective
 from caltech_sweep.study.components import pruning_start, startup_trials
 from caltech_sweep.study.definition import Choices, Component, Range, StudyDefinition
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_size, reachable
@@ -151,6 +152,6 @@ def outlook(definition: StudyDefinition, records: Sequence[TrialRecord], rows_le
             better = f" by more than {config.min_delta:g}" if config.min_delta else ""
             lines.append(
                 f"early stopping: a sampled trial ends after {counted(config.patience, 'epoch')} without a validation "
-                f"accuracy that is better{better}"
+                f"{objective(config.objective).label} that is better{better}"
             )
     return [*lines, *_within(definition, records, rows_left)]
