@@ -11,6 +11,7 @@ is scripted.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -20,9 +21,11 @@ from pathlib import Path
 
 from caltech_sweep.study.definition import Component, Range, StudyDefinition
 from caltech_sweep.sweep.coordinator import Coordinator
+from caltech_sweep.sweep.executors.base import Job
 from caltech_sweep.sweep.optuna_store import open_study
 from caltech_sweep.sweep.progress import PlainProgress
-from caltech_sweep.sweep.recorder import Images
+from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
+from caltech_sweep.sweep.recorder import DatasetInfo, Recorder
 from caltech_sweep.testing import ScriptedExecutor, epoch_metrics
 from caltech_sweep.tracking.writer import MlflowTracker
 
@@ -44,10 +47,14 @@ def ours(folder: Path, trials: int, pruner: Component | None) -> float:
     definition = replace(DEFINITION, trials=trials, pruner=pruner)
     tracker = MlflowTracker(str(folder / "mlflow.db"), create=True)
     study = open_study(definition, f"sqlite:///{folder / 'optuna.db'}", definition.identity())
-    images = Images("digest", {"train": 3856, "val": 1928, "test": 2893}, "benchmark", 101)
-    coordinator = Coordinator(
-        definition, study, tracker, ScriptedExecutor(), PlainProgress(lambda line: None), folder / "scratch", images
-    )
+    progress = PlainProgress(lambda line: None)
+    images = DatasetInfo("digest", {"train": 3856, "val": 1928, "test": 2893}, "benchmark", 101)
+
+    def make_job(queued: QueuedTrial) -> Job:
+        return Job(queued.number, queued.config, folder / str(queued.number), wait_each_epoch=queued.prunable)
+
+    queue, recorder = TrialQueue(definition, study), Recorder(tracker, definition, images, progress.note)
+    coordinator = Coordinator(queue, recorder, ScriptedExecutor(), progress, make_job)
     start = time.perf_counter()
     coordinator.run()
     return (time.perf_counter() - start) / trials
@@ -99,6 +106,7 @@ def main() -> None:
     for name, value in medians.items():
         ratio = value / medians["Optuna + MLflowCallback"]
         print(f"{name:30} {value:.3f} s a trial, {ratio:.2f} of Optuna + MLflowCallback")
+    print(f"other work on the machine: load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -85,11 +85,17 @@ replicates_option = click.option(
     "--replicates", type=click.IntRange(1, 10_000), help="Number of seeds per row (default: from the study file)."
 )
 name_option = click.option("--name", help="Store the study under another name.")
+budget_option = click.option(
+    "--budget",
+    multiple=True,
+    metavar="KEY=NUMBER",
+    help="End the study within epochs=N or hours=N, what was spent before included (default: from the study file).",
+)
 
 
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that change a study before it is used, and say where it is tracked."""
-    for option in (tracking_option, name_option, data_option, trials_option, set_option):
+    for option in (tracking_option, name_option, data_option, budget_option, trials_option, set_option):
         command = option(command)
     return command
 
@@ -147,6 +153,7 @@ def run(
     study: str,
     overrides: tuple[str, ...],
     trials: int | None,
+    budget: tuple[str, ...],
     data: str | None,
     name: str | None,
     replicates: int | None,
@@ -161,7 +168,7 @@ def run(
     """
     from caltech_sweep.study.file import load_study
 
-    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates)
+    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates, budget=budget)
     from caltech_sweep.sweep.preflight import RunOptions
     from caltech_sweep.sweep.session import run_study
 
@@ -191,6 +198,7 @@ def plan(
     study: str,
     overrides: tuple[str, ...],
     trials: int | None,
+    budget: tuple[str, ...],
     data: str | None,
     name: str | None,
     replicates: int | None,
@@ -205,7 +213,7 @@ def plan(
     """
     from caltech_sweep.study.file import load_study
 
-    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates)
+    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates, budget=budget)
     from caltech_sweep.sweep.plan import plan_study
     from caltech_sweep.sweep.preflight import RunOptions
 

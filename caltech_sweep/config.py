@@ -126,6 +126,10 @@ class TrialConfig:
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
     objective: str = setting(DEFAULT_OBJECTIVE, OBJECTIVE, "which measure decides, for the whole study")
+    patience: int | None = setting(
+        None, optional(integer(1), "training every epoch"), "epochs without a better objective that end the training"
+    )
+    min_delta: float = setting(0.0, NOT_NEGATIVE, "an objective is better when it is so by more than this")
 
     def __post_init__(self) -> None:
         _normalise(self)

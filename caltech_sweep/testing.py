@@ -10,6 +10,7 @@ The coordinator behind it is the real one, in milliseconds a study.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,11 @@ from caltech_sweep.metrics import (
     VAL_ACCURACY,
     VAL_LOSS,
     logged,
+    objective,
 )
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.tracking.records import OUTCOMES, EpochLog, StudyRecord, Tracker, TrialRecord
+from caltech_sweep.training.stopping import last_epoch
 
 if TYPE_CHECKING:
     import optuna
@@ -78,7 +81,12 @@ class ScriptedExecutor:
         """Lay out the events of a job."""
         script = self._script if isinstance(self._script, Script) else self._script(job.config)
         accuracies = script.accuracies if script.accuracies is not None else [0.5] * job.config.epochs
-        events: list[Event] = [Epoch(job.number, n, epoch_metrics(value)) for n, value in enumerate(accuracies, 1)]
+        goal = objective(job.config.objective).each_epoch
+        end = last_epoch(job.config, [epoch_metrics(value)[goal] for value in accuracies])
+        accuracies = accuracies[:end]
+        events: list[Event] = [
+            Epoch(job.number, n, epoch_metrics(value), last=n == end) for n, value in enumerate(accuracies, 1)
+        ]
         tries = self._tries[job.number] = self._tries.get(job.number, 0) + 1
         if tries <= script.deaths:
             events.append(WorkerDied(job.number, -9))
@@ -95,7 +103,9 @@ class ScriptedExecutor:
                 TEST_ACCURACY: script.test_accuracy,
                 logged("test", "loss"): 1.0,
             }
-            events.append(Done(job.number, final))
+            early = end is not None and end < job.config.epochs
+            tags = {"stopped_early": f"epoch {end} of {job.config.epochs}"} if early else {}
+            events.append(Done(job.number, final, tags))
         self.jobs.append(job)
         self._events[job.number], self._lockstep[job.number] = events, job.wait_each_epoch
 
@@ -258,8 +268,13 @@ def scripted_coordinator(
     only: tuple[str, ...] = (),
     limits: Limits | None = None,
     write: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Coordinator:
-    """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker."""
+    """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker.
+
+    ``clock`` returns seconds, by which a budget of hours is counted.
+    """
+    from caltech_sweep.sweep.budget import Ledger
     from caltech_sweep.sweep.coordinator import Coordinator, Limits
     from caltech_sweep.sweep.optuna_store import MEMORY, open_study
     from caltech_sweep.sweep.progress import PlainProgress
@@ -274,7 +289,8 @@ def scripted_coordinator(
     progress = PlainProgress(write)
     recorder = Recorder(tracker, definition, data, progress.note)
     queue = TrialQueue(definition, study, only)
-    return Coordinator(queue, recorder, executor, progress, make_job, limits or Limits())
+    ledger = Ledger(definition.budget, clock=clock)
+    return Coordinator(queue, recorder, executor, progress, make_job, limits or Limits(), ledger)
 
 
 def run_scripted(

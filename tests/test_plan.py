@@ -28,7 +28,7 @@ from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.tracking.records import STORE_TAG
 from caltech_sweep.tracking.writer import MlflowTracker
-from helpers.places import invoke
+from helpers.places import Cli, invoke
 
 FOLDER = ("--set", "dataset.name=folder", "--set", "dataset.classes=null", "--set", "dataset.images_per_class=null")
 REFUSALS = {
@@ -111,7 +111,7 @@ def test_what_a_broken_dataset_leaves_unknown_is_called_unknown(place: Path) -> 
     assert re.search(r"^First +2 +unknown +unknown +2 +to train$", plan.stdout, re.M), plan.stdout
     # With a number of outputs the classes do not matter.
     plan = invoke("plan", "tiny", *FOLDER, "--data", "broken", "--set", "outputs=9")
-    assert re.search(r"^First +2 +unknown +11,181,129 +2 +to train$", plan.stdout, re.M), plan.stdout
+    assert re.search(r"^First +2 +unknown +727,113 +2 +to train$", plan.stdout, re.M), plan.stdout
 
 
 def test_a_plan_without_its_images_still_counts_epochs(place: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_plan_writes_nothing_at_all(watched: tuple[Path, ...]) -> None:
         plan = invoke("plan", *arguments)
         assert plan.exit_code == 0, plan.output
         assert everything(*watched) == before, arguments
-        assert ("weights of resnet18 are not here yet; a run downloads them" in plan.stdout) == (arguments == PLANS[2])
+        assert ("weights of squeezenet1_1 are not here yet; a run downloads them" in plan.stdout) == (arguments == PLANS[2])
 
 
 @pytest.mark.slow
@@ -309,3 +309,12 @@ def test_a_cache_that_cannot_be_written_is_refused_as_a_run_refuses_it(place: Pa
     assert plan.returncode == 2 and f"the image cache folder {small_disk}/cache cannot be written" in plan.stderr
     assert "3 classes" not in plan.stdout and "rows: 4 epochs" in plan.stdout
     assert invoke("plan", *arguments).exit_code == 0
+
+
+def test_the_weights_of_a_study_are_looked_up_in_the_store_that_is_named(
+    finished_place: Path, place: Path, cli: Cli
+) -> None:
+    call = ("plan", "tiny", "--name", "new", "--set", "weights=study:tiny", "--storage", "own.db")
+    named = cli(*call, "--tracking-uri", str(finished_place / "mlruns" / "mlflow.db"))
+    assert named.exit_code == 0, named.output
+    assert cli(*call).exit_code == 2  # nothing is in the default store

@@ -95,6 +95,10 @@ def _remarks(entry: Entry) -> tuple[str, ...]:
         remarks.append(f"repeated on {seeds}; selected at {entry.selected_at:.3f}")
     if entry.unfinished:
         remarks.append(f"{entry.unfinished} more {'seed' if entry.unfinished == 1 else 'seeds'} not complete")
+    early = [run.tags["stopped_early"] for run in entry.runs if "stopped_early" in run.tags]
+    if early:
+        which = "" if len(entry.runs) == 1 else f" in {len(early)} of {len(entry.runs)} seeds"
+        remarks.append(f"stopped early at {early[0]}" if not which else f"stopped early{which}")
     if entry.runs and _is_tencrop(entry):
         centre = _score(entry.runs, TEST_ACCURACY, None)
         remarks += [f"{centre.value:.3f} on the centre crop"] if centre else []

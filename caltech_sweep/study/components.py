@@ -91,6 +91,32 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
             yield kind, f"optuna refuses these arguments: {str(error).splitlines()[0]}"
 
 
+def _argument(kind: str, component: Component, name: str) -> Any:
+    """Return an argument of a component by Optuna's name, or None where its class has none of that name."""
+    given = {ALIASES.get(key, key): value for key, value in component.arguments.items()}
+    known = inspect.signature(_class_of(kind, component.name)).parameters
+    return given.get(name, known[name].default) if name in known else None
+
+
+def startup_trials(sampler: Component) -> int | None:
+    """Return how many trials have to end before a sampler proposes from a model; None for one without a model."""
+    name = "population_size" if sampler.name == "nsgaii" else "n_startup_trials"
+    found: int | None = _argument("sampler", sampler, name)
+    return found
+
+
+def pruning_start(pruner: Component) -> tuple[int, int] | None:
+    """Return the first epoch after which a pruner can end a trial, and how many have to be complete by then.
+
+    None for one that does not start at a certain epoch.
+    """
+    warmup = _argument("pruner", pruner, "n_warmup_steps") if pruner.name in PRUNERS else None
+    complete = _argument("pruner", pruner, "n_startup_trials") if pruner.name in PRUNERS else None
+    if warmup is None or complete is None:
+        return None
+    return max(1, warmup + ("warmup_epochs" in pruner.arguments)), complete
+
+
 def make_sampler(component: Component, number: int, space: Mapping[str, Dimension]) -> optuna.samplers.BaseSampler:
     """Return the sampler that suggests trial ``number`` out of a space.
 

@@ -78,6 +78,8 @@ class StudyDefinition:
     tolerance: float | None = None  # of every row that has none of its own
     expand: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # schedules tried for each sampled setting
     replicates: int = 1  # seeds that every row is trained on; not counted by ``trials``
+    early_stopping: Mapping[str, Any] = field(default_factory=dict)  # ``patience`` and ``min_delta`` of sampled trials
+    budget: Mapping[str, float] = field(default_factory=dict)  # the most ``epochs`` or ``hours`` that it may spend
 
     @property
     def family_size(self) -> int:
@@ -98,6 +100,10 @@ class StudyDefinition:
         """Return the config of a trial with some settings besides the fixed ones."""
         return TrialConfig.from_dict({**self.fixed, **settings, "dataset": self.dataset})
 
+    def sampled_config(self, settings: Mapping[str, Any]) -> TrialConfig:
+        """Return the config of a sampled trial with some settings besides the fixed ones."""
+        return self.config({**self.early_stopping, **settings})
+
     def row_config(self, row: Row, replicate: int = 0) -> TrialConfig:
         """Return the config of a row; each further replicate has the next seed and is otherwise the same."""
         config = self.config(row.settings)
@@ -116,6 +122,8 @@ class StudyDefinition:
         }
         if self.expand:
             parts["expand"] = {key: list(values) for key, values in self.expand.items()}
+        if self.early_stopping:
+            parts["early_stopping"] = dict(self.early_stopping)
         result: dict[str, Any] = json.loads(json.dumps(parts))
         return result
 
@@ -137,6 +145,8 @@ class StudyDefinition:
         document = {"name": self.name, "title": self.title, "trials": self.trials, **self.identity(), "rows": rows}
         document["tolerance"] = self.tolerance
         document["replicates"] = self.replicates
+        if self.budget:
+            document["budget"] = dict(self.budget)
         result: dict[str, Any] = json.loads(json.dumps(document))
         return result
 
@@ -184,7 +194,7 @@ def variants(definition: StudyDefinition, keys: tuple[str, ...], rows: bool = Tr
     choices = {key: dimension.values for key, dimension in chosen if isinstance(dimension, Choices)}
     if definition.space:
         for values in itertools.product(*choices.values()):
-            yield definition.config(dict(zip(choices, values, strict=True)))
+            yield definition.sampled_config(dict(zip(choices, values, strict=True)))
 
 
 def _known(

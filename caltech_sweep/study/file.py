@@ -24,6 +24,7 @@ from caltech_sweep.metrics import DEFAULT_OBJECTIVE
 from caltech_sweep.rules import (
     BOOLEAN,
     FRACTION,
+    POSITIVE,
     Rule,
     integer,
     is_integer,
@@ -50,6 +51,8 @@ REFERENCES = {
 
 
 _VARYING = {name: rule for name, rule in TRIAL_RULES.items() if name != "objective"}  # it is the whole study's
+BUDGETS = {"epochs": integer(1), "hours": POSITIVE}
+_EARLY_STOPPING = ("patience", "min_delta")
 _LONGEST_FILE = 1 << 18  # bytes: of some thousand rows
 _DEEPEST = 100  # brackets within brackets
 _LONGEST_NAME = 150  # bytes: a file's name has 255, of which three stand for one / and a digest takes some
@@ -256,6 +259,34 @@ class _Reader:
                 expand[key] = tuple(map(TRIAL_RULES[key].normal, values))
         return expand
 
+    def total(self, root: CommentedMap, rows: int, has_space: bool, family: int) -> int:
+        """Return the number of trials; ``family`` is how many of them each sampled setting gives, 0 without expand."""
+        trials: int = _plain(root.get("trials", rows))
+        wrong = integer(1).problem(trials)
+        if wrong:
+            self.problem(root, "trials", "trials", f"{wrong}; it counts rows and sampled trials together")
+        elif not has_space and trials > rows:
+            self.problem(root, "trials", "trials", f"asks for {trials} trials, but there are {rows} rows and no space")
+        if family and not wrong and (not has_space or (trials - rows) % family):
+            fix = (
+                f"{rows} rows and a multiple of {family}" if has_space else "a space to sample the other settings from"
+            )
+            self.problem(root, "expand", "expand", f"each sampled setting gives {family} trials, so it needs {fix}")
+        return trials
+
+    def early_stopping(self, root: CommentedMap, taken: Mapping[str, Any]) -> dict[str, Any]:
+        node = self.mapping(root, "early_stopping", "early_stopping")
+        rules = {key: TRIAL_RULES[key] for key in _EARLY_STOPPING}
+        values = self.ruled(node, "early_stopping.", rules)
+        if "early_stopping" in root and node.get("patience") is None:
+            self.problem(root, "early_stopping", "early_stopping.patience", "is missing")
+        if "early_stopping" in root and not root.get("space"):
+            text = "is for sampled trials, and there is no space; a row stops early with set: {patience: ...}"
+            self.problem(root, "early_stopping", "early_stopping", text)
+        for key in taken.keys() & values:
+            self.problem(node, key, f"early_stopping.{key}", "is also under fixed or space; leave it in one place")
+        return values
+
     def exhaustive(self, root: CommentedMap, definition: StudyDefinition) -> None:
         """Report what keeps an exhaustive sampler from trying the whole space."""
         from caltech_sweep.study.grid import exhaustive_problems
@@ -305,6 +336,8 @@ _TOP = (
     "rows",
     "tolerance",
     "replicates",
+    "early_stopping",
+    "budget",
 )
 
 
@@ -324,23 +357,15 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
         reader.problem(node, key, f"space.{key}", "is also under fixed; leave it in one of the two")
     expand = reader.expand(root, {**space, **fixed})
     rows = reader.rows(root)
-    trials = _plain(root.get("trials", len(rows)))
-    if wrong := integer(1).problem(trials):
-        reader.problem(root, "trials", "trials", f"{wrong}; it counts rows and sampled trials together")
-    elif not space and trials > len(rows):
-        reader.problem(
-            root, "trials", "trials", f"asks for {trials} trials, but there are {len(rows)} rows and no space"
-        )
-    family = math.prod(map(len, expand.values()))
-    if expand and not wrong and (not space or (trials - len(rows)) % family):
-        fix = f"{len(rows)} rows and a multiple of {family}" if space else "a space to sample the other settings from"
-        reader.problem(root, "expand", "expand", f"each sampled setting gives {family} trials, so it needs {fix}")
+    trials = reader.total(root, len(rows), bool(space), math.prod(map(len, expand.values())) if expand else 0)
     crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
     if crop > resize:
         reader.problem(root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)")
     sampler = reader.component(root, "sampler") or Component("tpe", {"seed": 0})
     pruner = reader.component(root, "pruner")
     kept = {key: dimension for key, dimension in space.items() if dimension is not None}
+    early_stopping = reader.early_stopping(root, {**space, **fixed})
+    budget = reader.ruled(reader.mapping(root, "budget", "budget"), "budget.", BUDGETS)
     tolerance = reader.tolerance(root, "")
     replicates = _plain(root.get("replicates", 1))
     if wrong := integer(1, 10_000).problem(replicates):
@@ -358,6 +383,8 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
         tolerance=tolerance,
         expand=expand,
         replicates=replicates,
+        early_stopping=early_stopping,
+        budget=budget,
     )
 
 
@@ -391,6 +418,7 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         else:
             fixed[key] = value
             space.pop(key, None)
+    early_stopping = {key: value for key, value in definition.early_stopping.items() if key not in overrides}
     rows = tuple(
         replace(row, settings={key: overrides.get(key, value) for key, value in row.settings.items()})
         for row in definition.rows
@@ -401,7 +429,35 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         raise UsageError(
             f"dataset.crop: {crop} pixels cannot be cut from images of {resize} (dataset.resize); set both"
         )
-    return replace(definition, dataset=dataset, fixed=fixed, space=space, rows=rows, overrides=recorded, expand=expand)
+    return replace(
+        definition,
+        dataset=dataset,
+        fixed=fixed,
+        space=space,
+        rows=rows,
+        overrides=recorded,
+        expand=expand,
+        early_stopping=early_stopping,
+    )
+
+
+def parse_budget(texts: Sequence[str]) -> dict[str, float]:
+    """Return the budget of some ``KEY=NUMBER``, or no budget for ``none``; raise UsageError for a wrong one."""
+    budget: dict[str, float] = {}
+    for text in texts:
+        key, _, raw = text.partition("=")
+        if text == "none" and len(texts) == 1:
+            continue
+        if key not in BUDGETS:
+            raise UsageError(f"--budget {text}: must be epochs=NUMBER, hours=NUMBER or none")
+        try:
+            value = float(raw) if key == "hours" else int(raw)
+        except ValueError:
+            value = math.nan
+        if wrong := BUDGETS[key].problem(value):
+            raise UsageError(f"--budget {text}: {key} {wrong.partition(', got')[0]}, such as {key}=400")
+        budget[key] = value
+    return budget
 
 
 def dataset_of(study: str | None, overrides: Sequence[str], data: str | None) -> DatasetConfig:
@@ -464,8 +520,9 @@ def load_study(
     data: str | None = None,
     name: str | None = None,
     replicates: int | None = None,
+    budget: Sequence[str] = (),
 ) -> StudyDefinition:
-    """Read a study by name or path, with ``key=value`` overrides, another total, dataset folder or name.
+    """Read a study by name or path, with ``key=value`` overrides, another total, dataset folder, name or budget.
 
     Raises StudyFileError with every problem of the file, or UsageError for the arguments.
     """
@@ -498,6 +555,8 @@ def load_study(
     definition = override(definition, changes)
     if replicates is not None:
         definition = replace(definition, replicates=replicates)
+    if budget:
+        definition = replace(definition, budget=parse_budget(budget))
     if not definition.space:
         definition = replace(definition, trials=min(definition.trials, len(definition.rows)))
     return definition

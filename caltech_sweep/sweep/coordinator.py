@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
 from caltech_sweep.stores import reason
+from caltech_sweep.sweep.budget import Ledger, most_epochs
 from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.optuna_store import STORE_ERRORS
 from caltech_sweep.sweep.progress import Progress
@@ -39,7 +40,7 @@ class _Running:
 
 @dataclass
 class Summary:
-    """How many trials of this run ended in each outcome, and whether the study reached its total."""
+    """How many trials of this run ended in each outcome, and whether the study reached its total or budget."""
 
     outcomes: dict[str, int] = field(default_factory=dict)
     complete: bool = False
@@ -74,12 +75,14 @@ class Coordinator:
         progress: Progress,
         make_job: Callable[[QueuedTrial], Job],
         limits: Limits = Limits(),
+        ledger: Ledger | None = None,
     ) -> None:
         self.queue, self.recorder, self.executor, self.progress = queue, recorder, executor, progress
-        self.make_job, self.limits = make_job, limits
+        self.make_job, self.limits, self.ledger = make_job, limits, ledger or Ledger({})
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
+        self._held: QueuedTrial | None = None  # the next trial, which does not fit into what is left of the budget
         self._failed_in_a_row = 0
 
     def request_stop(self) -> None:
@@ -92,13 +95,15 @@ class Coordinator:
         ``confirm`` is how many of the best sampled trials are repeated on fresh seeds after that.
         """
         self.recorder.start(self.queue.study.user_attrs)
+        self.ledger.start(list(self.recorder.records.values()))
         try:
             self._reconcile()
             self.progress.study_started(self.queue.definition.name, *self.queue.prepare())
             self._run_all()
-            if confirm and not self._stop:
+            if confirm and not self._stop and not self._held:
                 self.queue.enqueue_confirmations(confirm)
                 self._run_all()
+            self._settle_budget()
             self.summary.complete = not self._stop
             if self.summary.complete and (sentence := self.queue.ending()):
                 self.progress.note(sentence)
@@ -128,20 +133,40 @@ class Coordinator:
             self.recorder.close(self.summary.complete)
 
     def _run_all(self) -> None:
-        while not self._stop and (self._fill() or self._running):
-            for event in self.executor.poll(0.5):
+        while not self._stop and not self.ledger.over and (self._fill() or self._running):
+            events = self.executor.poll(0.5)
+            self.ledger.pass_time(self._running.keys())
+            for event in events:
                 self._handle(event)
             self.recorder.keep_up()
+
+    def _settle_budget(self) -> None:
+        """Where the budget ends the study, let what it keeps from running wait, and say what is left."""
+        if self._held is not None:
+            self.queue.end(self._held, "interrupted", None)
+        if self._stop or not (self._held or self.ledger.over):
+            return
+        self.executor.close()
+        for running in list(self._running.values()):
+            self._end(running, "interrupted", "waits until the study has a larger budget")
+        waiting, sampled = self.queue.left()
+        if waiting or sampled:
+            self.progress.note(self.ledger.sentence(waiting, sampled, most_epochs(self.queue.definition)))
 
     def _fill(self) -> bool:
         """Hand a trial to every free slot; return whether any was handed out."""
         before = len(self._running)
         while self.executor.free() > 0:
             running = {other.queued.config: other.epoch for other in self._running.values()}
-            queued = self.queue.next(running)
+            queued, self._held = self._held or self.queue.next(running), None
             if queued is None:
                 break
-            self._submit(_Running(queued, self.recorder.open(queued), self.make_job(queued)))
+            if not self.ledger.admit(queued.number, queued.config, queued.until):
+                self._held = queued
+                break
+            run = self.recorder.open(queued)
+            run.spent = self.ledger.of(queued.number)
+            self._submit(_Running(queued, run, self.make_job(queued)))
         return len(self._running) > before
 
     def _submit(self, running: _Running) -> None:
@@ -171,6 +196,7 @@ class Coordinator:
     def _epoch(self, running: _Running, event: Epoch) -> None:
         """Log and report an epoch; one that the stores have already, from before an interruption, changes neither."""
         running.epoch = event.epoch
+        self.ledger.epoch(event)
         running.broken = running.broken or _broken(event.metrics, f"in epoch {event.epoch}")
         if running.broken:  # neither store is told; a worker that does not wait for an answer goes on to its end
             if running.queued.prunable:
@@ -179,7 +205,8 @@ class Coordinator:
         self.progress.epoch(event.job, event.epoch, event.metrics)
         self.queue.report(running.queued, event.epoch, event.metrics[self.queue.objective.each_epoch])
         if running.queued.prunable:
-            self.executor.answer(event.job, not self.queue.should_stop(running.queued, event.epoch))
+            go_on = event.last or not self.queue.should_stop(running.queued, event.epoch)
+            self.executor.answer(event.job, go_on)
         self.recorder.epoch(running.run, event.epoch, event.metrics)
 
     def _done(self, running: _Running, event: Done) -> None:
@@ -190,6 +217,8 @@ class Coordinator:
         )
         if event.tags.get("reuse.epochs_reused", "0") != "0":
             text += f"; {event.tags['reuse.epochs_reused']} of {running.queued.config.epochs} epochs reused"
+        if "stopped_early" in event.tags:
+            text += f"; stopped early at {event.tags['stopped_early']}"
         if "reuse.warnings" in event.tags:
             self.progress.note(f"{running.queued.name}: {event.tags['reuse.warnings']}")
         for path, why in missing_artifacts(event.tags).items():
@@ -241,6 +270,7 @@ class Coordinator:
         self.recorder.end(running.run, outcome, final, tags or {}, kept)
         self.queue.end(queued, outcome, self.queue.objective.score(final))
         del self._running[queued.number]
+        self.ledger.release(queued.number)
         shutil.rmtree(folder, ignore_errors=True)
         self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1
         self.progress.trial_ended(queued.number, queued.name, outcome, text)

@@ -33,7 +33,7 @@ from caltech_sweep.tracking.records import STORE_TAG, InitialWeights
 PATIENCE = 600  # seconds that a write waits for a database that is held or away; workers train on meanwhile
 MEMORY = "memory"  # the address of a store that ends with the process, for tests
 
-SEARCH = ("sampler", "pruner")  # parts of a study's identity that may change while it goes on
+SEARCH = ("sampler", "pruner", "early_stopping")  # parts of a study's identity that may change while it goes on
 # Weights that older versions of this package trained from in another way than torchvision.
 OTHER_BEFORE = ("imagenet googlenet", "imagenet inception_v3", "imagenet efficientnet_v2_l")
 
@@ -163,11 +163,13 @@ def compared(
 ) -> dict[str, Any]:
     """Return an identity to record in place of the stored one; raise UsageError with their difference.
 
-    The sampler and the pruner may change: they decide what is tried next, and nothing about what a trial means.
+    The sampler and the pruner may change: they decide what is tried next, and nothing about what a trial means. So may
+    early stopping, which every trial has among its own settings.
     """
     now = identity.get("initial_weights", {})
     known = _carried_over(stored, weights)
-    known.update({key: identity[key] for key in SEARCH})
+    known = {key: value for key, value in known.items() if key not in SEARCH}
+    known.update({key: identity[key] for key in SEARCH if key in identity})
     then = known.pop("initial_weights")
     for source, digest in now.items():
         if then[source] != digest:

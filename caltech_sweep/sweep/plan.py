@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +11,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from caltech_sweep import paths, stores
+from caltech_sweep import stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import CaltechSweepError, UsageError
 from caltech_sweep.study.definition import Dimension, Range, Row, StudyDefinition, variants
-from caltech_sweep.study.file import weights_key
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_size
+from caltech_sweep.sweep.forecast import outlook
 from caltech_sweep.sweep.lease import check_free
 from caltech_sweep.sweep.optuna_store import check_stored
 from caltech_sweep.sweep.ownership import check_record
@@ -32,6 +31,7 @@ from caltech_sweep.sweep.preflight import (
     find_weights,
     identity_of,
     imagenet_weights,
+    kept_epochs,
     left_out,
 )
 from caltech_sweep.sweep.queue import wanted_rows
@@ -104,32 +104,6 @@ def _recorded(definition: StudyDefinition, tracking: str) -> StoredStudy | None:
     reader = open_reader(tracking)
     reader.check_study(definition.name)
     return reader.studies([definition.name])[0] if definition.name in reader.names() else None
-
-
-def _kept(
-    definition: StudyDefinition, options: RunOptions, data: LoadedData | None, weights: Weights | None
-) -> Callable[[TrialConfig], int]:
-    """Return what tells how many epochs of a trial are kept from earlier trials of any study."""
-    folder = paths.cache_folder()
-    if data is None or weights is None or not any(folder.glob("stage-*")):
-        return lambda config: 0
-    import torch
-
-    from caltech_sweep.training.checkpoints import stored_epochs
-    from caltech_sweep.training.device import pick_device
-    from caltech_sweep.training.keys import CacheOptions
-
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    device, use = pick_device(options.device), CacheOptions(folder.resolve(), 0)
-
-    def kept(config: TrialConfig) -> int:
-        try:
-            source = weights.get(weights_key(config))
-            return stored_epochs(config, data, device, source.path if source else None, use)
-        except CaltechSweepError:  # weights that are not there; the run is refused for that anyway
-            return 0
-
-    return kept
 
 
 # -- what one trial costs ----------------------------------------------------------------------------------------------
@@ -211,7 +185,7 @@ def _planned_rows(
                     if len(counts) == 1
                     else ", ".join(f"{n} {state}" for state, n in counts.items()),
                     (config.epochs * len(seeds[row.name]),) * 2,
-                    (left[row.name],) * 2,
+                    (left[row.name] if config.patience is None else 0, left[row.name]),
                 )
             )
     return planned
@@ -246,7 +220,7 @@ def _families(definition: StudyDefinition) -> Iterator[list[TrialConfig]]:
     """Yield the schedules that a sampled setting gives, for the ends of each sampled part of a schedule."""
     sampled = {key: _ends(definition.space[key]) for key in ("epochs", "step_size", "gamma") if key in definition.space}
     for values in itertools.product(*sampled.values()):
-        yield _branches(definition, definition.config(dict(zip(sampled, values, strict=True))))
+        yield _branches(definition, definition.sampled_config(dict(zip(sampled, values, strict=True))))
 
 
 def _is_finite(dimension: Dimension) -> bool:
@@ -254,8 +228,9 @@ def _is_finite(dimension: Dimension) -> bool:
 
 
 def _may_be_less(definition: StudyDefinition) -> bool:
-    """Tell whether sampled trials may train less than all their epochs: pruned, or alike when few can be sampled."""
-    return definition.pruner is not None or all(map(_is_finite, definition.space.values()))
+    """Tell whether sampled trials may train less than all their epochs: stopped, or alike when few can be sampled."""
+    stops = definition.sampled_config({}).patience is not None or "patience" in definition.space
+    return definition.pruner is not None or stops or all(map(_is_finite, definition.space.values()))
 
 
 def _schedule(config: TrialConfig) -> tuple[int, float, int]:
@@ -385,6 +360,7 @@ def _text(
             asked, left = _total([g.asked for g in some]), _total([g.new_epochs for g in some])
             lines.append(f"{name}: {_between(asked)} epochs requested, {_between(left)} to train")
     left = _total([group.new_epochs for group in groups])
+    lines += outlook(definition, records, _total([row.new_epochs for row in rows])[1])
     lines.append(_time(records, left) if left[1] else "nothing to train")
     return "\n".join(lines)
 
@@ -424,7 +400,7 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     if len(problems) == stored:
         problems += [UsageError(sentence) for sentence in dict.fromkeys(other.values())]
     records = tuple(record for record in records if record.run_id not in other)
-    rows = _planned_rows(definition, options.rows, data, records, _kept(definition, options, data, weights))
+    rows = _planned_rows(definition, options.rows, data, records, kept_epochs(options, data, weights))
     sampled = None if options.rows else _planned_sampled(definition, data, records)
     about = [_about_data(definition, data), *(left_out(definition, data.split) if data else [])]
     if weights is not None:

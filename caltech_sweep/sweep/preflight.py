@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep import addresses, stores
+from caltech_sweep import addresses, paths, stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS, Split
-from caltech_sweep.errors import DatasetError, ModelError, UsageError
+from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError, UsageError
 from caltech_sweep.files import file_digest
 from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, variants
 from caltech_sweep.study.file import weights_key
@@ -184,6 +185,29 @@ def identity_of(definition: StudyDefinition, data: LoadedData, weights: Weights)
     initial = {name: source.digest for name, source in weights.items()}
     known = by_content(definition.identity(), weights)
     return {**known, "images": data.fingerprint, "initial_weights": initial}
+
+
+def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights | None) -> Callable[[TrialConfig], int]:
+    """Return what tells how many epochs of a trial are kept from earlier trials of any study."""
+    if data is None or weights is None or not options.reuse:
+        return lambda config: 0
+    import torch
+
+    from caltech_sweep.training.checkpoints import stored_epochs
+    from caltech_sweep.training.device import pick_device
+    from caltech_sweep.training.keys import CacheOptions
+
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    device, use = pick_device(options.device), CacheOptions(paths.cache_folder().resolve(), 0)
+
+    def kept(config: TrialConfig) -> int:
+        try:
+            source = weights.get(weights_key(config))
+            return stored_epochs(config, data, device, source.path if source else None, use)
+        except CaltechSweepError:  # weights that are not there; the run is refused for that anyway
+            return 0
+
+    return kept
 
 
 def _full_batch_sizes(definition: StudyDefinition, images: int) -> set[int]:

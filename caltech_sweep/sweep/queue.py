@@ -46,6 +46,11 @@ class QueuedTrial:
         return self.trial.number
 
     @property
+    def until(self) -> int:
+        """The epoch that it goes on to before another trial may take its slot."""
+        return self.config.epochs
+
+    @property
     def name(self) -> str:
         """What people call it: its row, with the seed where there are several, or its number."""
         if "replicate" in self.tags:
@@ -80,6 +85,12 @@ class TrialQueue:
             left = untried(self.study, definition)
             self._exhausts, self._sampled_left = left < self._sampled_left, min(left, self._sampled_left)
         return len(done), len(done) + len(waiting) + self._sampled_left
+
+    def left(self) -> tuple[list[TrialConfig], int]:
+        """Return the trials that wait, and how many are yet to be sampled."""
+        waiting = self._waiting(self.study.get_trials(deepcopy=False))
+        configs = [TrialConfig.from_dict(t.user_attrs["config"]) for t in waiting if not is_unsampled(t)]
+        return configs, self._sampled_left + len(waiting) - len(configs)
 
     def ending(self) -> str | None:
         """Return a sentence where the study ends before its total, because its space does."""
@@ -133,7 +144,7 @@ class TrialQueue:
         except (ImportError, ValueError) as error:
             name = self.definition.sampler.name
             raise UsageError(f"sampler {name} cannot suggest settings for this study: {reason(error)}") from error
-        config = self.definition.config(settings)
+        config = self.definition.sampled_config(settings)
         trial.set_user_attr("fingerprint", config.fingerprint())
         trial.set_user_attr("config", json.loads(json.dumps(config.to_dict())))
         if self.definition.expand:

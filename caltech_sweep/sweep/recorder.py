@@ -16,6 +16,7 @@ from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.stores import reason
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
+from caltech_sweep.sweep.budget import Spent
 from caltech_sweep.sweep.queue import QueuedTrial
 from caltech_sweep.tracking.records import STORE_TAG, EpochLog, InitialWeights, Tracker, TrialRecord, records_by_trial
 
@@ -42,6 +43,7 @@ class RecordedTrial:
     logged: int = 0  # the last epoch that the tracking store has, or that waits
     pending: list[EpochLog] = field(default_factory=list)
     flushed: float = field(default_factory=time.monotonic)
+    spent: Spent = field(default_factory=Spent)
 
 
 class Recorder:
@@ -126,6 +128,7 @@ class Recorder:
             run.pending.append((epoch, metrics, int(time.time() * 1000)))
             run.logged = epoch
         if time.monotonic() - run.flushed > FLUSH_SECONDS:
+            run.pending.append((0, run.spent.metrics(), int(time.time() * 1000)))  # in case there is no end
             self.flush(run)
 
     def flush(self, run: RecordedTrial) -> None:
@@ -145,7 +148,7 @@ class Recorder:
     ) -> None:
         """Write a trial's end, with the artifacts in ``folder``."""
         self.flush(run)
-        self.tracker.finish_trial(run.run_id, outcome, metrics, tags, folder)
+        self.tracker.finish_trial(run.run_id, outcome, {**metrics, **run.spent.metrics()}, tags, folder)
         self._undescribed = True
 
     def keep_up(self) -> None:

@@ -20,6 +20,7 @@ from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
+from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
 from caltech_sweep.sweep.executors.base import Executor, Job
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
@@ -28,7 +29,7 @@ from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own
-from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of
+from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of, kept_epochs
 from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
@@ -208,7 +209,9 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         )
         make_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
         queue, limits = TrialQueue(definition, study, options.rows), Limits(options.max_failures)
-        coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits)
+        kept = kept_epochs(options, checked.data, checked.weights) if definition.budget else (lambda config: 0)
+        ledger = Ledger(definition.budget, kept)
+        coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger)
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run(options.confirm)
 

@@ -23,6 +23,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
+from caltech_sweep.metrics import objective
 from caltech_sweep.training.cache import Cache, open_store
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
@@ -39,6 +40,7 @@ from caltech_sweep.training.keys import (
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
 from caltech_sweep.training.schedule import EpochRates, learning_rates
+from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
 _FIRST_RATE = 100e6  # bytes a second, taken for granted until a save has been timed
@@ -157,8 +159,11 @@ def _as_record(epoch: EpochResult) -> dict[str, Any]:
     return {**{name: getattr(epoch, name) for name in kept}, "val": dict(epoch.val.scores)}
 
 
-def restore(training: Training, stage: Checkpoint) -> None:
-    """Put a training that has not begun into a stored state, bit for bit; its history is marked as reused."""
+def restore(training: Training, stage: Checkpoint, end: int | None = None) -> None:
+    """Put a training that has not begun into a stored state, bit for bit; its history is marked as reused.
+
+    ``end`` is the epoch after which it has ended, where the state is a later one: no epoch may be trained after that.
+    """
     model, optimizer = training.model, training.optimizer
     load_state(model, stage.group("model"), strict=False)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -171,7 +176,7 @@ def restore(training: Training, stage: Checkpoint) -> None:
     values = zip(stage.header["history"], *by_epoch, strict=True)
     training.history = [
         EpochResult(**{**record, "val": Evaluation(record["val"], p, c), "reused": True}) for record, p, c in values
-    ]
+    ][:end]
     training.epoch = len(training.history)
     training.best = training.history[stage.header["best_epoch"] - 1]
     best = stage.group("best")
@@ -203,14 +208,25 @@ class TrialCheckpoints:
         self._passing: str | None = None  # the last stage that only serves resuming, until there is a later one
 
     def resume(self) -> None:
-        """Put the training into its longest sound stored state, if there is one."""
+        """Put the training into its longest sound stored state, if there is one.
+
+        A training with ``patience`` may have ended before that epoch. It then ends with what the state has of the
+        best epoch until then, or goes on from a shorter state where a later epoch was better.
+        """
         start = time.monotonic()
-        names = (_name(self._base, self._rates[:epoch]) for epoch in range(len(self._rates), 0, -1))
-        stage = next((stage for stage in map(self._load, names) if stage is not None), None)
-        if stage is not None:
-            restore(self._training, stage)
+        for epoch in range(len(self._rates), 0, -1):
+            stage = self._load(_name(self._base, self._rates[:epoch]))
+            if stage is None:
+                continue
+            goal = objective(self._training.config.objective).name
+            scores = [record["val"][goal] for record in stage.header["history"]]
+            end = last_epoch(self._training.config, scores) or epoch
+            if stage.header["best_epoch"] > end:
+                continue
+            restore(self._training, stage, end)
             if stage.header.get("trial") == self._trial:
-                self._supersede(self._training.epoch)
+                self._supersede(epoch)
+            break
         self.seconds += time.monotonic() - start
 
     def _load(self, name: str) -> Checkpoint | None:
@@ -252,7 +268,7 @@ class TrialCheckpoints:
         self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
 
     def _is_needed(self, epoch: int) -> bool:
-        return epoch in self._use.save_at or epoch == len(self._rates)
+        return epoch in self._use.save_at or epoch == len(self._rates) or self._training.ended
 
     def _is_due(self, epoch: int) -> bool:
         if self._is_needed(epoch):

@@ -27,6 +27,7 @@ from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.models import train_mode
 from caltech_sweep.training.networks import NORMALIZE, normalization, source_of
 from caltech_sweep.training.schedule import epoch_rates
+from caltech_sweep.training.stopping import last_epoch
 
 _CHECK_EVERY = 16  # steps between looks at the losses
 _VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
@@ -250,6 +251,12 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+    @property
+    def ended(self) -> bool:
+        """Whether no epoch is left: all are trained, or the last ones gave nothing better (``patience``)."""
+        goal = metrics.objective(self.config.objective).name
+        return last_epoch(self.config, [epoch.val.scores[goal] for epoch in self.history]) is not None
+
     def run_epoch(self) -> EpochResult:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
         epoch, start = self.epoch + 1, time.perf_counter()
@@ -272,5 +279,5 @@ class Training:
 
 def fit(training: Training) -> Iterator[EpochResult]:
     """Train the epochs that are left, yielding each."""
-    while training.epoch < training.config.epochs:
+    while not training.ended:
         yield training.run_epoch()

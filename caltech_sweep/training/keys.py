@@ -23,6 +23,7 @@ FROZEN_VERSION = 2  # of how a frozen backbone runs: in evaluation mode, in chun
 SPLIT_BEFORE = ("alexnet", "mobilenet_v3", "resnet", "resnext", "vgg", "wide_resnet")  # which ran so in the first, too
 
 _TEST_ONLY = ("test_views", "test_batch_size")  # validation has a batch size of its own
+_ENDING = ("patience", "min_delta")  # they end a training, and change no epoch before its end
 _BY_NAME = ("dataset", "weights", "outputs", "precision", "channels_last")  # what they stand for decides
 
 
@@ -49,7 +50,7 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     A setting that nothing reads, such as the angle of a rotation that is not used, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
-    idle = {*schedule_settings(), *idle_settings(config), *_TEST_ONLY, *_BY_NAME}
+    idle = {*schedule_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_BY_NAME}
     if config.optimizer != "sgd":
         idle.add("momentum")
     counted = config.counted()

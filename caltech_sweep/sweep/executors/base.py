@@ -44,6 +44,7 @@ class Epoch:
     epoch: int
     metrics: Mapping[str, float]
     reused: bool = False  # not trained by this job
+    last: bool = False  # the job trains no more: all epochs are done, or it stops early
 
 
 @dataclass(frozen=True)

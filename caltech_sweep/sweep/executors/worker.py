@@ -9,8 +9,10 @@ from functools import lru_cache
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
+from caltech_sweep.metrics import objective
 from caltech_sweep.sweep.executors.base import Done, Epoch, Job
 from caltech_sweep.tracking.records import MISSING_TAG
+from caltech_sweep.training.stopping import last_epoch
 
 
 @lru_cache(maxsize=1)
@@ -27,17 +29,22 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
     device = pick_device(job.device)
     data = _dataset(job.config.dataset)
     epochs = run_trial(job.config, data, device, job.weights_file, job.stages, job.weights_digest)
+    scores: list[float] = []
     while True:
         try:
             result = next(epochs)
         except StopIteration as end:
             outcome = end.value
             break
-        yield Epoch(job.number, result.epoch, result.metrics(), result.reused)
+        scores.append(result.val.scores[objective(job.config.objective).name])
+        last = last_epoch(job.config, scores) is not None
+        yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last)
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
     tags = {f"environment.{key}": str(value) for key, value in environment(device).items() if value is not None}
     tags["reuse.epochs_reused"] = str(outcome.epochs_reused)
     tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
+    if len(scores) < job.config.epochs:
+        tags["stopped_early"] = f"epoch {len(scores)} of {job.config.epochs}"
     if outcome.warnings:
         tags["reuse.warnings"] = " ".join(f"{sentence}." for sentence in outcome.warnings)
     if missing:
