@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from caltech_sweep.config import TrialConfig
+from caltech_sweep.data.registry import DATASETS
 from caltech_sweep.errors import ModelError
 from caltech_sweep.metrics import METRICS
 from caltech_sweep.study import components
@@ -35,7 +36,7 @@ def as_they_were() -> Iterator[None]:
     """Take out again what a block adds."""
     registries: tuple[dict[str, Any], ...] = (
         *(networks.SOURCES, components.SAMPLERS, components.PRUNERS),  # type: ignore[assignment]
-        *(SCHEDULES, AUGMENTATIONS, METRICS),
+        *(SCHEDULES, AUGMENTATIONS, METRICS, DATASETS),
     )
     before = [dict(registry) for registry in registries]
     yield
@@ -78,6 +79,10 @@ def a_metric(made: dict[str, Any], place: Path) -> None:
     assert metrics["best/val_error"] == pytest.approx(1 - metrics["best/val_accuracy"])
 
 
+def a_dataset(made: dict[str, Any], place: Path) -> None:
+    assert run_first("epochs=1", "dataset.name=drawings").params["dataset.name"] == "drawings"
+
+
 def a_network(made: dict[str, Any], place: Path) -> None:
     config = TrialConfig(arch="mine/squeezenet1_1")
     assert sum(parameter.numel() for parameter in build_model(config, 3).parameters()) == 724_035
@@ -113,6 +118,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "A learning-rate schedule": a_schedule,
     "An augmentation": an_augmentation,
     "A metric": a_metric,
+    "A dataset": a_dataset,
     "A source of networks": a_network,
     "A sampler or a pruner": a_pruner,
     "An executor": an_executor,
