@@ -320,7 +320,9 @@ def cache(clear: bool) -> None:
         click.echo(f"freed {store.clear() / 1e9:.2f} GB in {folder}")
         return
     for entry in store.entries():
-        click.echo(f"{entry.bytes / 1e6:10.1f} MB  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.name}")
+        held = "  held for a paused trial" if entry.held else ""
+        used = f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}"
+        click.echo(f"{entry.bytes / 1e6:10.1f} MB  {used}  {entry.name}{held}")
     click.echo(f"{store.size() / 1e9:.2f} GB in {folder}; by default at most {default_budget(folder) / 1e9:.2f} GB")
 
 

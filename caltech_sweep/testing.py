@@ -31,7 +31,15 @@ from caltech_sweep.metrics import (
     logged,
 )
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
-from caltech_sweep.tracking.records import OUTCOMES, EpochLog, StudyRecord, Tracker, TrialRecord
+from caltech_sweep.tracking.records import (
+    END_TAGS,
+    OUTCOMES,
+    UNFINISHED,
+    EpochLog,
+    StudyRecord,
+    Tracker,
+    TrialRecord,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -69,6 +77,7 @@ class ScriptedExecutor:
         self._lockstep: dict[int, bool] = {}
         self._waits: set[int] = set()
         self._tries: dict[int, int] = {}
+        self._trained: dict[int, int] = {}  # epochs of each trial that an earlier job of it has finished
 
     def free(self) -> int:
         """Return how many slots are free; a job that needs its device to itself is treated like any other."""
@@ -78,7 +87,10 @@ class ScriptedExecutor:
         """Lay out the events of a job."""
         script = self._script if isinstance(self._script, Script) else self._script(job.config)
         accuracies = script.accuracies if script.accuracies is not None else [0.5] * job.config.epochs
-        events: list[Event] = [Epoch(job.number, n, epoch_metrics(value)) for n, value in enumerate(accuracies, 1)]
+        trained = self._trained.get(job.number, 0)
+        events: list[Event] = [
+            Epoch(job.number, n, epoch_metrics(value), reused=n <= trained) for n, value in enumerate(accuracies, 1)
+        ]
         tries = self._tries[job.number] = self._tries.get(job.number, 0) + 1
         if tries <= script.deaths:
             events.append(WorkerDied(job.number, -9))
@@ -107,7 +119,9 @@ class ScriptedExecutor:
             happened.append(event)
             if not isinstance(event, Epoch):
                 del self._events[number]
-            elif self._lockstep[number]:
+                continue
+            self._trained[number] = max(event.epoch, self._trained.get(number, 0))
+            if self._lockstep[number]:
                 self._waits.add(number)
         return happened
 
@@ -185,7 +199,7 @@ class MemoryTracker:
         """Open a trial's run again."""
         run = self.runs[run_id]
         run.status = "RUNNING"
-        run.tags = {**{k: v for k, v in run.tags.items() if k not in ("outcome", "reason")}, **tags}
+        run.tags = {**{k: v for k, v in run.tags.items() if k not in END_TAGS}, **tags}
         return self.last_epoch(run_id)
 
     def last_epoch(self, run_id: str) -> int:
@@ -195,7 +209,7 @@ class MemoryTracker:
     def has_ended(self, run_id: str) -> bool:
         """Tell whether a run has its final end."""
         run = self.runs[run_id]
-        return run.status != "RUNNING" and run.tags.get("outcome") not in (None, "interrupted")
+        return run.status != "RUNNING" and run.tags.get("outcome") not in (None, *UNFINISHED)
 
     def keep_up(self) -> None:
         """Nothing waits."""

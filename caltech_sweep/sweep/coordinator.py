@@ -20,7 +20,7 @@ from caltech_sweep.sweep.progress import Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.reconcile import survey
 from caltech_sweep.sweep.recorder import RecordedTrial, Recorder
-from caltech_sweep.tracking.records import FAILURES, missing_artifacts, not_a_number
+from caltech_sweep.tracking.records import FAILURES, PAUSED_AT, UNFINISHED, missing_artifacts, not_a_number
 
 MAX_RETRIES = 2  # of a trial whose worker died
 
@@ -34,6 +34,8 @@ class _Running:
     job: Job
     epoch: int = 0  # the last one that its worker has finished
     attempt: int = 0
+    stops: str | None = None  # "pruned" or "paused": it was told to stop
+    retrains: bool = False  # it was paused, and its state is no longer kept
     broken: str = ""  # which of its numbers is none; nothing after it is recorded
 
 
@@ -141,13 +143,15 @@ class Coordinator:
             queued = self.queue.next(running)
             if queued is None:
                 break
+            if queued.resumes:
+                self.progress.trial_promoted(queued.number, queued.name, queued.paused_at)
             self._submit(_Running(queued, self.recorder.open(queued), self.make_job(queued)))
         return len(self._running) > before
 
     def _submit(self, running: _Running) -> None:
         queued, folder = running.queued, running.job.folder
         self._running[queued.number] = running
-        running.epoch, running.broken = 0, ""
+        running.epoch, running.broken, running.stops = 0, "", None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.executor.submit(running.job)
@@ -162,7 +166,7 @@ class Coordinator:
         elif isinstance(event, Done):
             self._done(running, event)
         elif isinstance(event, Stopped):
-            self._end(running, "pruned", running.broken)
+            self._stopped(running)
         elif isinstance(event, Failed):
             self._failed(running, event)
         else:
@@ -171,6 +175,12 @@ class Coordinator:
     def _epoch(self, running: _Running, event: Epoch) -> None:
         """Log and report an epoch; one that the stores have already, from before an interruption, changes neither."""
         running.epoch = event.epoch
+        if event.epoch <= running.queued.paused_at and not (event.reused or running.retrains):
+            running.retrains = True
+            self.progress.note(
+                f"{running.queued.name}: its state at epoch {running.queued.paused_at} is not kept any more, so it is "
+                "trained again up to there, with the same result"
+            )
         running.broken = running.broken or _broken(event.metrics, f"in epoch {event.epoch}")
         if running.broken:  # neither store is told; a worker that does not wait for an answer goes on to its end
             if running.queued.prunable:
@@ -179,8 +189,17 @@ class Coordinator:
         self.progress.epoch(event.job, event.epoch, event.metrics)
         self.queue.report(running.queued, event.epoch, event.metrics[self.queue.objective.each_epoch])
         if running.queued.prunable:
-            self.executor.answer(event.job, not self.queue.should_stop(running.queued, event.epoch))
+            running.stops = self.queue.stops(running.queued, event.epoch)
+            self.executor.answer(event.job, running.stops is None)
         self.recorder.epoch(running.run, event.epoch, event.metrics)
+
+    def _stopped(self, running: _Running) -> None:
+        """End a trial that was told to stop: it is paused, pruned, or has numbers that are none."""
+        if running.stops != "paused":
+            self._end(running, "pruned", running.broken)
+            return
+        text = f"at epoch {running.epoch} of {running.queued.config.epochs}"
+        self._end(running, "paused", text, tags={PAUSED_AT: str(running.epoch)})
 
     def _done(self, running: _Running, event: Done) -> None:
         text = ", ".join(
@@ -235,9 +254,9 @@ class Coordinator:
         broken = running.broken or _broken(final, "at its end")
         if broken and outcome in ("complete", "pruned"):
             outcome, text, final = "diverged", broken, {}
-        if outcome not in ("complete", "pruned"):
+        if outcome not in ("complete", "pruned", "paused"):
             tags = {**(tags or {}), "reason": text}
-        kept = None if outcome == "interrupted" or broken else folder  # no checkpoint of what is no number
+        kept = None if outcome in UNFINISHED or broken else folder  # no checkpoint of what is no number
         self.recorder.end(running.run, outcome, final, tags or {}, kept)
         self.queue.end(queued, outcome, self.queue.objective.score(final))
         del self._running[queued.number]

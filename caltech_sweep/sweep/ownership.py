@@ -24,6 +24,7 @@ from caltech_sweep.errors import ForeignStudyError, StoreError, UsageError
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.grid import reachable
 from caltech_sweep.sweep.optuna_store import compared, open_storage, open_study, stored_studies
+from caltech_sweep.sweep.optuna_trials import RUNG
 from caltech_sweep.sweep.space import enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, InitialWeights, StudyRecord, TrialRecord
@@ -213,12 +214,14 @@ def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTrack
         outcome, value = "crashed", None
     state = TrialState[OUTCOMES[outcome].optuna]
     seen = {}
-    if definition.pruner is not None:
+    if definition.pruner is not None or outcome == "paused":
         seen = {metric.step: metric.value for metric in tracker.history(run.run_id, run.objective.each_epoch)}
     if state == TrialState.PRUNED:
         value = seen[max(seen)] if seen else None
     if state == TrialState.FAIL:
         attributes["outcome"] = outcome
+    if outcome == "paused":
+        attributes[RUNG] = max(seen, default=0)
     params = _params_of(definition, run, config)
     trial = optuna.trial.create_trial(
         state=state,

@@ -58,7 +58,7 @@ def job_of(
     """Return the job of a trial: its folder below ``scratch``, its initial weights, and when it saves."""
     config, source = queued.config, weights.get(weights_key(queued.config))
     if stages is not None:
-        stages = replace(stages, save_at=branch_epochs(definition, config))
+        stages = replace(stages, save_at=branch_epochs(definition, config), hold_at=frozenset(queued.rungs))
     return Job(
         queued.number,
         config,

@@ -1,0 +1,280 @@
+"""Pausing and promoting: the decisions against the paper's pseudo code, what samplers see, stops, stores, states."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import FrozenTrial, TrialState
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.study.components import component_problems, make_pausing
+from caltech_sweep.study.definition import Component, StudyDefinition
+from caltech_sweep.study.pausing import Pausing
+from caltech_sweep.sweep.executors.base import Epoch, Event, Job
+from caltech_sweep.sweep.optuna_store import MEMORY, open_study
+from caltech_sweep.sweep.optuna_trials import is_paused
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from test_search import ENOUGH, ROWS, STOCK, searched
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+ASHA = Component("asha", {"min_epochs": 1, "factor": 2})
+Step = tuple[int, int]  # a trial's number and an epoch that it trained
+
+
+def asha(trials: int = 14, epochs: int = 9, name: str = "random", pruner: Component = ASHA) -> StudyDefinition:
+    return replace(searched(name, trials=trials), fixed={"epochs": epochs}, pruner=pruner)
+
+
+def noisy(levels: int) -> Callable[[TrialConfig], list[float]]:
+    """Return curves that cross each other and have equals, made from the settings of a trial."""
+
+    def curve(config: TrialConfig) -> list[float]:
+        chance = random.Random(repr((config.lr, config.momentum, config.batch_size, config.freeze)))
+        return [chance.randrange(levels) / levels for _ in range(config.epochs)]
+
+    return curve
+
+
+class Watched(ScriptedExecutor):
+    """Notes every epoch that is trained, not reused, in the order of time, and stops its coordinator if asked to."""
+
+    def __init__(
+        self, curve: Callable[[TrialConfig], list[float]], slots: int = 1, stop_after: float = math.inf
+    ) -> None:
+        super().__init__(lambda config: Script(curve(config)), slots)
+        self.steps: list[Step] = []
+        self.stop_after, self.stop = stop_after, lambda: None
+
+    def poll(self, timeout: float) -> list[Event]:
+        events = super().poll(timeout)
+        self.steps += [(event.job, event.epoch) for event in events if isinstance(event, Epoch) and not event.reused]
+        self.stop_after -= 1
+        if self.stop_after == 0:
+            self.stop()
+        return events
+
+
+def first_times(steps: list[Step]) -> list[Step]:
+    return list(dict.fromkeys(steps))
+
+
+def search(
+    definition: StudyDefinition,
+    curve: Callable[[TrialConfig], list[float]],
+    uri: str = MEMORY,
+    tracker: MemoryTracker | None = None,
+    **options: Any,
+) -> tuple[list[Step], list[FrozenTrial]]:
+    """Run a study to its end; return its steps and its trials."""
+    executor, study = Watched(curve, **options), open_study(definition, uri, definition.identity())
+    assert run_scripted(definition, executor, tracker or MemoryTracker(), study).complete
+    return executor.steps, study.trials
+
+
+def config_of(trial: FrozenTrial) -> TrialConfig:
+    return TrialConfig.from_dict(trial.user_attrs["config"])
+
+
+# -- the paper's pseudo code -------------------------------------------------------------------------------------------
+
+
+def reference_steps(curves: list[list[float]], rows: int, r: int, eta: int) -> list[Step]:
+    """ASHA with one worker, after algorithm 2 of Li et al., MLSys 2020; rows run to their ends before everything."""
+    R = len(curves[0])
+    K = next(k for k in range(99) if r * eta**k >= R)  # the rungs 0 to K - 1 lie before the end
+    reached: list[list[int]] = [[] for _ in range(K)]  # trials with a result, by rung
+    promoted: list[set[int]] = [set() for _ in range(K)]
+    steps, asked = [], rows
+    for row in range(rows):
+        steps += [(row, epoch) for epoch in range(1, R + 1)]
+        for k in range(K):
+            reached[k].append(row)
+            promoted[k].add(row)
+
+    def get_job() -> tuple[int, int] | None:
+        nonlocal asked
+        for k in reversed(range(K)):
+            ranked = sorted(reached[k], key=lambda t: (-curves[t][r * eta**k - 1], t))
+            promotable = [t for t in ranked[: len(reached[k]) // eta] if t not in promoted[k]]
+            if promotable:
+                promoted[k].add(promotable[0])
+                return promotable[0], k + 1
+        if asked == len(curves):
+            return None
+        asked += 1
+        return asked - 1, 0
+
+    while (job := get_job()) is not None:
+        trial, k = job
+        start, end = (r * eta ** (k - 1) if k else 0), (r * eta**k if k < K else R)
+        steps += [(trial, epoch) for epoch in range(start + 1, end + 1)]
+        if k < K:
+            reached[k].append(trial)
+    return steps
+
+
+@settings(deadline=None)
+@given(
+    st.integers(3, 30), st.integers(1, 30), st.integers(1, 5), st.integers(2, 4), st.integers(1, 6), st.integers(0, 2)
+)
+def test_trials_pause_and_are_promoted_as_in_the_paper_s_pseudo_code(
+    trials: int, epochs: int, least: int, factor: int, levels: int, rows: int
+) -> None:
+    pruner = Component("asha", {"min_epochs": least, "factor": factor})
+    definition = replace(asha(trials, epochs, pruner=pruner), rows=ROWS[:rows])
+    steps, found = search(definition, noisy(levels))
+    curves = [noisy(levels)(config_of(trial)) for trial in found]
+    assert first_times(steps) == steps == reference_steps(curves, rows, least, factor)
+    for trial in found:
+        last = max(epoch for number, epoch in steps if number == trial.number)
+        assert is_paused(trial) == (last < epochs) and (trial.state == TrialState.COMPLETE) == (last == epochs)
+
+
+def test_hyperband_runs_asha_in_each_of_its_brackets() -> None:
+    """Each bracket starts at a higher rung, has Hyperband's share of the trials, and compares its own trials only."""
+    pruner = Component("hyperband", {"min_epochs": 1, "factor": 3})
+    definition = replace(asha(36, 9, pruner=pruner), rows=())
+    pausing = make_pausing(pruner)
+    assert pausing is not None and [pausing.bracket(n, 9) for n in range(17)].count(0) == 9
+    assert [[pausing.bracket(n, 9) for n in range(17)].count(b) for b in (1, 2)] == [5, 3]
+    assert {pausing.rungs(n, 9) for n in range(17)} == {(1, 3), (3,), ()}
+    steps, found = search(definition, noisy(50))
+    curves = [noisy(50)(config_of(trial)) for trial in found]
+    for bracket, least in ((0, 1), (1, 3)):
+        members = [n for n in range(36) if pausing.bracket(n, 9) == bracket]
+        trained = {n: max(epoch for number, epoch in steps if number == n) for n in members}
+        for rung in pausing.rungs(members[0], 9):
+            reached = [n for n in members if trained[n] >= rung]
+            best = sorted(reached, key=lambda n: (-curves[n][rung - 1], n))[: len(reached) // 3]
+            assert all(trained[n] > rung for n in best), (bracket, rung)
+        assert min(trained.values()) == least
+    assert all((n, 9) in steps for n in range(36) if pausing.bracket(n, 9) == 2)
+
+
+# -- samplers ----------------------------------------------------------------------------------------------------------
+
+
+class Photographing(Watched):
+    """Keeps the trials of the study as they are when a new one starts, which is when its sampler saw them."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        super().__init__(noisy(60))
+        self.study = study
+        self.photographs: dict[int, list[FrozenTrial]] = {}
+
+    def submit(self, job: Job) -> None:
+        self.photographs.setdefault(job.number, self.study.get_trials(deepcopy=True)[: job.number])
+        super().submit(job)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_every_sampler_learns_from_paused_trials_as_from_pruned_ones(name: str) -> None:
+    """Optuna's own sampler is asked with the same trials, the paused ones as ``Study.tell`` leaves pruned ones."""
+    definition = asha(ENOUGH.get(name, 24), name=name)
+    study = open_study(definition, MEMORY, definition.identity())
+    executor = Photographing(study)
+    run_scripted(definition, executor, MemoryTracker(), study)
+    paused = 0
+    for number in range(len(ROWS), definition.trials):
+        stock = optuna.create_study(direction="maximize", study_name="s", sampler=STOCK[name](number))
+        for seen in executor.photographs[number]:
+            shown = copy.deepcopy(seen)
+            if is_paused(seen):
+                paused += 1
+                shown.state, shown.value = TrialState.PRUNED, seen.intermediate_values[seen.last_step]
+            stock.add_trial(shown)
+        trial = stock.ask()
+        sampled = {key: trial._suggest(key, value) for key, value in study.trials[number].distributions.items()}
+        assert sampled == study.trials[number].params
+    assert paused > 20
+
+
+@pytest.mark.parametrize("name", ["grid", "brute_force"])
+def test_an_exhaustive_sampler_tries_no_combination_of_a_paused_trial_again(name: str) -> None:
+    from test_search import COMBINATIONS, GRID
+    from test_search import settings as settings_of
+
+    definition = replace(GRID, sampler=Component(name, {"seed": 1}), rows=(), pruner=ASHA, fixed={"epochs": 4})
+    executor, study = Watched(noisy(20)), open_study(definition, MEMORY, definition.identity())
+    assert run_scripted(definition, executor, MemoryTracker(), study).complete
+    assert {settings_of(job) for job in executor.jobs} == COMBINATIONS and len(study.trials) == len(COMBINATIONS)
+    assert sum(map(is_paused, study.trials)) > 10
+
+
+# -- stopped and gone on with ------------------------------------------------------------------------------------------
+
+
+def ends(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:
+    return [(t.number, t.state, t.value, t.params, t.intermediate_values, is_paused(t)) for t in trials]
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp"])
+def test_a_study_that_is_stopped_again_and_again_decides_and_samples_as_an_undisturbed_one(
+    name: str, tmp_path: Path
+) -> None:
+    definition = asha(ENOUGH.get(name, 16), name=name)
+    steps, undisturbed = search(definition, noisy(60))
+    uri, tracker, parts, chance = f"sqlite:///{tmp_path}/optuna.db", MemoryTracker(), [], random.Random(1)
+    while True:
+        executor = Watched(noisy(60), stop_after=chance.randrange(3, 20))
+        study = open_study(definition, uri, definition.identity())
+        coordinator = scripted_coordinator(definition, executor, tracker, tmp_path, study)
+        executor.stop = coordinator.request_stop
+        summary = coordinator.run()
+        parts += executor.steps
+        if summary.complete:
+            break
+    assert first_times(parts) == steps and ends(study.trials) == ends(undisturbed)
+    outcomes = [record.tags["outcome"] for record in tracker.runs.values()]
+    assert outcomes == ["paused" if is_paused(t) else "complete" for t in study.trials]
+
+
+def test_a_raised_total_goes_on_as_one_study_would_have(tmp_path: Path) -> None:
+    steps, whole = search(asha(16, name="tpe"), noisy(60))
+    uri, tracker, parts = f"sqlite:///{tmp_path}/optuna.db", MemoryTracker(), []
+    for total in (4, 9, 16):
+        part, trials = search(asha(total, name="tpe"), noisy(60), uri, tracker)
+        parts += part
+    assert first_times(parts) == steps and ends(trials) == ends(whole)
+
+
+@pytest.mark.parametrize("slots", [2, 5])
+def test_several_workers_train_each_epoch_of_each_trial_once(slots: int) -> None:
+    tracker = MemoryTracker()
+    steps, trials = search(asha(30), noisy(60), tracker=tracker, slots=slots)
+    assert len(trials) == len(tracker.runs) == 30
+    for trial, run in zip(trials, tracker.runs.values(), strict=True):
+        last = max(trial.intermediate_values)
+        assert [epoch for number, epoch in first_times(steps) if number == trial.number] == list(range(1, last + 1))
+        assert [epoch for epoch, _, _ in run.history] == list(range(1, last + 1))
+        assert (last in (1, 2, 4, 8)) if is_paused(trial) else last == 9
+    assert 5 < sum(map(is_paused, trials)) < 28
+
+
+# -- the file and the command ------------------------------------------------------------------------------------------
+
+
+def test_what_makes_no_rungs_is_refused() -> None:
+    def problems(name: str, **arguments: Any) -> list[tuple[str, str]]:
+        return list(component_problems("pruner", Component(name, arguments)))
+
+    assert problems("asha") == problems("asha", min_epochs=3, factor=3) == problems("hyperband", factor=4) == []
+    assert problems("hyperband", max_resource=9) == []  # Optuna's
+    assert problems("asha", min_epochs=0) == [("min_epochs", "must be an integer >= 1, got 0")]
+    assert problems("asha", factor=1.5) == [("factor", "must be an integer >= 2, got 1.5")]
+    assert problems("asha", min_epoch=3) == [
+        ("min_epoch", "is no argument of asha with min_epochs and factor; did you mean 'min_epochs'?")
+    ]
+    assert problems("ashe")[0][1].startswith("there is no pruner 'ashe'")
+    assert Pausing(3, 3).rungs(0, 30) == (3, 9, 27) and Pausing(3, 3).rungs(0, 27) == (3, 9)
