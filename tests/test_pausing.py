@@ -24,7 +24,7 @@ from caltech_sweep.sweep.executors.base import Epoch, Event, Job
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.optuna_trials import is_paused
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
-from test_search import ENOUGH, ROWS, STOCK, searched
+from test_search import ENOUGH, ROWS, STOCK, searched, stock
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -178,8 +178,14 @@ class Photographing(Watched):
         super().submit(job)
 
 
-@pytest.mark.parametrize("name", STOCK)
-def test_every_sampler_learns_from_paused_trials_as_from_pruned_ones(name: str) -> None:
+@pytest.mark.parametrize("name", ["random", "qmc"])
+def test_a_sampler_that_does_not_learn_suggests_what_it_does_without_pausing(name: str) -> None:
+    _, trials = search(asha(name=name, epochs=6), noisy(60))
+    assert [config_of(trial) for trial in trials] == [config for config, _, _ in stock(name, trials=14)]
+
+
+@pytest.mark.parametrize("name", sorted(STOCK.keys() - {"random", "qmc"}))
+def test_every_sampler_that_learns_does_so_from_paused_trials_as_from_pruned_ones(name: str) -> None:
     """Optuna's own sampler is asked with the same trials, the paused ones as ``Study.tell`` leaves pruned ones."""
     definition = asha(ENOUGH.get(name, 24), name=name)
     study = open_study(definition, MEMORY, definition.identity())
@@ -187,14 +193,15 @@ def test_every_sampler_learns_from_paused_trials_as_from_pruned_ones(name: str) 
     run_scripted(definition, executor, MemoryTracker(), study)
     paused = 0
     for number in range(len(ROWS), definition.trials):
-        stock = optuna.create_study(direction="maximize", study_name="s", sampler=STOCK[name](number))
+        other = optuna.create_study(direction="maximize", study_name="s", sampler=STOCK[name](number))
         for seen in executor.photographs[number]:
             shown = copy.deepcopy(seen)
             if is_paused(seen):
                 paused += 1
                 shown.state, shown.value = TrialState.PRUNED, seen.intermediate_values[seen.last_step]
-            stock.add_trial(shown)
-        trial = stock.ask()
+                shown.datetime_complete = seen.datetime_start
+            other.add_trial(shown)
+        trial = other.ask()
         sampled = {key: trial._suggest(key, value) for key, value in study.trials[number].distributions.items()}
         assert sampled == study.trials[number].params
     assert paused > 20

@@ -7,6 +7,7 @@ has its artifacts.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,7 @@ class Coordinator:
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
+        self._ended: dict[int, str] = {}  # how each trial of this run ended, the last time that it did
         self._failed_in_a_row = 0
 
     def request_stop(self) -> None:
@@ -102,7 +104,7 @@ class Coordinator:
                 self.queue.enqueue_confirmations(confirm)
                 self._run_all()
             self.summary.complete = not self._stop
-            if self.summary.complete and (sentence := self.queue.ending()):
+            for sentence in self.queue.endings() if self.summary.complete else ():
                 self.progress.note(sentence)
         except STORE_ERRORS as error:
             raise StoreError(
@@ -261,7 +263,8 @@ class Coordinator:
         self.queue.end(queued, outcome, self.queue.objective.score(final))
         del self._running[queued.number]
         shutil.rmtree(folder, ignore_errors=True)
-        self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1
+        self._ended[queued.number] = outcome
+        self.summary.outcomes = dict(Counter(self._ended.values()))
         self.progress.trial_ended(queued.number, queued.name, outcome, text)
         self._count_failures(outcome, queued.name, text)
 

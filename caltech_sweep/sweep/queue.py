@@ -26,6 +26,7 @@ from caltech_sweep.sweep import optuna_trials
 from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled
 from caltech_sweep.sweep.sharing import next_index
 from caltech_sweep.sweep.space import all_branches, enqueue_params, own_branch, sample
+from caltech_sweep.text import counted
 
 CONFIRMING_SEEDS = 3  # at least so many fresh seeds for a trial that is confirmed
 
@@ -108,10 +109,18 @@ class TrialQueue:
                 epochs = trials[number].user_attrs["config"]["epochs"]
                 optuna_trials.mark_waiting(self.study, trials[number], PROMOTED, epochs)
 
-    def ending(self) -> str | None:
-        """Return a sentence where the study ends before its total, because its space does."""
-        size = f"{grid_size(self.definition.space):,} combinations" if self._exhausts else ""
-        return f"the study ends here: all {size} of its space have been tried, each once" if size else None
+    def endings(self) -> Iterator[str]:
+        """Yield a sentence where the study ends before its total, and one where trials stay paused."""
+        if self._exhausts:
+            size = f"{grid_size(self.definition.space):,} combinations"
+            yield f"the study ends here: all {size} of its space have been tried, each once"
+        paused = list(filter(is_paused, self.study.get_trials(deepcopy=False)))
+        if paused and not (self.only or self.resumed):
+            example = paused[0].number
+            yield (
+                f"{counted(len(paused), 'trial')} left paused, since others were better at the same epoch; more trials "
+                f"may promote them, and --resume-trial N runs one to its end, such as --resume-trial {example}"
+            )
 
     def is_current(self, trial: FrozenTrial) -> bool:
         """Tell whether a trial is a sampled one, or trains its row with settings that the row has now."""

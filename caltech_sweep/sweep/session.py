@@ -207,7 +207,8 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             describe=partial(table_of, definition.name, checked.tracking),
         )
         make_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
-        queue, limits = TrialQueue(definition, study, options.rows), Limits(options.max_failures)
+        queue = TrialQueue(definition, study, options.rows, options.resume_trials)
+        limits = Limits(options.max_failures)
         coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits)
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run(options.confirm)
