@@ -43,6 +43,14 @@ PACKAGES = {"cmaes": "cmaes", "gp": "scipy", "qmc": "scipy"}  # what Optuna impo
 
 
 LARGEST_ARGUMENT = 1_000_000  # trials, epochs or candidates
+# Samplers with a model, and the argument that says how many trials have to end before they propose from it.
+_MODELS = {
+    "tpe": "n_startup_trials",
+    "gp": "n_startup_trials",
+    "cmaes": "n_startup_trials",
+    "nsgaii": "population_size",
+}
+LEARN_FROM_PRUNED = ("tpe",)  # the others learn from complete trials only
 _FIXED_SEQUENCE = ("qmc", *EXHAUSTIVE)
 _DERIVED = ("self", "search_space")  # arguments that the study's space gives
 ALIASES = {"startup_trials": "n_startup_trials", "warmup_epochs": "n_warmup_steps", "interval_epochs": "interval_steps"}
@@ -145,6 +153,16 @@ def make_sampler(component: Component, number: int, space: Mapping[str, Dimensio
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: optuna.samplers.BaseSampler = _build("sampler", Component(component.name, arguments), grid)
     return sampler
+
+
+def startup_trials(sampler: Component) -> int | None:
+    """Return how many trials have to end before a sampler proposes from its model; None: it has none."""
+    argument = _MODELS.get(sampler.name)
+    if argument is None:
+        return None
+    arguments = {ALIASES.get(key, key): value for key, value in sampler.arguments.items()}
+    default = inspect.signature(_class_of("sampler", sampler.name)).parameters[argument].default
+    return int(arguments.get(argument, default))
 
 
 def make_pruner(component: Component | None) -> optuna.pruners.BasePruner:

@@ -59,6 +59,13 @@ def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
     return shown
 
 
+def seen_trials(study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> list[FrozenTrial]:
+    """Return the trials of a study as its sampler sees them."""
+    if isinstance(sampler, ViewSampler):
+        return list(sampler.view(study).get_trials(deepcopy=False))
+    return study.get_trials(deepcopy=False)
+
+
 class _View:
     """A study, or its storage, as a sampler should see it: paused trials are pruned, others out of its space hidden."""
 
@@ -103,28 +110,29 @@ class ViewSampler(optuna.samplers.BaseSampler):
     def __init__(self, sampler: optuna.samplers.BaseSampler, names: Iterable[str]) -> None:
         self.sampler, self._names = sampler, frozenset(names)
 
-    def _view(self, study: optuna.Study) -> Any:
+    def view(self, study: optuna.Study) -> Any:
+        """Return the study as the sampler sees it."""
         return _View(study, self._names)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Pass the call on."""
-        self.sampler.before_trial(self._view(study), trial)
+        self.sampler.before_trial(self.view(study), trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         """Return the space that trials with all settings have in common."""
-        return self.sampler.infer_relative_search_space(self._view(study), trial)
+        return self.sampler.infer_relative_search_space(self.view(study), trial)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
         """Suggest some settings together."""
-        return self.sampler.sample_relative(self._view(study), trial, search_space)
+        return self.sampler.sample_relative(self.view(study), trial, search_space)
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
         """Suggest one setting."""
-        return self.sampler.sample_independent(self._view(study), trial, param_name, distribution)
+        return self.sampler.sample_independent(self.view(study), trial, param_name, distribution)
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         """Pass the call on."""
-        self.sampler.after_trial(self._view(study), trial, state, values)
+        self.sampler.after_trial(self.view(study), trial, state, values)
 
 
 def _refresh(study: optuna.Study) -> None:

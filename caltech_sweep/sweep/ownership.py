@@ -27,7 +27,7 @@ from caltech_sweep.sweep.optuna_store import compared, open_storage, open_study,
 from caltech_sweep.sweep.optuna_trials import RUNG
 from caltech_sweep.sweep.space import enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
-from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, InitialWeights, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, SUGGESTED_BY, InitialWeights, StudyRecord, TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 
 _ADOPTING = "adopting"  # of a study whose trials are not all here yet
@@ -206,6 +206,7 @@ def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTrack
     attributes: dict[str, Any] = {
         key: int(run.tags[key]) for key in ("replicate", "confirms", "family") if key in run.tags
     }
+    attributes.update({SUGGESTED_BY: run.tags[SUGGESTED_BY]} if SUGGESTED_BY in run.tags else {})
     attributes.update({"row": run.row} if run.row is not None else {})
     attributes.update(fingerprint=run.fingerprint, config=json.loads(json.dumps(config.to_dict())))
     outcome = run.outcome if run.outcome in OUTCOMES else "interrupted"

@@ -18,7 +18,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
-from caltech_sweep.study.components import make_pausing, make_sampler
+from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_pausing, make_sampler, startup_trials
 from caltech_sweep.study.definition import Row, StudyDefinition
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_of, grid_size, param_names, reachable
 from caltech_sweep.study.pausing import Contender
@@ -27,6 +27,7 @@ from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_pa
 from caltech_sweep.sweep.sharing import next_index
 from caltech_sweep.sweep.space import all_branches, enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
+from caltech_sweep.tracking.records import SUGGESTED_BY
 
 CONFIRMING_SEEDS = 3  # at least so many fresh seeds for a trial that is confirmed
 
@@ -198,11 +199,24 @@ class TrialQueue:
             name = self.definition.sampler.name
             raise UsageError(f"sampler {name} cannot suggest settings for this study: {reason(error)}") from error
         config = self.definition.config(settings)
+        if (origin := self._origin()) is not None:
+            trial.set_user_attr(SUGGESTED_BY, origin)
         trial.set_user_attr("fingerprint", config.fingerprint())
         trial.set_user_attr("config", json.loads(json.dumps(config.to_dict())))
         if self.definition.expand:
             complete_family(self.study, self.definition, self.study.get_trials(deepcopy=False)[trial.number])
         return self._queued(trial, config)
+
+    def _origin(self) -> str | None:
+        """Return whether the trial that is being sampled comes from the sampler's model, where one will be made."""
+        component = self.definition.sampler
+        startup = 0 if component.name == "random" else startup_trials(component)
+        if startup is None:
+            return None
+        states = [TrialState.COMPLETE, *([TrialState.PRUNED] if component.name in LEARN_FROM_PRUNED else [])]
+        seen = optuna_trials.seen_trials(self.study, self.study.sampler)
+        ended = sum(trial.state in states for trial in seen)
+        return "random" if component.name == "random" or ended < startup else "model"
 
     def _start(self, waiting: FrozenTrial) -> QueuedTrial:
         config = TrialConfig.from_dict(waiting.user_attrs["config"])
@@ -219,7 +233,7 @@ class TrialQueue:
         attributes = trial.user_attrs
         row = attributes.get("row")
         tags: dict[str, str] = {
-            key: str(attributes[key]) for key in ("replicate", "confirms", "family") if key in attributes
+            key: str(attributes[key]) for key in ("replicate", "confirms", "family", SUGGESTED_BY) if key in attributes
         }
         prunable = row is None and "confirms" not in tags and self.definition.pruner is not None
         queued = QueuedTrial(trial, config, row, prunable, tags)
