@@ -16,7 +16,7 @@ from caltech_sweep.sweep.optuna_trials import RUNG, is_paused
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.cache import Cache
-from conftest import Cli, clone, invoke
+from helpers.places import Cli, clone, invoke
 
 STUDY = """\
 title: A study that pauses

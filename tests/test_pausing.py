@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.study.components import component_problems, make_pausing
+from caltech_sweep.study.components import component_problems
 from caltech_sweep.study.definition import Component, StudyDefinition
-from caltech_sweep.study.pausing import Pausing
+from caltech_sweep.study.pausing import Pausing, make_pausing
 from caltech_sweep.sweep.executors.base import Epoch, Event, Job
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.optuna_trials import is_paused
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
-from test_search import ENOUGH, ROWS, STOCK, searched, stock
+from helpers.searches import COMBINATIONS, ENOUGH, GRID, ROWS, STOCK, searched, settings_of, stock
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -209,9 +209,6 @@ def test_every_sampler_that_learns_does_so_from_paused_trials_as_from_pruned_one
 
 @pytest.mark.parametrize("name", ["grid", "brute_force"])
 def test_an_exhaustive_sampler_tries_no_combination_of_a_paused_trial_again(name: str) -> None:
-    from test_search import COMBINATIONS, GRID
-    from test_search import settings as settings_of
-
     definition = replace(GRID, sampler=Component(name, {"seed": 1}), rows=(), pruner=ASHA, fixed={"epochs": 4})
     executor, study = Watched(noisy(20)), open_study(definition, MEMORY, definition.identity())
     assert run_scripted(definition, executor, MemoryTracker(), study).complete

@@ -13,7 +13,7 @@ import optuna
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.study.definition import Component, Dimension
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_of
-from caltech_sweep.study.pausing import Pausing
+from caltech_sweep.study.pausing import PAUSING, PAUSING_ARGUMENTS, Pausing, pauses
 from caltech_sweep.text import quoted, suggestion
 
 SAMPLERS = {
@@ -35,10 +35,6 @@ PRUNERS = {
 }
 
 
-# Pruners of this package, which pause trials where Optuna's end them, and their arguments. ``hyperband`` with Optuna's
-# arguments is Optuna's.
-PAUSING = {"asha": "asynchronous successive halving", "hyperband": "the same in brackets"}
-_PAUSING_ARGUMENTS = ("min_epochs", "factor")
 PACKAGES = {"cmaes": "cmaes", "gp": "scipy", "qmc": "scipy"}  # what Optuna imports when these first sample
 
 
@@ -64,19 +60,6 @@ def _names(kind: str) -> dict[str, str]:
     return SAMPLERS if kind == "sampler" else PRUNERS
 
 
-def _pauses(component: Component) -> bool:
-    if component.name == "asha":
-        return True
-    return component.name in PAUSING and any(name in component.arguments for name in _PAUSING_ARGUMENTS)
-
-
-def make_pausing(pruner: Component | None) -> Pausing | None:
-    """Return the rungs at which a study's trials pause, or None where its pruner ends trials, or there is none."""
-    if pruner is None or not _pauses(pruner):
-        return None
-    return Pausing(**pruner.arguments, brackets=pruner.name == "hyperband")
-
-
 def _build(kind: str, component: Component, grid: Mapping[str, Sequence[Any]] | None = None) -> Any:
     arguments = {ALIASES.get(key, key): value for key, value in component.arguments.items()}
     if component.name == "grid":
@@ -94,7 +77,7 @@ def _is_too_large(key: str, value: Any) -> bool:
 
 def component_problems(kind: str, component: Component) -> Iterator[tuple[str, str]]:
     """Yield (argument, sentence) for what is wrong with a "sampler" or a "pruner"."""
-    names = {**_names(kind), **(PAUSING if kind == "pruner" else {})}
+    names = [*_names(kind), *(PAUSING if kind == "pruner" else ())]
     if not isinstance(component.name, str) or component.name not in names:
         yield "name", f"there is no {kind} {quoted(component.name)}{suggestion(str(component.name), names)}"
         return
@@ -102,7 +85,7 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
     if package and importlib.util.find_spec(package) is None:
         install = "pip install 'caltech-sweep[samplers]'"
         yield "name", f"sampler {component.name} needs the package {package}, which is not installed: {install}"
-    if kind == "pruner" and _pauses(component):
+    if kind == "pruner" and pauses(component):
         yield from _pausing_problems(component)
         return
     known = [name for name in inspect.signature(_class_of(kind, component.name)).parameters if name not in _DERIVED]
@@ -122,10 +105,10 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
 
 def _pausing_problems(component: Component) -> Iterator[tuple[str, str]]:
     for key in component.arguments:
-        if key not in _PAUSING_ARGUMENTS:
-            hint = suggestion(str(key), _PAUSING_ARGUMENTS)
-            yield key, f"is no argument of {component.name} with {' and '.join(_PAUSING_ARGUMENTS)}{hint}"
-    for key in _PAUSING_ARGUMENTS:
+        if key not in PAUSING_ARGUMENTS:
+            hint = suggestion(str(key), PAUSING_ARGUMENTS)
+            yield key, f"is no argument of {component.name} with {' and '.join(PAUSING_ARGUMENTS)}{hint}"
+    for key in PAUSING_ARGUMENTS:
         try:
             Pausing(**{k: v for k, v in component.arguments.items() if k == key})
         except ValueError as error:
@@ -167,7 +150,7 @@ def startup_trials(sampler: Component) -> int | None:
 
 def make_pruner(component: Component | None) -> optuna.pruners.BasePruner:
     """Return the pruner of a study, or one that never prunes."""
-    if component is None or _pauses(component):
+    if component is None or pauses(component):
         return optuna.pruners.NopPruner()
     pruner: optuna.pruners.BasePruner = _build("pruner", component)
     return pruner

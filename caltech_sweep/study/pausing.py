@@ -11,6 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from caltech_sweep.study.definition import Component
+
+# Pruners of this package, which pause trials where Optuna's end them. ``hyperband`` with Optuna's arguments is Optuna's.
+PAUSING = ("asha", "hyperband")
+PAUSING_ARGUMENTS = ("min_epochs", "factor")
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -92,3 +98,15 @@ def _order(brackets: int, factor: int) -> tuple[int, ...]:
         owed[chosen] -= sum(shares)
         order.append(chosen)
     return tuple(order)
+
+
+def pauses(pruner: Component) -> bool:
+    """Tell whether a pruner pauses trials."""
+    return pruner.name == "asha" or (pruner.name in PAUSING and bool(pruner.arguments.keys() & {*PAUSING_ARGUMENTS}))
+
+
+def make_pausing(pruner: Component | None) -> Pausing | None:
+    """Return the rungs at which a study's trials pause, or None where its pruner ends trials, or there is none."""
+    if pruner is None or not pauses(pruner):
+        return None
+    return Pausing(**pruner.arguments, brackets=pruner.name == "hyperband")

@@ -18,10 +18,10 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
-from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_pausing, make_sampler, startup_trials
+from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_sampler, startup_trials
 from caltech_sweep.study.definition import Row, StudyDefinition
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_of, grid_size, param_names, reachable
-from caltech_sweep.study.pausing import Contender
+from caltech_sweep.study.pausing import Contender, make_pausing
 from caltech_sweep.sweep import optuna_trials
 from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled
 from caltech_sweep.sweep.sharing import next_index
