@@ -265,7 +265,7 @@ def test_the_search_shows_rungs_paused_trials_and_which_ones_the_model_proposed(
     cells = re.findall(r'<th scope="row">(\d)</th><td>(\d)</td><td>(\d)</td><td>([\d.]+)</td>', html)
     assert cells == [("1", "5", "3", "0.200"), ("2", "3", "2", "0.400")]
     for legend in ("complete, sampled at random", "paused", "went on from a rung", "paused at a rung"):
-        assert legend in texts(html)
+        assert f"</svg>{legend}</li>" in html
     report = build_report(["pausing"], "markdown", 3, own.tracker.uri)
     assert (
         "Paused: 2 trials at epoch 1 of 4 (0 and 2) and 1 trial at epoch 2 of 4 (3). They have no results yet; "

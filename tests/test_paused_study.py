@@ -144,7 +144,7 @@ def test_a_paused_trial_is_run_to_its_end_by_its_number_even_if_its_state_is_los
     assert result.exit_code == 0 and "study pausing: 1 complete" in result.output
     rung = trial.user_attrs[RUNG]
     said = (
-        f"trial-{trial.number:03d}: its state at epoch {rung} is not kept any more, so it is trained again up to there"
+        f"trial-{trial.number:03d}: its state at epoch {rung} is not in the cache, so it is trained again up to there"
     )
     assert (said in result.output) == lost
     run = runs()[trial.number]

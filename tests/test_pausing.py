@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,8 @@ from caltech_sweep.study.definition import Component, StudyDefinition
 from caltech_sweep.study.pausing import Pausing, make_pausing
 from caltech_sweep.sweep.executors.base import Epoch, Event, Job
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
-from caltech_sweep.sweep.optuna_trials import is_paused
+from caltech_sweep.sweep.optuna_trials import is_paused, seen_trials
+from caltech_sweep.sweep.queue import sampler_for
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
 from helpers.searches import COMBINATIONS, ENOUGH, GRID, ROWS, STOCK, searched, settings_of, stock
 
@@ -40,7 +43,7 @@ def noisy(levels: int) -> Callable[[TrialConfig], list[float]]:
     """Return curves that cross each other and have equals, made from the settings of a trial."""
 
     def curve(config: TrialConfig) -> list[float]:
-        chance = random.Random(repr((config.lr, config.momentum, config.batch_size, config.freeze)))
+        chance = random.Random(repr((config.lr, config.momentum, config.batch_size, config.freeze, config.gamma)))
         return [chance.randrange(levels) / levels for _ in range(config.epochs)]
 
     return curve
@@ -223,11 +226,20 @@ def ends(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:
     return [(t.number, t.state, t.value, t.params, t.intermediate_values, is_paused(t)) for t in trials]
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp"])
+FAMILIES = replace(asha(14, name="tpe"), expand={"gamma": (0.1, 0.5)})
+STOPPED = {
+    "tpe": asha(16, name="tpe"),
+    "gp": asha(ENOUGH["gp"], name="gp"),
+    "brackets": asha(16, name="tpe", pruner=Component("hyperband", {"min_epochs": 1, "factor": 2})),
+    "families": FAMILIES,
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
 def test_a_study_that_is_stopped_again_and_again_decides_and_samples_as_an_undisturbed_one(
     name: str, tmp_path: Path
 ) -> None:
-    definition = asha(ENOUGH.get(name, 16), name=name)
+    definition = STOPPED[name]
     steps, undisturbed = search(definition, noisy(60))
     uri, tracker, parts, chance = f"sqlite:///{tmp_path}/optuna.db", MemoryTracker(), [], random.Random(1)
     while True:
@@ -251,6 +263,42 @@ def test_a_raised_total_goes_on_as_one_study_would_have(tmp_path: Path) -> None:
         part, trials = search(asha(total, name="tpe"), noisy(60), uri, tracker)
         parts += part
     assert first_times(parts) == steps and ends(trials) == ends(whole)
+
+
+IN_A_NEW_PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+import pickle
+from pathlib import Path
+from test_pausing import MemoryTracker, STOPPED, noisy, replace, search
+tracker = Path("tracker.pickle")
+memory = pickle.loads(tracker.read_bytes()) if tracker.exists() else MemoryTracker()
+search(replace(STOPPED["tpe"], trials={total}), noisy(60), "sqlite:///optuna.db", memory)
+tracker.write_bytes(pickle.dumps(memory))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_follow_each_other_decide_and_sample_as_one_does(tmp_path: Path) -> None:
+    for total in (7, 12, 16):
+        code = IN_A_NEW_PROCESS.format(tests=str(Path(__file__).parent), total=total)
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    _, undisturbed = search(STOPPED["tpe"], noisy(60))
+    trials = open_study(STOPPED["tpe"], f"sqlite:///{tmp_path}/optuna.db", STOPPED["tpe"].identity()).trials
+    assert ends(trials) == ends(undisturbed)
+
+
+def test_paused_trials_stay_visible_to_the_sampler_and_are_left_alone_when_the_pruner_changes(tmp_path: Path) -> None:
+    uri, tracker = f"sqlite:///{tmp_path}/optuna.db", MemoryTracker()
+    _, before = search(asha(8, name="tpe"), noisy(60), uri, tracker)
+    assert sum(map(is_paused, before)) >= 4
+    executor = Photographing(open_study(asha(8, name="tpe"), uri, asha(8, name="tpe").identity()))
+    run_scripted(replace(asha(12, name="tpe"), pruner=None), executor, tracker, executor.study)
+    assert [job.number for job in executor.jobs] == [8, 9, 10, 11]
+    assert ends(executor.study.trials)[:8] == ends(before)
+    sampler = sampler_for(replace(asha(12, name="tpe"), pruner=None), 12)
+    states = [trial.state for trial in seen_trials(executor.study, sampler)]
+    assert states[:8] == [TrialState.PRUNED if is_paused(trial) else TrialState.COMPLETE for trial in before]
 
 
 @pytest.mark.parametrize("slots", [2, 5])

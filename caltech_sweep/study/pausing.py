@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from caltech_sweep.study.definition import Component
 
-# Pruners of this package, which pause trials where Optuna's end them. ``hyperband`` with Optuna's arguments is Optuna's.
+# Pruners of this package: they pause trials where Optuna's end them. ``hyperband`` with Optuna's arguments is Optuna's.
 PAUSING = ("asha", "hyperband")
 PAUSING_ARGUMENTS = ("min_epochs", "factor")
 

@@ -180,7 +180,7 @@ class Coordinator:
         if event.epoch <= running.queued.paused_at and not (event.reused or running.retrains):
             running.retrains = True
             self.progress.note(
-                f"{running.queued.name}: its state at epoch {running.queued.paused_at} is not kept any more, so it is "
+                f"{running.queued.name}: its state at epoch {running.queued.paused_at} is not in the cache, so it is "
                 "trained again up to there, with the same result"
             )
         running.broken = running.broken or _broken(event.metrics, f"in epoch {event.epoch}")

@@ -394,6 +394,4 @@ def sampler_for(definition: StudyDefinition, number: int) -> optuna.samplers.Bas
     sampler = make_sampler(definition.sampler, number, space)
     configs = [definition.row_config(row).to_dict() for row in definition.rows]
     inside = definition.sampler.name in EXHAUSTIVE or all(reachable(space, config) == space for config in configs)
-    if inside and make_pausing(definition.pruner) is None:
-        return sampler
     return ViewSampler(sampler, () if inside else param_names(space))

@@ -236,8 +236,9 @@ def history_svg(
             groups.setdefault((point.outcome, hollow), []).append((point.number, point.value))
         for (outcome, hollow), places in sorted(groups.items()):
             colour = ACCENT if outcome == "complete" else MUTED
-            face = {"markerfacecolor": "none"} if hollow else {}
-            axes.plot(*zip(*places, strict=True), _MARKERS.get(outcome, "o"), markersize=4, color=colour, **face)
+            face = "none" if hollow else colour
+            marker = _MARKERS.get(outcome, "o")
+            axes.plot(*zip(*places, strict=True), marker, markersize=4, color=colour, markerfacecolor=face)
         axes.set_xlabel("trial number", labelpad=2)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         return _svg(figure, label, {}, **{"class": "chart"})
