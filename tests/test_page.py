@@ -269,7 +269,7 @@ def test_the_search_shows_rungs_paused_trials_and_which_ones_the_model_proposed(
     report = build_report(["pausing"], "markdown", 3, own.tracker.uri)
     assert (
         "Paused: 2 trials at epoch 1 of 4 (0 and 2) and 1 trial at epoch 2 of 4 (3). They have no results yet; "
-        "`caltech-sweep run pausing --resume-trial N` runs trial N to its end."
+        "caltech-sweep run pausing --resume-trial N runs trial N to its end."
     ) in report
     assert "trial-003" not in report and "trial-004" in report
 

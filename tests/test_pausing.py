@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
@@ -27,7 +29,10 @@ from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.optuna_trials import is_paused, seen_trials
 from caltech_sweep.sweep.queue import sampler_for
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from caltech_sweep.tracking.journal import Journal, JournalingTracker
+from caltech_sweep.tracking.writer import is_outage
 from helpers.searches import COMBINATIONS, ENOUGH, GRID, ROWS, STOCK, searched, settings_of, stock
+from helpers.studies import Killed, Unreliable, told
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -312,6 +317,88 @@ def test_several_workers_train_each_epoch_of_each_trial_once(slots: int) -> None
         assert [epoch for epoch, _, _ in run.history] == list(range(1, last + 1))
         assert (last in (1, 2, 4, 8)) if is_paused(trial) else last == 9
     assert 5 < sum(map(is_paused, trials)) < 28
+
+
+# -- kills and outages -------------------------------------------------------------------------------------------------
+
+SHORT = replace(asha(8, epochs=4), rows=ROWS[:1])
+STORAGE_WRITES = (
+    "create_new_trial",
+    "set_trial_param",
+    "set_trial_intermediate_value",
+    "set_trial_user_attr",
+    "set_trial_state_values",
+)
+TRACKER_WRITES = ("start_trial", "resume_trial", "log_dataset", "log_epochs", "finish_trial", "finish_study")
+
+
+class Doomed:
+    """Counts the writes to both stores, and kills the coordinator before one of them."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.writes = at, 0
+
+    def doom(self, owner: Any, names: tuple[str, ...]) -> None:
+        for name in names:
+            setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.writes += 1
+            if self.writes >= self.at:
+                raise Killed
+            return method(*arguments, **named)
+
+        return call
+
+
+def killed_and_run_again(at: int) -> tuple[int, list[Any], Any]:
+    """Kill the coordinator before write ``at``, run the study again; return the writes so far, and both stores."""
+    storage, tracker, doomed = InMemoryStorage(), MemoryTracker(), Doomed(at)
+    optuna.create_study(storage=storage, study_name="s", direction="maximize", pruner=optuna.pruners.NopPruner())
+    kept = dict(vars(storage)), dict(vars(tracker))
+    doomed.doom(storage, STORAGE_WRITES)
+    doomed.doom(tracker, TRACKER_WRITES)
+    with suppress(Killed):
+        study = optuna.load_study(study_name="s", storage=storage, pruner=optuna.pruners.NopPruner())
+        run_scripted(SHORT, Watched(noisy(60)), tracker, study)
+    for owner, names in ((storage, STORAGE_WRITES), (tracker, TRACKER_WRITES)):
+        for name in names:
+            delattr(owner, name)
+    assert (vars(storage).keys(), vars(tracker).keys()) == (kept[0].keys(), kept[1].keys())
+    study = optuna.load_study(study_name="s", storage=storage, pruner=optuna.pruners.NopPruner())
+    assert run_scripted(SHORT, Watched(noisy(60)), tracker, study).complete
+    attributes = [{k: v for k, v in t.user_attrs.items() if k != "config"} for t in study.trials]
+    return doomed.writes, [ends(study.trials), attributes], told(tracker)
+
+
+UNDISTURBED = killed_and_run_again(10**6)
+WRITES = UNDISTURBED[0]
+SOME = range(1, WRITES + 1, 7)
+
+
+@pytest.mark.parametrize("at", [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in range(1, WRITES)])
+def test_a_kill_between_any_two_writes_leaves_no_trace(at: int) -> None:
+    assert killed_and_run_again(at)[1:] == UNDISTURBED[1:]
+
+
+def test_an_outage_while_trials_pause_and_go_on_ends_with_every_result_once(tmp_path: Path) -> None:
+    def run(tracker: Unreliable, folder: Path) -> Any:
+        journaling = JournalingTracker(tracker, Journal(folder / "journal"), is_outage, lambda line: None)
+        (folder / "scratch").mkdir(parents=True)
+        study = open_study(SHORT, MEMORY, SHORT.identity())
+        assert scripted_coordinator(SHORT, Watched(noisy(60)), journaling, folder / "scratch", study).run().complete
+        for _ in range(100):
+            if journaling.replay():
+                break
+        return told(tracker)
+
+    steady = Unreliable()
+    expected = run(steady, tmp_path / "steady")
+    assert {"paused", "complete"} == {run.tags["outcome"] for run in steady.runs.values()}
+    for first in range(1, steady.calls + 1, 6):
+        for after in (False, True):
+            assert run(Unreliable(first, 9, after), tmp_path / f"{first}-{after}") == expected, (first, after)
 
 
 # -- the file and the command ------------------------------------------------------------------------------------------

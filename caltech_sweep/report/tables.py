@@ -336,8 +336,8 @@ def _paused(study: StoredStudy) -> list[str]:
         for (epoch, epochs), numbers in sorted(places.items())
     ]
     return [
-        f"Paused: {_listed(groups)}. {'It has' if count == 1 else 'They have'} no results yet; `caltech-sweep run "
-        f"{study.record.name} --resume-trial N` runs trial N to its end."
+        f"Paused: {_listed(groups)}. {'It has' if count == 1 else 'They have'} no results yet; caltech-sweep run "
+        f"{study.record.name} --resume-trial N runs trial N to its end."
     ]
 
 
