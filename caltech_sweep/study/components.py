@@ -39,13 +39,6 @@ PACKAGES = {"cmaes": "cmaes", "gp": "scipy", "qmc": "scipy"}  # what Optuna impo
 
 
 LARGEST_ARGUMENT = 1_000_000  # trials, epochs or candidates
-# Samplers with a model, and the argument that says how many trials have to end before they propose from it.
-_MODELS = {
-    "tpe": "n_startup_trials",
-    "gp": "n_startup_trials",
-    "cmaes": "n_startup_trials",
-    "nsgaii": "population_size",
-}
 LEARN_FROM_PRUNED = ("tpe",)  # the others learn from complete trials only
 _FIXED_SEQUENCE = ("qmc", *EXHAUSTIVE)
 _DERIVED = ("self", "search_space")  # arguments that the study's space gives
@@ -115,6 +108,20 @@ def _pausing_problems(component: Component) -> Iterator[tuple[str, str]]:
             yield key, str(error).removeprefix(f"{key} ")
 
 
+def _argument(kind: str, component: Component, name: str) -> Any:
+    """Return an argument of a component by Optuna's name, or None where its class has none of that name."""
+    given = {ALIASES.get(key, key): value for key, value in component.arguments.items()}
+    known = inspect.signature(_class_of(kind, component.name)).parameters
+    return given.get(name, known[name].default) if name in known else None
+
+
+def startup_trials(sampler: Component) -> int | None:
+    """Return how many trials have to end before a sampler proposes from a model; None for one without a model."""
+    name = "population_size" if sampler.name == "nsgaii" else "n_startup_trials"
+    found: int | None = _argument("sampler", sampler, name)
+    return found
+
+
 def make_sampler(component: Component, number: int, space: Mapping[str, Dimension]) -> optuna.samplers.BaseSampler:
     """Return the sampler that suggests trial ``number`` out of a space.
 
@@ -136,16 +143,6 @@ def make_sampler(component: Component, number: int, space: Mapping[str, Dimensio
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: optuna.samplers.BaseSampler = _build("sampler", Component(component.name, arguments), grid)
     return sampler
-
-
-def startup_trials(sampler: Component) -> int | None:
-    """Return how many trials have to end before a sampler proposes from its model; None: it has none."""
-    argument = _MODELS.get(sampler.name)
-    if argument is None:
-        return None
-    arguments = {ALIASES.get(key, key): value for key, value in sampler.arguments.items()}
-    default = inspect.signature(_class_of("sampler", sampler.name)).parameters[argument].default
-    return int(arguments.get(argument, default))
 
 
 def make_pruner(component: Component | None) -> optuna.pruners.BasePruner:
