@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,6 @@ from helpers.searches import (
     EPOCHS,
     GRID,
     PRUNERS,
-    ROWS,
     SEARCH,
     STOCK,
     curve,

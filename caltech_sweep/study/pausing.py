@@ -13,14 +13,14 @@ from functools import lru_cache
 
 from caltech_sweep.study.definition import Component
 
-# Pruners of this package: they pause trials where Optuna's end them. ``hyperband`` with Optuna's arguments is Optuna's.
+# Pruners of this package: they pause trials where Optuna's end them. With Optuna's arguments ``hyperband`` is Optuna's.
 PAUSING = ("asha", "hyperband")
 PAUSING_ARGUMENTS = ("min_epochs", "factor")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A trial as the others are compared with it: its validation accuracy by epoch, and where it is paused.
+    """A trial as the others are compared with it: its results by epoch, more being better, and where it is paused.
 
     ``bracket`` is None for a row, which is in all of them.
     """

@@ -177,7 +177,8 @@ class TrialQueue:
             at = rung if trial.number == number else trial.user_attrs[RUNG] if is_paused(trial) else 0
             epochs = trial.user_attrs["config"]["epochs"]
             bracket = None if "row" in trial.user_attrs else self.pausing.bracket(trial.number, epochs)
-            contenders.append(Contender(trial.number, trial.intermediate_values, at, bracket))
+            results = {epoch: -self.objective.loss(value) for epoch, value in trial.intermediate_values.items()}
+            contenders.append(Contender(trial.number, results, at, bracket))
         return self.pausing.promoted(contenders)
 
     def _promote(self, paused: FrozenTrial) -> QueuedTrial:

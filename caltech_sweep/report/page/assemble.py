@@ -60,8 +60,13 @@ def build_page(studies: Sequence[str], options: Options, tracking_uri: str | Non
     runs = [run.run_id for study in stored for _, _, run in curves.drawn(study)]
     histories = read_histories(reader.uri, runs, list(curves.METRICS))
     most = POINTS_OF_A_SERVER if reader.uri.startswith("http") else POINTS
-    searches = [run.run_id for found in map(curves.sampled, stored) if len(found) <= most for run in found]
-    moments = read_moments(reader.uri, searches, "val/accuracy")
+    searches = [run for found in map(curves.sampled, stored) if len(found) <= most for run in found]
+    names = {run.objective.each_epoch for run in searches}
+    moments = [
+        moment
+        for name in sorted(names)
+        for moment in read_moments(reader.uri, [r.run_id for r in searches if r.objective.each_epoch == name], name)
+    ]
     tables = told_apart(
         [build_table(s, options.best, reader.text, _link(reader.uri, s.record.experiment_id)) for s in stored]
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from caltech_sweep.report.page import charts
 from caltech_sweep.study.definition import Component
@@ -32,26 +31,16 @@ class Effort:
     rungs: tuple[Rung, ...]
 
 
-def pausing_of(document: Mapping[str, Any]) -> Pausing | None:
-    """Return the rungs of a study, by its document."""
-    pruner = document.get("pruner") or {}
-    arguments = {key: value for key, value in pruner.items() if key != "name"}
-    try:
-        return make_pausing(Component(str(pruner.get("name")), arguments)) if pruner else None
-    except (TypeError, ValueError):  # a study of another version
-        return None
-
-
 def _rungs_of(trial: TrialRecord, pausing: Pausing | None) -> tuple[int, ...]:
     epochs = trial.params.get("epochs", "")
     return pausing.rungs(trial.number, int(epochs)) if pausing is not None and epochs.isdecimal() else ()
 
 
 def effort_of(
-    trials: Sequence[TrialRecord], moments: Sequence[Moment], document: Mapping[str, Any], figure: str
+    trials: Sequence[TrialRecord], moments: Sequence[Moment], pruner: Component | None, figure: str
 ) -> Effort | None:
-    """Return the effort of the sampled trials; ``moments`` are their validation accuracies. None without any."""
-    by_run, pausing = {trial.run_id: trial for trial in trials}, pausing_of(document)
+    """Return the effort of the sampled trials; ``moments`` are their objectives by epoch. None without any."""
+    by_run, pausing = {trial.run_id: trial for trial in trials}, make_pausing(pruner)
     in_order = sorted(
         (moment for moment in moments if moment.run_id in by_run),
         key=lambda moment: (moment.at, by_run[moment.run_id].number, moment.epoch),
@@ -59,24 +48,26 @@ def effort_of(
     last = {moment.run_id: 0 for moment in in_order}
     for moment in in_order:
         last[moment.run_id] = max(last[moment.run_id], moment.epoch)
-    best, line = 0.0, []
+    best: float | None = None
+    line: list[tuple[int, float]] = []
     results: list[tuple[int, float, bool]] = []  # epochs spent, accuracy, whether it went on
     rungs: dict[int, list[tuple[float, bool]]] = {}
     for spent, moment in enumerate(in_order, 1):
         trial = by_run[moment.run_id]
-        if trial.outcome == "complete":
-            best = max(best, moment.value)
-        line += [(spent, best)] if best else []
+        if trial.outcome == "complete" and (best is None or trial.objective.better(moment.value, best)):
+            best = moment.value
+        line += [] if best is None else [(spent, best)]
         if moment.epoch in _rungs_of(trial, pausing):
             went_on = moment.epoch < last[moment.run_id]
             results.append((spent, moment.value, went_on))
             rungs.setdefault(moment.epoch, []).append((moment.value, went_on))
-    if not line:
+    if best is None:
         return None
+    objective = trials[0].objective
     table = tuple(
-        Rung(epoch, len(found), sum(went_on for _, went_on in found), max(value for value, _ in found))
+        Rung(epoch, len(found), sum(on for _, on in found), objective.best(value for value, _ in found) or 0.0)
         for epoch, found in sorted(rungs.items())
     )
-    label = f"Best validation accuracy of the complete sampled trials by epochs spent: {best:.3f} after "
+    label = f"Best validation {objective.label} of the complete sampled trials by epochs spent: {best:.3f} after "
     label += f"{counted(len(in_order), 'epoch')} of {counted(len(last), 'trial')}."
     return Effort(charts.effort_svg(line, results, label, figure), table)

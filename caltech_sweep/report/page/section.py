@@ -183,7 +183,7 @@ def _search(
     section: str,
     moments: Sequence[Moment] = (),
 ) -> Search:
-    points, trials = _history_points(study), curves.sampled(study)
+    points, trials, definition = _history_points(study), curves.sampled(study), study.record.definition
     complete = [trial for trial in trials if trial.outcome == "complete"]
     if not points:
         return Search("No sampled trial has ended yet, so there is no search to show.")
@@ -211,7 +211,7 @@ def _search(
         label,
         importance,
         note,
-        effort_of(trials, moments, study.record.document, f"{section}-effort"),
+        effort_of(trials, moments, definition.pruner if definition else None, f"{section}-effort"),
         frozenset({*counts, *(["random"] if any(p.random and p.outcome == "complete" for p in drawn) else [])}),
     )
 
