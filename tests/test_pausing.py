@@ -24,7 +24,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.components import component_problems
 from caltech_sweep.study.definition import Component, StudyDefinition
 from caltech_sweep.study.pausing import Pausing, make_pausing
-from caltech_sweep.sweep.executors.base import Epoch, Event, Job
+from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Job
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.optuna_trials import is_paused, seen_trials
 from caltech_sweep.sweep.queue import sampler_for
@@ -147,6 +147,26 @@ def test_trials_pause_and_are_promoted_as_in_the_paper_s_pseudo_code(
     for trial in found:
         last = max(epoch for number, epoch in steps if number == trial.number)
         assert is_paused(trial) == (last < epochs) and (trial.state == TrialState.COMPLETE) == (last == epochs)
+
+
+class WithLoss(Watched):
+    """Says the best loss at the end, too; it is scripted to be 1 - accuracy."""
+
+    def poll(self, timeout: float) -> list[Event]:
+        return [
+            replace(event, metrics={**event.metrics, "best/val_loss": 1 - event.metrics["best/val_accuracy"]})
+            if isinstance(event, Done)
+            else event
+            for event in super().poll(timeout)
+        ]
+
+
+def test_where_less_is_better_the_lowest_go_on() -> None:
+    definition = replace(asha(20), fixed={"epochs": 9, "objective": "val/loss"})
+    executor, study = WithLoss(noisy(60)), open_study(definition, MEMORY, definition.identity())
+    assert run_scripted(definition, executor, MemoryTracker(), study).complete
+    curves = [noisy(60)(config_of(trial)) for trial in study.trials]
+    assert executor.steps == reference_steps(curves, len(ROWS), 1, 2)
 
 
 def test_hyperband_runs_asha_in_each_of_its_brackets() -> None:
