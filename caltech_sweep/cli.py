@@ -85,7 +85,7 @@ resume_option = click.option(
     "--resume-trial",
     "resume_trials",
     multiple=True,
-    type=click.IntRange(0),
+    type=click.IntRange(0, 1_000_000),
     metavar="N",
     help="Run only the paused trial of this number, to its end; may be repeated.",
 )
