@@ -81,6 +81,14 @@ threads_option = click.option(
     "--threads", type=click.IntRange(1, 10_000), help="Torch threads of each worker; default all cores."
 )
 row_option = click.option("--row", "rows", multiple=True, metavar="NAME", help="Run only this row; may be repeated.")
+resume_option = click.option(
+    "--resume-trial",
+    "resume_trials",
+    multiple=True,
+    type=click.IntRange(0, 1_000_000),
+    metavar="N",
+    help="Run only the paused trial of this number, to its end; may be repeated.",
+)
 replicates_option = click.option(
     "--replicates", type=click.IntRange(1, 10_000), help="Number of seeds per row (default: from the study file)."
 )
@@ -120,6 +128,7 @@ def main() -> None:
 @device_option
 @threads_option
 @row_option
+@resume_option
 @replicates_option
 @click.option(
     "--confirm", type=click.IntRange(0, 10_000), default=0, metavar="K", help="Repeat the K best on fresh seeds."
@@ -328,7 +337,9 @@ def cache(clear: bool) -> None:
         click.echo(f"freed {store.clear() / 1e9:.2f} GB in {folder}")
         return
     for entry in store.entries():
-        click.echo(f"{entry.bytes / 1e6:10.1f} MB  {datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}  {entry.name}")
+        held = "  held for a paused trial" if entry.held else ""
+        used = f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}"
+        click.echo(f"{entry.bytes / 1e6:10.1f} MB  {used}  {entry.name}{held}")
     click.echo(f"{store.size() / 1e9:.2f} GB in {folder}; by default at most {default_budget(folder) / 1e9:.2f} GB")
 
 

@@ -33,7 +33,15 @@ from caltech_sweep.metrics import (
     objective,
 )
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
-from caltech_sweep.tracking.records import OUTCOMES, EpochLog, StudyRecord, Tracker, TrialRecord
+from caltech_sweep.tracking.records import (
+    END_TAGS,
+    OUTCOMES,
+    UNFINISHED,
+    EpochLog,
+    StudyRecord,
+    Tracker,
+    TrialRecord,
+)
 from caltech_sweep.training.stopping import last_epoch
 
 if TYPE_CHECKING:
@@ -72,6 +80,7 @@ class ScriptedExecutor:
         self._lockstep: dict[int, bool] = {}
         self._waits: set[int] = set()
         self._tries: dict[int, int] = {}
+        self._trained: dict[int, int] = {}  # epochs of each trial that an earlier job of it has finished
 
     def free(self) -> int:
         """Return how many slots are free; a job that needs its device to itself is treated like any other."""
@@ -83,9 +92,10 @@ class ScriptedExecutor:
         accuracies = script.accuracies if script.accuracies is not None else [0.5] * job.config.epochs
         goal = objective(job.config.objective).each_epoch
         end = last_epoch(job.config, [epoch_metrics(value)[goal] for value in accuracies])
-        accuracies = accuracies[:end]
+        accuracies, trained = accuracies[:end], self._trained.get(job.number, 0)
         events: list[Event] = [
-            Epoch(job.number, n, epoch_metrics(value), last=n == end) for n, value in enumerate(accuracies, 1)
+            Epoch(job.number, n, epoch_metrics(value), reused=n <= trained, last=n == end)
+            for n, value in enumerate(accuracies, 1)
         ]
         tries = self._tries[job.number] = self._tries.get(job.number, 0) + 1
         if tries <= script.deaths:
@@ -115,9 +125,13 @@ class ScriptedExecutor:
         for number in [number for number in self._events if number not in self._waits]:
             event = self._events[number].pop(0)
             happened.append(event)
+            if isinstance(event, WorkerDied):  # which had kept no checkpoint
+                self._trained.pop(number, None)
             if not isinstance(event, Epoch):
                 del self._events[number]
-            elif self._lockstep[number]:
+                continue
+            self._trained[number] = max(event.epoch, self._trained.get(number, 0))
+            if self._lockstep[number]:
                 self._waits.add(number)
         return happened
 
@@ -195,7 +209,7 @@ class MemoryTracker:
         """Open a trial's run again."""
         run = self.runs[run_id]
         run.status = "RUNNING"
-        run.tags = {**{k: v for k, v in run.tags.items() if k not in ("outcome", "reason")}, **tags}
+        run.tags = {**{k: v for k, v in run.tags.items() if k not in END_TAGS}, **tags}
         return self.last_epoch(run_id)
 
     def last_epoch(self, run_id: str) -> int:
@@ -205,7 +219,7 @@ class MemoryTracker:
     def has_ended(self, run_id: str) -> bool:
         """Tell whether a run has its final end."""
         run = self.runs[run_id]
-        return run.status != "RUNNING" and run.tags.get("outcome") not in (None, "interrupted")
+        return run.status != "RUNNING" and run.tags.get("outcome") not in (None, *UNFINISHED)
 
     def keep_up(self) -> None:
         """Nothing waits."""

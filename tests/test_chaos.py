@@ -66,11 +66,13 @@ def damage(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("search", [chaos.LEARNING, chaos.PAUSING], ids=["pruning", "pausing"])
 def test_a_study_killed_at_random_instants_reports_what_an_undisturbed_one_does(
-    start: Callable[[Path], BaseProcess], tmp_path: Path
+    search: str, start: Callable[[Path], BaseProcess], tmp_path: Path
 ) -> None:
     chance, kills = random.Random(5), 0
-    whole, killed = (chaos.furnish(tmp_path / name, chaos.LEARNING, TRIALS, epochs=2) for name in ("whole", "killed"))
+    trials, epochs = (9, 4) if search == chaos.PAUSING else (TRIALS, 2)
+    whole, killed = (chaos.furnish(tmp_path / name, search, trials, epochs) for name in ("whole", "killed"))
     process = start(whole)
     wait_for_a_line(process, whole)
     begun = time.monotonic()
@@ -92,9 +94,13 @@ def test_a_study_killed_at_random_instants_reports_what_an_undisturbed_one_does(
     log = (killed / "log.txt").read_text()
     assert process.exitcode == 0 and kills >= 3 and "Traceback" not in log, log
     assert "it waits again" in log
-    assert chaos.check_stores(killed, TRIALS) == []
+    assert chaos.check_stores(killed, trials) == []
     reports = [chaos.read_reports(place, chaos.report_in_process) for place in (whole, killed)]
-    assert reports[1] == reports[0] and "trial-004" in reports[0]
+    assert reports[1] == reports[0]
+    if search == chaos.PAUSING:
+        assert "goes on from epoch" in log and "Paused: " in reports[0]
+    else:
+        assert "trial-004" in reports[0]
     damage(killed)
-    found = "\n".join(chaos.check_stores(killed, TRIALS))
-    assert all(what in found for what in (*chaos.MLFLOW_CHECKS, *chaos.OPTUNA_CHECKS, "not 0 to 4")), found
+    found = "\n".join(chaos.check_stores(killed, trials))
+    assert all(what in found for what in (*chaos.MLFLOW_CHECKS, *chaos.OPTUNA_CHECKS, f"not 0 to {trials - 1}")), found

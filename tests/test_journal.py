@@ -12,7 +12,6 @@ import time
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +24,7 @@ from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker, is_outage
 from helpers.places import invoke
 from helpers.servers import answering, free_port
-from helpers.studies import DEFINITION, Unreliable, new_study
+from helpers.studies import DEFINITION, Unreliable, new_study, told
 
 THREE = replace(DEFINITION, trials=3)
 
@@ -43,23 +42,6 @@ def run(tracker: MemoryTracker, folder: Path) -> list[str]:
             break
     assert not journaling.waiting and not (folder / "journal").exists()
     return notes
-
-
-def told(tracker: MemoryTracker) -> Any:
-    """Return all that a tracker was told, without times and ids."""
-    return [
-        (
-            run.name,
-            run.params,
-            {k: v for k, v in run.tags.items() if k != "journal.id"},
-            run.status,
-            [(epoch, dict(metrics)) for epoch, metrics, _ in run.history],
-            run.metrics,
-            run.artifacts,
-            tracker.datasets[run_id],
-        )
-        for run_id, run in tracker.runs.items()
-    ] + [tracker.statuses]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["away", "answers-lost"])

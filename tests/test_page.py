@@ -33,7 +33,7 @@ from caltech_sweep.report.page.curves import Line, groupings
 from caltech_sweep.report.page.importance import FEWEST, importances, weigh
 from caltech_sweep.report.page.section import Options
 from caltech_sweep.report.page.thumbnails import SIDE, open_thumbnails
-from caltech_sweep.study.definition import Choices, Range, Row
+from caltech_sweep.study.definition import Choices, Component, Range, Row
 from caltech_sweep.tracking.history import _from_database, _from_server, read_histories
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.stores import DRAWN, HOSTILE, HOSTILE_CLASSES, PageStore, new_store, write_store
@@ -246,6 +246,32 @@ def test_the_search_shows_the_history_of_the_sampled_trials_alone(store: PageSto
     assert not [label for label in labels if label.startswith("Importance")]
     html = page_of(store, "lost")
     assert "No sampled trial has ended yet, so there is no search to show." in texts(html)
+
+
+def test_the_search_shows_rungs_paused_trials_and_which_ones_the_model_proposed(blank: Path, tmp_path: Path) -> None:
+    shutil.copy(blank, tmp_path)
+    own = new_store(tmp_path)
+    study = own.study("pausing", "Pausing", (), DRAWN, pruner=Component("asha", {"min_epochs": 1, "factor": 2}))
+    for number, last in enumerate((1, 4, 1, 2, 4)):
+        config, origin = study.config({"lr": 0.001 * (number + 1)}), "random" if number < 2 else "model"
+        own.trial("pausing", config, number, number, outcome="complete" if last == 4 else "paused", epochs=last,
+                  suggested_by=origin, **({} if last == 4 else {"paused_at": str(last)}))  # fmt: skip
+    html = page_of(own, "pausing")
+    sentence = "5 sampled trials: 2 complete, 0 pruned, 3 paused. 2 sampled at random, 3 proposed by the model of the "
+    assert sentence + "sampler. Paused: 2 at epoch 1 of 4, 1 at epoch 2 of 4." in texts(html)
+    labels = [attributes.get("aria-label") or "" for attributes, _ in read(html).all("svg")]
+    (effort,) = [label for label in labels if label.startswith("Best validation accuracy of the complete")]
+    assert effort.endswith("by epochs spent: 0.800 after 12 epochs of 5 trials.")
+    cells = re.findall(r'<th scope="row">(\d)</th><td>(\d)</td><td>(\d)</td><td>([\d.]+)</td>', html)
+    assert cells == [("1", "5", "3", "0.200"), ("2", "3", "2", "0.400")]
+    for legend in ("complete, sampled at random", "paused", "went on from a rung", "paused at a rung"):
+        assert f"</svg>{legend}</li>" in html
+    report = build_report(["pausing"], "markdown", 3, own.tracker.uri)
+    assert (
+        "Paused: 2 trials at epoch 1 of 4 (0 and 2) and 1 trial at epoch 2 of 4 (3). They have no results yet; "
+        "caltech-sweep run pausing --resume-trial N runs trial N to its end."
+    ) in report
+    assert "trial-003" not in report and "trial-004" in report
 
 
 # lr decides, freeze does not; the trials of a seed are in an order of their own.

@@ -171,6 +171,14 @@ def max_failures(place: Path) -> None:
     assert len(trials()) == 2
 
 
+def resume_trials(place: Path) -> None:
+    study = place / "sweeps" / "tiny.yaml"
+    study.write_text(study.read_text() + "pruner: {name: asha, min_epochs: 1, factor: 4}\n")
+    run(*RUN, says="2 complete, 1 paused")
+    run(*RUN, "--resume-trial", "2", says="study tiny: 1 complete")
+    assert len(trials()) == 3
+
+
 def in_process(place: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail("a process was started"))
@@ -181,9 +189,9 @@ TESTS: dict[str, Callable[[Path], None]] = {
     **{"trials": trials_in_total},
     **{f.__name__: f for f in (overrides, data, name, tracking_uri, storage, adopt, workers, per_device, device)},
     **{f.__name__: f for f in (threads, rows, replicates, confirm, reuse, cache_size, hang_timeout, max_failures)},
-    **{"in_process": in_process},
+    **{"in_process": in_process, "resume_trials": resume_trials},
 }
-SLOW = {"workers", "per_device", "hang_timeout"}  # these start workers
+SLOW = {"workers", "per_device", "hang_timeout", "resume_trials"}  # these start workers, or train much
 
 
 def test_every_option_of_run_has_a_test_here() -> None:

@@ -8,98 +8,37 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.seeds import derive_seed
-from caltech_sweep.study.definition import Component, Range, Row, StudyDefinition, SubsetOf
+from caltech_sweep.study.definition import Component, Row, StudyDefinition
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
 from helpers.places import Cli
-from helpers.searches import EPOCHS, PRUNERS, ROWS, SEARCH, curve, run, searched
+from helpers.searches import (
+    COMBINATIONS,
+    ENOUGH,
+    EPOCHS,
+    GRID,
+    PRUNERS,
+    SEARCH,
+    STOCK,
+    curve,
+    run,
+    searched,
+    settings_of,
+    stock,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-
-GRID = replace(
-    SEARCH,
-    space={
-        "lr": Range(0.1, 0.3, step=0.1),
-        "batch_size": Range(8, 10, integer=True),
-        "augment": SubsetOf(("hflip", "rotation")),
-    },
-    rows=(Row("Row", {"lr": 0.3, "batch_size": 9, "augment": ["hflip"]}),),
-    trials=60,
-)
-COMBINATIONS = set(
-    itertools.product((0.1, 0.2, 0.3), (8, 9, 10), ((), ("hflip",), ("rotation",), ("hflip", "rotation")))
-)
-
-
-def seed_of(number: int) -> int:
-    return derive_seed(3, "sampler", number) % 2**32
-
-
-STOCK: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda number: optuna.samplers.TPESampler(seed=seed_of(number)),
-    "random": lambda number: optuna.samplers.RandomSampler(seed=seed_of(number)),
-    "gp": lambda number: optuna.samplers.GPSampler(seed=seed_of(number)),
-    "qmc": lambda number: optuna.samplers.QMCSampler(seed=3),
-    "cmaes": lambda number: optuna.samplers.CmaEsSampler(seed=seed_of(number)),
-    "nsgaii": lambda number: optuna.samplers.NSGAIISampler(seed=seed_of(number), population_size=8),
-}
-ENOUGH = {"gp": 12}  # trials, two of them from the model: each takes it a tenth of a second
-
-
-def suggest(trial: optuna.Trial) -> TrialConfig:
-    return TrialConfig(
-        dataset=SEARCH.config({}).dataset,
-        epochs=EPOCHS,
-        lr=trial.suggest_float("lr", 1e-4, 1.0, log=True),
-        momentum=trial.suggest_float("momentum", 0.0, 0.95),
-        batch_size=trial.suggest_int("batch_size", 8, 64),
-        freeze=trial.suggest_categorical("freeze", ["none", "conv"]),
-    )
-
-
-def stock(
-    name: str, pruner: str | None = None, trials: int = 24, workers: int = 1
-) -> list[tuple[TrialConfig, str, int]]:
-    """Run Optuna's own loop; return each trial's config, state and number of epochs."""
-    study = optuna.create_study(direction="maximize", pruner=PRUNERS[pruner][1]() if pruner else None, study_name="s")
-    for row in ROWS:
-        study.enqueue_trial(dict(row.settings))
-    if pruner is None:
-        study.pruner = optuna.pruners.NopPruner()
-    done: list[tuple[TrialConfig, str, int]] = []
-    for start in range(0, trials, workers):
-        asked = []
-        for number in range(start, start + workers):
-            study.sampler = STOCK[name](number)
-            trial = study.ask()
-            asked.append((trial, suggest(trial)))
-        for trial, config in asked:
-            values, epoch = curve(config), 0
-            pruned = False
-            for epoch, value in enumerate(values, 1):
-                if pruner is not None:
-                    trial.report(value, epoch)
-                    pruned = trial.number >= len(ROWS) and epoch < EPOCHS and trial.should_prune()
-                if pruned:
-                    break
-            study.tell(
-                trial, None if pruned else max(values), state=TrialState.PRUNED if pruned else TrialState.COMPLETE
-            )
-            done.append((config, "PRUNED" if pruned else "COMPLETE", epoch))
-    return done
 
 
 def outcome(definition: StudyDefinition, uri: str) -> list[tuple[TrialConfig, str, int]]:
@@ -208,10 +147,6 @@ def test_a_row_outside_the_space_does_not_blind_the_sampler(uri: str) -> None:
     assert sorted(late)[5] < 0.5  # a blind sampler is 1.0 away in the median
 
 
-def settings(job: Any) -> tuple[float, int, tuple[str, ...]]:
-    return job.config.lr, job.config.batch_size, job.config.augment
-
-
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("name", ["grid", "brute_force"])
 def test_an_exhaustive_sampler_tries_each_combination_once_and_says_that_it_ends(
@@ -225,9 +160,9 @@ def test_an_exhaustive_sampler_tries_each_combination_once_and_says_that_it_ends
         coordinator = scripted_coordinator(part, executor, tracker, tmp_path, study, write=said.append)
         assert coordinator.run().complete
         jobs += executor.jobs
-    sampled = [settings(job) for job in jobs if job.number > 0]
+    sampled = [settings_of(job) for job in jobs if job.number > 0]
     if name == "brute_force":  # as in Optuna, a row's combination is not tried again
-        sampled.append(settings(jobs[0]))
+        sampled.append(settings_of(jobs[0]))
     assert len(sampled) == len(COMBINATIONS) and set(sampled) == COMBINATIONS
     assert said.count("the study ends here: all 36 combinations of its space have been tried, each once") == 2
 
@@ -241,7 +176,7 @@ def test_a_combination_that_failed_is_tried_again_by_the_next_run(name: str, uri
 
     run(definition, uri, tracker, script=failing)
     again = run(definition, uri, tracker)
-    assert {settings(job) for job in again.jobs} == {c for c in COMBINATIONS if c[:2] == (0.2, 9)}
+    assert {settings_of(job) for job in again.jobs} == {c for c in COMBINATIONS if c[:2] == (0.2, 9)}
     assert run(definition, uri, tracker).jobs == []
 
 

@@ -391,6 +391,33 @@ def test_the_budget_drops_what_was_unused_for_longest(tmp_path: Path) -> None:
     assert keep(store, "stage-6", b"x")  # smaller ones are still kept
 
 
+def test_what_a_paused_trial_goes_on_from_is_dropped_last_within_half_of_the_room(tmp_path: Path) -> None:
+    store = Cache(tmp_path / "stages", 4500)
+
+    def kept(number: int, *holders: str) -> list[str]:
+        assert keep(store, f"stage-{number}", b"x" * 1000)
+        for holder in holders:
+            store.hold(f"stage-{number}", holder)
+        os.utime(store.folder / f"stage-{number}", (number, number))
+        return sorted(entry.name for entry in store.entries())
+
+    kept(0, "one", "two")
+    for number in (1, 2, 3):
+        kept(number)
+    assert kept(4) == ["stage-0", "stage-2", "stage-3", "stage-4"]  # the oldest one is held
+    kept(5, "three")
+    assert kept(6, "four") == ["stage-0", "stage-4", "stage-5", "stage-6"]
+    assert kept(7) == ["stage-4", "stage-5", "stage-6", "stage-7"]  # held ones had more than half
+    store.release("stage-5", "nobody")
+    store.release("stage-5", "three")
+    assert kept(8, "five") == ["stage-5", "stage-6", "stage-7", "stage-8"]
+    assert kept(9) == ["stage-6", "stage-7", "stage-8", "stage-9"]
+    assert {entry.name for entry in store.entries() if entry.held} == {"stage-6", "stage-8"}
+    assert store.open("stage-6") is not None  # a hold is no damage
+    store.hold("stage-99", "nothing")  # neither is one of what is not there
+    assert not (store.folder / "stage-99").exists()
+
+
 def test_what_is_being_written_is_never_dropped(tmp_path: Path) -> None:
     store, other = Cache(tmp_path, 5000), Cache(tmp_path, 5000)
 

@@ -72,15 +72,23 @@ def test_every_outcome_has_its_status(tracker: Tracker, study: str, outcome: str
     assert (trial.outcome, trial.status) == (outcome, OUTCOMES[outcome].mlflow)
 
 
+@pytest.mark.parametrize("outcome", sorted(OUTCOMES))
+def test_a_run_has_ended_unless_its_trial_may_go_on(tracker: Tracker, study: str, outcome: str) -> None:
+    run = start(tracker, study)
+    assert not tracker.has_ended(run)
+    tracker.finish_trial(run, outcome, {}, {}, None)
+    assert tracker.has_ended(run) == (outcome not in ("interrupted", "paused"))
+
+
 def test_a_trial_goes_on_after_its_last_epoch(tracker: Tracker, study: str) -> None:
     run = start(tracker, study)
     assert tracker.resume_trial(run, {}) == 0
     tracker.log_epochs(run, [(n, {"train/loss": 1.0 / n}, n) for n in (1, 2, 3)])
-    tracker.finish_trial(run, "interrupted", {}, {"reason": "stopped"}, None)
+    tracker.finish_trial(run, "interrupted", {}, {"reason": "stopped", "paused_at": "3"}, None)
     assert tracker.resume_trial(run, {"attempt": "2"}) == 3
     trial = only_trial(tracker, study)
     assert (trial.status, trial.outcome, trial.tags["attempt"]) == ("RUNNING", "running", "2")
-    assert "reason" not in trial.tags
+    assert not {"reason", "paused_at"} & trial.tags.keys()
 
 
 def test_a_study_goes_on_with_its_new_document(tracker: Tracker, study: str) -> None:

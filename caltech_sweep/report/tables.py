@@ -6,20 +6,21 @@ import csv
 import io
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from caltech_sweep.errors import StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, BEST_EPOCH, TEST_ACCURACY, logged
-from caltech_sweep.report.entries import Entry, metric, row_entries, sampled_entries
+from caltech_sweep.report.entries import Entry, metric, pick, row_entries, sampled_entries
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableRow
 from caltech_sweep.report.statistics import ALPHA, holm, mcnemar_exact, mean_interval, wilson_interval
 from caltech_sweep.study.definition import StudyDefinition
+from caltech_sweep.text import counted
 from caltech_sweep.tracking.reader import StoredStudy
-from caltech_sweep.tracking.records import StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import PAUSED_AT, StudyRecord, TrialRecord
 
 # The one setting that a table of the report shows besides LR, step size and epochs.
 REPORT_COLUMNS: dict[str, str | None] = {
@@ -31,6 +32,7 @@ REPORT_COLUMNS: dict[str, str | None] = {
     "resnet": "batch_size",
 }
 USUAL_BATCH_SIZE = 256
+_NAMED = 12  # paused trials of one epoch that a footnote names
 _MAJORITY = "majority class"  # ends the remark of a row that is held against it
 
 ReadText = Callable[[TrialRecord, str], str]
@@ -320,6 +322,34 @@ def _majorities(rows: Sequence[TableRow], predictions: Sequence[_Predictions | N
     ]
 
 
+def _paused(study: StoredStudy) -> list[str]:
+    """Say which sampled trials are paused and where; they are in no row, since they have no results."""
+    trials: dict[tuple[int, str], list[TrialRecord]] = defaultdict(list)
+    for run in study.trials:
+        trials[run.number, run.fingerprint].append(run)
+    places: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for (number, _), attempts in sorted(trials.items()):
+        run = pick(attempts)
+        if run.outcome == "paused":
+            places[int(run.tags.get(PAUSED_AT, 0)), int(run.params.get("epochs", 0))].append(number)
+    if not places:
+        return []
+    count = sum(map(len, places.values()))
+    groups = [
+        f"{counted(len(numbers), 'trial')} at epoch {epoch} of {epochs} ({_some(numbers)})"
+        for (epoch, epochs), numbers in sorted(places.items())
+    ]
+    return [
+        f"Paused: {_listed(groups)}. {'It has' if count == 1 else 'They have'} no results yet; caltech-sweep run "
+        f"{study.record.name} --resume-trial N runs trial N to its end."
+    ]
+
+
+def _some(numbers: Sequence[int]) -> str:
+    left = len(numbers) - _NAMED
+    return _listed([*map(str, numbers[:_NAMED]), *([f"{left} more"] if left > 0 else [])])
+
+
 def _references(row: TableRow) -> tuple[Reference | None, Reference | None]:
     return row.val_reference, row.test_reference
 
@@ -346,7 +376,7 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
     footnotes = [*_views(rows, entries), *_brackets(rows, images)]
     if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
         footnotes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
-    footnotes += [*_comparisons(rows, comparisons, compared), *_majorities(rows, predictions)]
+    footnotes += [*_comparisons(rows, comparisons, compared), *_majorities(rows, predictions), *_paused(study)]
     return Table(
         name,
         definition.title if definition else name,

@@ -13,6 +13,7 @@ import optuna
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.study.definition import Component, Dimension
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_of
+from caltech_sweep.study.pausing import PAUSING, PAUSING_ARGUMENTS, Pausing, pauses
 from caltech_sweep.text import quoted, suggestion
 
 SAMPLERS = {
@@ -38,6 +39,7 @@ PACKAGES = {"cmaes": "cmaes", "gp": "scipy", "qmc": "scipy"}  # what Optuna impo
 
 
 LARGEST_ARGUMENT = 1_000_000  # trials, epochs or candidates
+LEARN_FROM_PRUNED = ("tpe",)  # the others learn from complete trials only
 _FIXED_SEQUENCE = ("qmc", *EXHAUSTIVE)
 _DERIVED = ("self", "search_space")  # arguments that the study's space gives
 ALIASES = {"startup_trials": "n_startup_trials", "warmup_epochs": "n_warmup_steps", "interval_epochs": "interval_steps"}
@@ -68,7 +70,7 @@ def _is_too_large(key: str, value: Any) -> bool:
 
 def component_problems(kind: str, component: Component) -> Iterator[tuple[str, str]]:
     """Yield (argument, sentence) for what is wrong with a "sampler" or a "pruner"."""
-    names = _names(kind)
+    names = [*_names(kind), *(PAUSING if kind == "pruner" else ())]
     if not isinstance(component.name, str) or component.name not in names:
         yield "name", f"there is no {kind} {quoted(component.name)}{suggestion(str(component.name), names)}"
         return
@@ -76,6 +78,9 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
     if package and importlib.util.find_spec(package) is None:
         install = "pip install 'caltech-sweep[samplers]'"
         yield "name", f"sampler {component.name} needs the package {package}, which is not installed: {install}"
+    if kind == "pruner" and pauses(component):
+        yield from _pausing_problems(component)
+        return
     known = [name for name in inspect.signature(_class_of(kind, component.name)).parameters if name not in _DERIVED]
     aliases = {alias: name for alias, name in ALIASES.items() if name in known}
     unknown = [key for key in component.arguments if aliases.get(key, key) not in known]
@@ -89,6 +94,18 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
             _build(kind, component)
         except (ImportError, TypeError, ValueError) as error:
             yield kind, f"optuna refuses these arguments: {str(error).splitlines()[0]}"
+
+
+def _pausing_problems(component: Component) -> Iterator[tuple[str, str]]:
+    for key in component.arguments:
+        if key not in PAUSING_ARGUMENTS:
+            hint = suggestion(str(key), PAUSING_ARGUMENTS)
+            yield key, f"is no argument of {component.name} with {' and '.join(PAUSING_ARGUMENTS)}{hint}"
+    for key in PAUSING_ARGUMENTS:
+        try:
+            Pausing(**{k: v for k, v in component.arguments.items() if k == key})
+        except ValueError as error:
+            yield key, str(error).removeprefix(f"{key} ")
 
 
 def _argument(kind: str, component: Component, name: str) -> Any:
@@ -142,7 +159,7 @@ def make_sampler(component: Component, number: int, space: Mapping[str, Dimensio
 
 def make_pruner(component: Component | None) -> optuna.pruners.BasePruner:
     """Return the pruner of a study, or one that never prunes."""
-    if component is None:
+    if component is None or pauses(component):
         return optuna.pruners.NopPruner()
     pruner: optuna.pruners.BasePruner = _build("pruner", component)
     return pruner

@@ -107,6 +107,11 @@ class Ledger:
         self._reserved[number], self._until[number] = need, until
         return True
 
+    def extend(self, number: int, until: int) -> None:
+        """Keep the epochs of a running trial that goes on past the one up to which it was admitted, to ``until``."""
+        if (more := until - self._until.get(number, until)) > 0:
+            self._reserved[number], self._until[number] = self._reserved.get(number, 0) + more, until
+
     def release(self, number: int) -> None:
         """Take back what was kept for a trial: it has ended, or waits."""
         self._reserved.pop(number, None)

@@ -7,6 +7,7 @@ has its artifacts.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from caltech_sweep.sweep.progress import Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.reconcile import survey
 from caltech_sweep.sweep.recorder import RecordedTrial, Recorder
-from caltech_sweep.tracking.records import FAILURES, missing_artifacts, not_a_number
+from caltech_sweep.tracking.records import FAILURES, PAUSED_AT, UNFINISHED, missing_artifacts, not_a_number
 
 MAX_RETRIES = 2  # of a trial whose worker died
 
@@ -35,6 +36,8 @@ class _Running:
     job: Job
     epoch: int = 0  # the last one that its worker has finished
     attempt: int = 0
+    stops: str | None = None  # "pruned" or "paused": it was told to stop
+    retrains: bool = False  # it was paused, and its state is no longer kept
     broken: str = ""  # which of its numbers is none; nothing after it is recorded
 
 
@@ -83,6 +86,7 @@ class Coordinator:
         self._stop = False
         self._running: dict[int, _Running] = {}
         self._held: QueuedTrial | None = None  # the next trial, which does not fit into what is left of the budget
+        self._ended: dict[int, str] = {}  # how each trial of this run ended, the last time that it did
         self._failed_in_a_row = 0
 
     def request_stop(self) -> None:
@@ -105,7 +109,7 @@ class Coordinator:
                 self._run_all()
             self._settle_budget()
             self.summary.complete = not self._stop
-            if self.summary.complete and (sentence := self.queue.ending()):
+            for sentence in self.queue.endings() if self.summary.complete else ():
                 self.progress.note(sentence)
         except STORE_ERRORS as error:
             raise StoreError(
@@ -164,6 +168,8 @@ class Coordinator:
             if not self.ledger.admit(queued.number, queued.config, queued.until):
                 self._held = queued
                 break
+            if queued.resumes:
+                self.progress.trial_promoted(queued.number, queued.name, queued.paused_at)
             run = self.recorder.open(queued)
             run.spent = self.ledger.of(queued.number)
             self._submit(_Running(queued, run, self.make_job(queued)))
@@ -172,7 +178,7 @@ class Coordinator:
     def _submit(self, running: _Running) -> None:
         queued, folder = running.queued, running.job.folder
         self._running[queued.number] = running
-        running.epoch, running.broken = 0, ""
+        running.epoch, running.broken, running.stops = 0, "", None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.executor.submit(running.job)
@@ -187,7 +193,7 @@ class Coordinator:
         elif isinstance(event, Done):
             self._done(running, event)
         elif isinstance(event, Stopped):
-            self._end(running, "pruned", running.broken)
+            self._stopped(running)
         elif isinstance(event, Failed):
             self._failed(running, event)
         else:
@@ -197,6 +203,12 @@ class Coordinator:
         """Log and report an epoch; one that the stores have already, from before an interruption, changes neither."""
         running.epoch = event.epoch
         self.ledger.epoch(event)
+        if event.epoch <= running.queued.paused_at and not (event.reused or running.retrains):
+            running.retrains = True
+            self.progress.note(
+                f"{running.queued.name}: its state at epoch {running.queued.paused_at} is not in the cache, so it is "
+                "trained again up to there, with the same result"
+            )
         running.broken = running.broken or _broken(event.metrics, f"in epoch {event.epoch}")
         if running.broken:  # neither store is told; a worker that does not wait for an answer goes on to its end
             if running.queued.prunable:
@@ -205,9 +217,18 @@ class Coordinator:
         self.progress.epoch(event.job, event.epoch, event.metrics)
         self.queue.report(running.queued, event.epoch, event.metrics[self.queue.objective.each_epoch])
         if running.queued.prunable:
-            go_on = event.last or not self.queue.should_stop(running.queued, event.epoch)
-            self.executor.answer(event.job, go_on)
+            running.stops = None if event.last else self.queue.stops(running.queued, event.epoch)
+            self.ledger.extend(event.job, running.queued.until)
+            self.executor.answer(event.job, running.stops is None)
         self.recorder.epoch(running.run, event.epoch, event.metrics)
+
+    def _stopped(self, running: _Running) -> None:
+        """End a trial that was told to stop: it is paused, pruned, or has numbers that are none."""
+        if running.stops != "paused":
+            self._end(running, "pruned", running.broken)
+            return
+        text = f"at epoch {running.epoch} of {running.queued.config.epochs}"
+        self._end(running, "paused", text, tags={PAUSED_AT: str(running.epoch)})
 
     def _done(self, running: _Running, event: Done) -> None:
         text = ", ".join(
@@ -264,15 +285,16 @@ class Coordinator:
         broken = running.broken or _broken(final, "at its end")
         if broken and outcome in ("complete", "pruned"):
             outcome, text, final = "diverged", broken, {}
-        if outcome not in ("complete", "pruned"):
+        if outcome not in ("complete", "pruned", "paused"):
             tags = {**(tags or {}), "reason": text}
-        kept = None if outcome == "interrupted" or broken else folder  # no checkpoint of what is no number
+        kept = None if outcome in UNFINISHED or broken else folder  # no checkpoint of what is no number
         self.recorder.end(running.run, outcome, final, tags or {}, kept)
         self.queue.end(queued, outcome, self.queue.objective.score(final))
         del self._running[queued.number]
         self.ledger.release(queued.number)
         shutil.rmtree(folder, ignore_errors=True)
-        self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1
+        self._ended[queued.number] = outcome
+        self.summary.outcomes = dict(Counter(self._ended.values()))
         self.progress.trial_ended(queued.number, queued.name, outcome, text)
         self._count_failures(outcome, queued.name, text)
 

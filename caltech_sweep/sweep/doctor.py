@@ -23,13 +23,13 @@ from caltech_sweep.artifacts import artifact_problems
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
-from caltech_sweep.sweep.optuna_trials import invalidate_trial
+from caltech_sweep.sweep.optuna_trials import RUNG, invalidate_trial, is_paused, mark_waiting
 from caltech_sweep.sweep.ownership import foreign_studies
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.reconcile import Finding, survey
 from caltech_sweep.text import counted, suggestion
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
-from caltech_sweep.tracking.records import OUTCOMES, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import OUTCOMES, PAUSED_AT, UNFINISHED, StudyRecord, TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker, is_outage
 
 Key = tuple[int, str]  # a trial's number and fingerprint
@@ -271,6 +271,8 @@ def _compare(
 ) -> Iterator[Finding]:
     """Yield what is wrong with one trial that ended in the study store."""
     name, counted = f"trial {trial.number}", trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    if is_paused(trial):
+        yield from _compare_paused(tracker, study, trial, run)
     if not trial.state.is_finished():
         return
     if run is None:
@@ -294,6 +296,24 @@ def _compare(
     elif run.status != OUTCOMES[ended].mlflow or run.outcome != ended:
         text = f"run {run.name} is {run.outcome} and {run.status}, but its trial is {ended}: copied"
         yield Finding(text, partial(tracker.finish_trial, run.run_id, ended, {}, {}, None))
+
+
+def _compare_paused(
+    tracker: MlflowTracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None
+) -> Iterator[Finding]:
+    """Yield what is wrong with one trial that is paused in the study store."""
+    name, again = f"trial {trial.number} is paused", "the next run goes on with it"
+    go_on = partial(mark_waiting, study, trial, RUNG, 0)
+    if run is None:
+        yield Finding(f"{name} but has no run in the tracking store: {again}", go_on)
+    elif run.status == "RUNNING":
+        return  # the survey has it
+    elif run.outcome not in UNFINISHED:
+        yield Finding(f"{name} in the study store, but its run {run.name} is {run.outcome}: {again}", go_on)
+    elif run.outcome != "paused" or run.status != OUTCOMES["paused"].mlflow:
+        tags = {PAUSED_AT: str(trial.user_attrs[RUNG])}
+        fix = partial(tracker.finish_trial, run.run_id, "paused", {}, tags, None)
+        yield Finding(f"run {run.name} is {run.outcome} and {run.status}, but its trial is paused: copied", fix)
 
 
 def _ended(trial: FrozenTrial) -> str:

@@ -212,22 +212,39 @@ def check_stored(
 
     Without an ``identity``, which cannot be known while images or weights are missing, it is not compared.
     """
-    if is_missing(uri):
-        return
-    try:
-        with closing(sa.create_engine(uri, poolclass=sa.NullPool).connect()) as connection:
-            if not sa.inspect(connection).has_table(TrialModel.__tablename__):  # Optuna would make its tables
-                return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = RDBStorage(uri, {"poolclass": sa.NullPool})
-        study = stored_studies(storage).get(name)
-    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
-        raise cannot_open("study store", uri, error) from None
+    study = _read_study(name, uri)
     if study is not None:
         stored = study.user_attrs.get("identity")
         if stored is not None and identity is not None:
             compared(stored, name, identity, weights or {})
+
+
+def check_resumable(name: str, uri: str, numbers: Sequence[int]) -> None:
+    """Raise UsageError for a trial that is not there or has ended for good; nothing is written."""
+    study = _read_study(name, uri) if numbers else None
+    trials = study.get_trials(deepcopy=False) if study is not None else []
+    for number in numbers:
+        if number >= len(trials):
+            raise UsageError(f"--resume-trial: study {name!r} has {len(trials)} trials and no trial {number}")
+        if trials[number].state.is_finished():
+            outcome = trials[number].user_attrs.get("outcome") or trials[number].state.name.lower()
+            raise UsageError(f"--resume-trial: trial {number} is {outcome}; only paused and interrupted ones can go on")
+
+
+def _read_study(name: str, uri: str) -> optuna.Study | None:
+    """Return a study of a store, or None where there is none; nothing is written."""
+    if is_missing(uri):
+        return None
+    try:
+        with closing(sa.create_engine(uri, poolclass=sa.NullPool).connect()) as connection:
+            if not sa.inspect(connection).has_table(TrialModel.__tablename__):  # Optuna would make its tables
+                return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = RDBStorage(uri, {"poolclass": sa.NullPool})
+        return stored_studies(storage).get(name)
+    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
+        raise cannot_open("study store", uri, error) from None
 
 
 def other_identity(name: str, differences: Sequence[str]) -> UsageError:

@@ -1,14 +1,17 @@
 """What Optuna's ``Study.ask`` and ``Study.tell`` cannot do, and nothing else.
 
 They cannot start a new trial while others wait, start one certain waiting trial, let a running trial wait again, or
-invalidate a trial that ended. Optuna's samplers see the list of trials that ``ask`` and ``tell`` last cleared from a
+invalidate a trial that ended. Optuna has no paused trials, and none that ended can go on. A paused one therefore waits,
+with the rung that it has reached among its attributes, and samplers see it as pruned there (:class:`ViewSampler`).
+Optuna's samplers see the list of trials that ``ask`` and ``tell`` last cleared from a
 cache of the thread, so everything here that changes a trial without them clears it as well (:func:`_refresh`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import optuna
@@ -18,6 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.sweep.optuna_store import engine_of
 from caltech_sweep.tracking.records import OUTCOMES
+
+# Attributes of a trial, both epochs: the last rung that it has reached, and the last one that it was let through.
+RUNG, PROMOTED = "rung", "promoted"
 
 
 class SettledSampler(optuna.samplers.BaseSampler):
@@ -36,55 +42,97 @@ class SettledSampler(optuna.samplers.BaseSampler):
         raise AssertionError(f"trial {trial.number} has no {param_name}")
 
 
-class _InSpace:
-    """A study as its sampler should see it: without the trials that lack settings of the space."""
+def is_paused(trial: FrozenTrial) -> bool:
+    """Tell whether a trial waits at a rung to be promoted, rather than to be run at once."""
+    rung, promoted = (trial.user_attrs.get(key, 0) for key in (RUNG, PROMOTED))
+    return trial.state == TrialState.WAITING and rung > promoted
 
-    def __init__(self, study: optuna.Study, names: frozenset[str]) -> None:
-        self._study, self._names = study, names
+
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial as its sampler should see it: pruned at the last rung that it has reached, until it has ended."""
+    rung = trial.user_attrs.get(RUNG, 0)
+    if not rung or trial.state.is_finished():
+        return trial
+    shown = copy.copy(trial)
+    shown.state, shown.value = TrialState.PRUNED, trial.intermediate_values[rung]
+    shown.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= rung}
+    return shown
+
+
+def seen_trials(study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> list[FrozenTrial]:
+    """Return the trials of a study as its sampler sees them."""
+    if isinstance(sampler, ViewSampler):
+        return list(sampler.view(study).get_trials(deepcopy=False))
+    return study.get_trials(deepcopy=False)
+
+
+class _View:
+    """A study, or its storage, as a sampler should see it: paused trials are pruned, others out of its space hidden."""
+
+    def __init__(self, seen: Any, names: frozenset[str]) -> None:
+        self._seen, self._names = seen, names
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
+        return getattr(self._seen, name)
 
-    def get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
-        """Return what ``Study.get_trials`` does, without the trials that lack settings."""
-        return [t for t in self._study.get_trials(*arguments, **options) if self._names <= t.distributions.keys()]
+    def _show(self, trials: Iterable[FrozenTrial], states: Container[TrialState] | None) -> list[FrozenTrial]:
+        shown = [_as_pruned(t) for t in trials if self._names <= t.distributions.keys()]
+        return [trial for trial in shown if states is None or trial.state in states]
 
-    def _get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
-        return [t for t in self._study._get_trials(*arguments, **options) if self._names <= t.distributions.keys()]
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """Return what ``Study.get_trials`` does, of the trials to be seen."""
+        return self._show(self._seen.get_trials(deepcopy), states)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        return self._show(self._seen._get_trials(deepcopy, use_cache=use_cache), states)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Return what ``BaseStorage.get_all_trials`` does, of the trials to be seen."""
+        return self._show(self._seen.get_all_trials(study_id, deepcopy), states)
+
+    @property
+    def _storage(self) -> _View:
+        """The storage, which samplers that try every combination ask for themselves."""
+        return _View(self._seen._storage, self._names)
 
 
-class InSpaceSampler(optuna.samplers.BaseSampler):
-    """A sampler that does not see rows outside its space.
+class ViewSampler(optuna.samplers.BaseSampler):
+    """A sampler that sees paused trials as pruned ones, and no trial that lacks one of the settings ``names``.
 
     Optuna models only settings that every trial has. One row with a learning rate outside the space would take the
     learning rate out of the model for good.
     """
 
     def __init__(self, sampler: optuna.samplers.BaseSampler, names: Iterable[str]) -> None:
-        self._sampler, self._names = sampler, frozenset(names)
+        self.sampler, self._names = sampler, frozenset(names)
 
-    def _view(self, study: optuna.Study) -> Any:
-        return _InSpace(study, self._names)
+    def view(self, study: optuna.Study) -> Any:
+        """Return the study as the sampler sees it."""
+        return _View(study, self._names)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Pass the call on."""
-        self._sampler.before_trial(self._view(study), trial)
+        self.sampler.before_trial(self.view(study), trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         """Return the space that trials with all settings have in common."""
-        return self._sampler.infer_relative_search_space(self._view(study), trial)
+        return self.sampler.infer_relative_search_space(self.view(study), trial)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
         """Suggest some settings together."""
-        return self._sampler.sample_relative(self._view(study), trial, search_space)
+        return self.sampler.sample_relative(self.view(study), trial, search_space)
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
         """Suggest one setting."""
-        return self._sampler.sample_independent(self._view(study), trial, param_name, distribution)
+        return self.sampler.sample_independent(self.view(study), trial, param_name, distribution)
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         """Pass the call on."""
-        self._sampler.after_trial(self._view(study), trial, state, values)
+        self.sampler.after_trial(self.view(study), trial, state, values)
 
 
 def _refresh(study: optuna.Study) -> None:
@@ -137,25 +185,42 @@ def requeue(study: optuna.Study, number: int) -> None:
     _refresh(study)
 
 
+def pause(study: optuna.Study, number: int) -> None:
+    """Let a running trial wait at the rung that it has reached: the last epoch that was reported."""
+    trial = study.get_trials(deepcopy=False)[number]
+    mark_waiting(study, trial, RUNG, max(trial.intermediate_values, default=0))
+    requeue(study, number)
+
+
+def mark_waiting(study: optuna.Study, trial: FrozenTrial, key: str, epoch: int) -> None:
+    """Set the attribute RUNG or PROMOTED of a trial that has not ended; one that waits has no ``Trial`` to do it."""
+    study._storage.set_trial_user_attr(trial._trial_id, key, epoch)
+    _refresh(study)
+
+
 def drop_waiting(study: optuna.Study, waiting: FrozenTrial) -> None:
     """Let a trial that waits fail instead."""
     end_trial(study, start_waiting(study, waiting, SettledSampler()).number, "crashed", None)
 
 
 def end_trial(study: optuna.Study, number: int, outcome: str, value: float | None) -> None:
-    """Give a running trial the final state of its outcome; ``value`` is only for complete trials.
+    """Give a running trial the state of its outcome; ``value`` is only for complete trials.
 
     Optuna is never told a value that is no number: such a trial diverged.
     """
     if value is not None and not math.isfinite(value):
         outcome, value = "diverged", None
     state = TrialState[OUTCOMES[outcome].optuna]
+    if state == TrialState.WAITING:
+        (pause if outcome == "paused" else requeue)(study, number)
+        return
     if state == TrialState.FAIL:
         trial = study.get_trials(deepcopy=False)[number]
         study._storage.set_trial_user_attr(trial._trial_id, "outcome", outcome)
+    sampler = study.sampler.sampler if isinstance(study.sampler, ViewSampler) else study.sampler
     if isinstance(
-        study.sampler, (optuna.samplers.GridSampler, optuna.samplers.BruteForceSampler)
-    ):  # they would end Optuna's own loop, in which this is not
+        sampler, (optuna.samplers.GridSampler, optuna.samplers.BruteForceSampler)
+    ):  # they would end Optuna's own loop
         study.sampler = SettledSampler()
     study.tell(number, value if state == TrialState.COMPLETE else None, state=state)
 

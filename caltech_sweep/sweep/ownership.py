@@ -24,9 +24,10 @@ from caltech_sweep.errors import ForeignStudyError, StoreError, UsageError
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.grid import reachable
 from caltech_sweep.sweep.optuna_store import compared, open_storage, open_study, stored_studies
+from caltech_sweep.sweep.optuna_trials import RUNG
 from caltech_sweep.sweep.space import enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
-from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, InitialWeights, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, SUGGESTED_BY, InitialWeights, StudyRecord, TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 
 _ADOPTING = "adopting"  # of a study whose trials are not all here yet
@@ -205,6 +206,7 @@ def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTrack
     attributes: dict[str, Any] = {
         key: int(run.tags[key]) for key in ("replicate", "confirms", "family") if key in run.tags
     }
+    attributes.update({SUGGESTED_BY: run.tags[SUGGESTED_BY]} if SUGGESTED_BY in run.tags else {})
     attributes.update({"row": run.row} if run.row is not None else {})
     attributes.update(fingerprint=run.fingerprint, config=json.loads(json.dumps(config.to_dict())))
     outcome = run.outcome if run.outcome in OUTCOMES else "interrupted"
@@ -213,12 +215,14 @@ def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTrack
         outcome, value = "crashed", None
     state = TrialState[OUTCOMES[outcome].optuna]
     seen = {}
-    if definition.pruner is not None:
+    if definition.pruner is not None or outcome == "paused":
         seen = {metric.step: metric.value for metric in tracker.history(run.run_id, run.objective.each_epoch)}
     if state == TrialState.PRUNED:
         value = seen[max(seen)] if seen else None
     if state == TrialState.FAIL:
         attributes["outcome"] = outcome
+    if outcome == "paused":
+        attributes[RUNG] = max(seen, default=0)
     params = _params_of(definition, run, config)
     trial = optuna.trial.create_trial(
         state=state,

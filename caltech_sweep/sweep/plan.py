@@ -39,7 +39,7 @@ from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
 from caltech_sweep.text import duration
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
-from caltech_sweep.tracking.records import InitialWeights, TrialRecord
+from caltech_sweep.tracking.records import UNFINISHED, InitialWeights, TrialRecord
 
 Span = tuple[int, int]  # the least and the most
 T = TypeVar("T")
@@ -284,14 +284,11 @@ def _planned_sampled(
     total = math.ceil(number / size)  # families; each is trained as a whole
     groups: dict[str, dict[int, TrialRecord]] = defaultdict(dict)
     for record in records:  # a trial that failed is sampled again, so it does not count
-        if (
-            record.row is None
-            and "confirms" not in record.tags
-            and record.outcome in (*ENDED, "interrupted", "running")
-        ):
+        if record.row is None and "confirms" not in record.tags and record.outcome in (*ENDED, *UNFINISHED, "running"):
             groups[record.tags.get("family", str(record.number))][record.number] = record
     begun = [_begun(definition, list(group.values())) for group in groups.values()]
-    done = sum(record.outcome in ENDED for group in groups.values() for record in group.values())
+    outcomes = [record.outcome for group in groups.values() for record in group.values()]
+    done, paused = sum(outcome in ENDED for outcome in outcomes), outcomes.count("paused")
     families = list(_families(definition))
     asked = [sum(config.epochs for config in family) for family in families]
     left = [sum(new_epochs(family)) for family in families]
@@ -304,7 +301,7 @@ def _planned_sampled(
         span,
         _sampled_images(definition, data, span) if data else None,
         _trained(list(variants(definition, ("arch", "freeze", "outputs"), rows=False)), data),
-        f"{done} of {total * size} done" if done else "to sample",
+        (f"{done} of {total * size} done" + (f", {paused} paused" if paused else "")) if done + paused else "to sample",
         _total([*((count, count) for count, _ in begun), (missing * min(asked), missing * max(asked))]),
         _total([*(rest for _, rest in begun), (missing * least, missing * max(left))]),
     )

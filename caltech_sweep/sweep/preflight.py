@@ -19,7 +19,7 @@ from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, va
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors.base import HANG_SECONDS
-from caltech_sweep.sweep.optuna_store import by_content
+from caltech_sweep.sweep.optuna_store import by_content, check_resumable
 from caltech_sweep.sweep.recorder import DatasetInfo
 from caltech_sweep.text import progress_line, suggestion
 from caltech_sweep.tracking.records import GREY_BITS, InitialWeights
@@ -42,6 +42,7 @@ class RunOptions:
     in_process: bool = False
     adopt: bool = False  # take the study over from another study store, by rebuilding it from its runs
     rows: tuple[str, ...] = ()  # only these
+    resume_trials: tuple[int, ...] = ()  # only these, which are paused, to their ends
     confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
     hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
@@ -177,6 +178,9 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[str
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
     stores.check_writable(tracking, "tracking store")
     stores.check_writable(storage, "study store")
+    if options.resume_trials and (options.rows or options.confirm):
+        raise UsageError("--resume-trial: runs nothing but the trials it names; leave --row and --confirm out")
+    check_resumable(definition.name, storage, options.resume_trials)
     return tracking, storage
 
 

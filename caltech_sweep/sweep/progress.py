@@ -25,6 +25,9 @@ class Progress(Protocol):
     def trial_started(self, number: int, name: str, epochs: int) -> None:
         """A trial got its slot."""
 
+    def trial_promoted(self, number: int, name: str, epoch: int) -> None:
+        """A trial that was paused at an epoch goes on; :meth:`trial_started` follows."""
+
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """A trial finished an epoch."""
 
@@ -70,6 +73,10 @@ class PlainProgress:
         """Say which trial starts."""
         self._trials[number] = _Trial(name, epochs)
         self._write(f"[{number}] {name}: started, {epochs} epochs")
+
+    def trial_promoted(self, number: int, name: str, epoch: int) -> None:
+        """Say that a trial goes on."""
+        self._write(f"[{number}] {name}: promoted, goes on from epoch {epoch}")
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Say how an epoch went, at most ten times a trial."""
@@ -138,6 +145,11 @@ class LiveProgress:
     def trial_started(self, number: int, name: str, epochs: int) -> None:
         """Add a line to the table."""
         self._trials[number] = _Trial(name, epochs)
+
+    def trial_promoted(self, number: int, name: str, epoch: int) -> None:
+        """Count a trial as done no more, and say so."""
+        self._done -= 1
+        self._lines.trial_promoted(number, name, epoch)
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Update a line of the table."""

@@ -18,13 +18,16 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
-from caltech_sweep.study.components import make_sampler
+from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_sampler, startup_trials
 from caltech_sweep.study.definition import Row, StudyDefinition
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_of, grid_size, param_names, reachable
+from caltech_sweep.study.pausing import Contender, make_pausing
 from caltech_sweep.sweep import optuna_trials
-from caltech_sweep.sweep.optuna_trials import InSpaceSampler, is_unsampled
+from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled
 from caltech_sweep.sweep.sharing import next_index
 from caltech_sweep.sweep.space import all_branches, enqueue_params, own_branch, sample
+from caltech_sweep.text import counted
+from caltech_sweep.tracking.records import SUGGESTED_BY
 
 CONFIRMING_SEEDS = 3  # at least so many fresh seeds for a trial that is confirmed
 
@@ -39,6 +42,10 @@ class QueuedTrial:
     prunable: bool
     tags: Mapping[str, str] = field(default_factory=dict)
     reported: int = 0  # the last epoch that Optuna has
+    rungs: tuple[int, ...] = ()  # epochs after which it may pause
+    paused_at: int = 0  # the last epoch that it was paused at
+    promoted: int = 0  # it does not pause at this rung or before
+    resumes: bool = False  # it was paused until now
 
     @property
     def number(self) -> int:
@@ -48,7 +55,7 @@ class QueuedTrial:
     @property
     def until(self) -> int:
         """The epoch that it goes on to before another trial may take its slot."""
-        return self.config.epochs
+        return next((rung for rung in self.rungs if rung > self.promoted), self.config.epochs)
 
     @property
     def name(self) -> str:
@@ -59,10 +66,17 @@ class QueuedTrial:
 
 
 class TrialQueue:
-    """Hands out the trials of a study until its total is reached; of the rows only those named ``only``, if any."""
+    """Hands out the trials of a study until its total is reached.
 
-    def __init__(self, definition: StudyDefinition, study: optuna.Study, only: Sequence[str] = ()) -> None:
-        self.definition, self.study, self.only = definition, study, tuple(only)
+    Of the rows only those named ``only`` run, if any; with ``resumed``, these paused trials run to their ends and
+    nothing else does.
+    """
+
+    def __init__(
+        self, definition: StudyDefinition, study: optuna.Study, only: Sequence[str] = (), resumed: Sequence[int] = ()
+    ) -> None:
+        self.definition, self.study, self.only, self.resumed = definition, study, tuple(only), tuple(resumed)
+        self.pausing = make_pausing(definition.pruner)
         self.objective = definition.objective
         self._sampled_left = 0
         self._exhausts = False  # whether the space ends before the total is reached
@@ -70,17 +84,16 @@ class TrialQueue:
     def prepare(self) -> tuple[int, int]:
         """Let what is missing wait; return how many trials are done, and how many there will be."""
         definition = self.definition
-        enqueue_missing_rows(self.study, definition, self.only)
-        for trial in filter(is_family_base, self.study.get_trials(deepcopy=False)):
-            complete_family(self.study, definition, trial)
-        if definition.sampler.name in EXHAUSTIVE:
-            retry_failed(self.study)
+        if self.resumed:
+            self._resume()
+        else:
+            self._enqueue_missing()
         trials = self.study.get_trials(deepcopy=False)
         waiting = self._waiting(trials)
-        done = [trial for trial in trials if is_finished(trial) and self.is_current(trial)]
+        done = [trial for trial in trials if (is_finished(trial) or is_paused(trial)) and self.is_current(trial)]
         counted = sum(not is_extra(trial) for trial in done + waiting)
         counted += (definition.family_size - 1) * sum(map(is_unsampled, waiting))
-        self._sampled_left = 0 if self.only else max(0, definition.trials - counted)
+        self._sampled_left = 0 if self.only or self.resumed else max(0, definition.trials - counted)
         if definition.sampler.name in EXHAUSTIVE:
             left = untried(self.study, definition)
             self._exhausts, self._sampled_left = left < self._sampled_left, min(left, self._sampled_left)
@@ -92,10 +105,34 @@ class TrialQueue:
         configs = [TrialConfig.from_dict(t.user_attrs["config"]) for t in waiting if not is_unsampled(t)]
         return configs, self._sampled_left + len(waiting) - len(configs)
 
-    def ending(self) -> str | None:
-        """Return a sentence where the study ends before its total, because its space does."""
-        size = f"{grid_size(self.definition.space):,} combinations" if self._exhausts else ""
-        return f"the study ends here: all {size} of its space have been tried, each once" if size else None
+    def _enqueue_missing(self) -> None:
+        """Let rows, schedules of families and settings to be tried again wait."""
+        enqueue_missing_rows(self.study, self.definition, self.only)
+        for trial in filter(is_family_base, self.study.get_trials(deepcopy=False)):
+            complete_family(self.study, self.definition, trial)
+        if self.definition.sampler.name in EXHAUSTIVE:
+            retry_failed(self.study)
+
+    def _resume(self) -> None:
+        """Let the trials that were named wait to be run to their ends, whatever rungs lie before them."""
+        trials = self.study.get_trials(deepcopy=False)
+        for number in self.resumed:
+            if is_paused(trials[number]):
+                epochs = trials[number].user_attrs["config"]["epochs"]
+                optuna_trials.mark_waiting(self.study, trials[number], PROMOTED, epochs)
+
+    def endings(self) -> Iterator[str]:
+        """Yield a sentence where the study ends before its total, and one where trials stay paused."""
+        if self._exhausts:
+            size = f"{grid_size(self.definition.space):,} combinations"
+            yield f"the study ends here: all {size} of its space have been tried, each once"
+        paused = list(filter(is_paused, self.study.get_trials(deepcopy=False)))
+        if paused and not (self.only or self.resumed):
+            example = paused[0].number
+            yield (
+                f"{counted(len(paused), 'trial')} left paused, since others were better at the same epoch; more trials "
+                f"may promote them, and --resume-trial N runs one to its end, such as --resume-trial {example}"
+            )
 
     def is_current(self, trial: FrozenTrial) -> bool:
         """Tell whether a trial is a sampled one, or trains its row with settings that the row has now."""
@@ -108,11 +145,13 @@ class TrialQueue:
 
     def _waiting(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the trials that wait and may be run now, in the order of their numbers."""
-        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING and not is_paused(trial)]
+        if self.resumed:
+            return [trial for trial in waiting if trial.number in self.resumed]
         return [trial for trial in waiting if not self.only or trial.user_attrs.get("row") in self.only]
 
     def next(self, running: Mapping[TrialConfig, int]) -> QueuedTrial | None:
-        """Start the next trial: one that waits (an interrupted one, a row, a variant), or else a sampled one.
+        """Start the next trial: one that waits (an interrupted one, a row), a promoted one, a variant, a sampled one.
 
         ``running`` holds the epochs that running trials have finished: a trial that shares epochs with one of them
         waits for these, as long as there is something else to do. None: there is nothing to start now.
@@ -123,14 +162,41 @@ class TrialQueue:
         if unsampled is not None:  # its coordinator died while it was sampled: it gets what it would have got
             sampler = self._sampler(unsampled.number)
             return self._suggest(lambda: optuna_trials.start_unsampled(self.study, unsampled, sampler))
+        promoted = self._promoted(trials)
+        if promoted is not None:
+            waiting = [trial for trial in waiting if not is_new_variant(trial)]
         configs = [TrialConfig.from_dict(trial.user_attrs["config"]) for trial in waiting]
-        chosen = next_index(configs, running, other_work=self._sampled_left > 0)
+        chosen = next_index(configs, running, other_work=promoted is not None or self._sampled_left > 0)
         if chosen is not None:
             return self._start(waiting[chosen])
+        if promoted is not None:
+            return self._promote(trials[promoted])
         if self._sampled_left <= 0:
             return None
         self._sampled_left -= self.definition.family_size
         return self._suggest(lambda: optuna_trials.start_sampled(self.study, self._sampler(len(trials))))
+
+    def _promoted(self, trials: Sequence[FrozenTrial], number: int | None = None, rung: int = 0) -> int | None:
+        """Return the number of the paused trial that goes on next; trial ``number`` has just reached ``rung``."""
+        if self.pausing is None or self.only or self.resumed:
+            return None
+        contenders = []
+        for trial in trials:
+            failed = trial.state.is_finished() and not is_finished(trial)
+            if failed or is_unsampled(trial) or is_extra(trial):
+                continue
+            at = rung if trial.number == number else trial.user_attrs[RUNG] if is_paused(trial) else 0
+            epochs = trial.user_attrs["config"]["epochs"]
+            bracket = None if "row" in trial.user_attrs else self.pausing.bracket(trial.number, epochs)
+            results = {epoch: -self.objective.loss(value) for epoch, value in trial.intermediate_values.items()}
+            contenders.append(Contender(trial.number, results, at, bracket))
+        return self.pausing.promoted(contenders)
+
+    def _promote(self, paused: FrozenTrial) -> QueuedTrial:
+        queued = self._start(paused)
+        queued.promoted, queued.resumes = queued.paused_at, True
+        queued.trial.set_user_attr(PROMOTED, queued.promoted)
+        return queued
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         return sampler_for(self.definition, number)
@@ -145,11 +211,24 @@ class TrialQueue:
             name = self.definition.sampler.name
             raise UsageError(f"sampler {name} cannot suggest settings for this study: {reason(error)}") from error
         config = self.definition.sampled_config(settings)
+        if (origin := self._origin()) is not None:
+            trial.set_user_attr(SUGGESTED_BY, origin)
         trial.set_user_attr("fingerprint", config.fingerprint())
         trial.set_user_attr("config", json.loads(json.dumps(config.to_dict())))
         if self.definition.expand:
             complete_family(self.study, self.definition, self.study.get_trials(deepcopy=False)[trial.number])
         return self._queued(trial, config)
+
+    def _origin(self) -> str | None:
+        """Return whether the trial that is being sampled comes from the sampler's model, where one will be made."""
+        component = self.definition.sampler
+        startup = 0 if component.name == "random" else startup_trials(component)
+        if startup is None:
+            return None
+        states = [TrialState.COMPLETE, *([TrialState.PRUNED] if component.name in LEARN_FROM_PRUNED else [])]
+        seen = optuna_trials.seen_trials(self.study, self.study.sampler)
+        ended = sum(trial.state in states for trial in seen)
+        return "random" if component.name == "random" or ended < startup else "model"
 
     def _start(self, waiting: FrozenTrial) -> QueuedTrial:
         config = TrialConfig.from_dict(waiting.user_attrs["config"])
@@ -166,10 +245,14 @@ class TrialQueue:
         attributes = trial.user_attrs
         row = attributes.get("row")
         tags: dict[str, str] = {
-            key: str(attributes[key]) for key in ("replicate", "confirms", "family") if key in attributes
+            key: str(attributes[key]) for key in ("replicate", "confirms", "family", SUGGESTED_BY) if key in attributes
         }
         prunable = row is None and "confirms" not in tags and self.definition.pruner is not None
-        return QueuedTrial(trial, config, row, prunable, tags)
+        queued = QueuedTrial(trial, config, row, prunable, tags)
+        if prunable and self.pausing is not None:
+            queued.rungs = self.pausing.rungs(trial.number, config.epochs)
+        queued.paused_at, queued.promoted = attributes.get(RUNG, 0), attributes.get(PROMOTED, 0)
+        return queued
 
     def report(self, queued: QueuedTrial, epoch: int, value: float) -> None:
         """Tell the pruner of an epoch; rows too, since others are held against them."""
@@ -177,17 +260,35 @@ class TrialQueue:
             queued.trial.report(value, epoch)
             queued.reported = epoch
 
-    def should_stop(self, queued: QueuedTrial, epoch: int) -> bool:
-        """Tell whether the pruner ends a trial after an epoch; one that it let through before goes on."""
+    def stops(self, queued: QueuedTrial, epoch: int) -> str | None:
+        """Return "pruned" or "paused" where a trial does not go on after an epoch.
+
+        One that was let through before goes on, and so does one that gets the slot back which it would leave.
+        """
         # The last epoch costs nothing more: a trial that got there is complete.
-        return epoch == queued.reported and epoch < queued.config.epochs and queued.trial.should_prune()
+        if epoch != queued.reported or epoch >= queued.config.epochs:
+            return None
+        if self.pausing is None:
+            return "pruned" if queued.trial.should_prune() else None
+        if epoch not in queued.rungs or epoch <= queued.promoted:
+            return None
+        trials = self.study.get_trials(deepcopy=False)
+        others = any(not is_new_variant(trial) for trial in self._waiting(trials))
+        if others or self._promoted(trials, queued.number, epoch) != queued.number:
+            return "paused"
+        queued.promoted = epoch
+        for key in (PROMOTED, RUNG):  # in this order: it never seems to be paused
+            queued.trial.set_user_attr(key, epoch)
+        return None
 
     def end(self, queued: QueuedTrial, outcome: str, value: float | None) -> None:
-        """Give a trial the state of its outcome; an interrupted one waits again."""
-        if outcome == "interrupted":
-            optuna_trials.requeue(self.study, queued.number)
-        else:
-            optuna_trials.end_trial(self.study, queued.number, outcome, value)
+        """Give a trial the state of its outcome; an interrupted or paused one waits again."""
+        optuna_trials.end_trial(self.study, queued.number, outcome, value)
+
+
+def is_new_variant(trial: FrozenTrial) -> bool:
+    """Tell whether a waiting trial is a further schedule of a sampled one that has not been started yet."""
+    return "family" in trial.user_attrs and not trial.params
 
 
 def is_finished(trial: FrozenTrial) -> bool:
@@ -304,6 +405,5 @@ def sampler_for(definition: StudyDefinition, number: int) -> optuna.samplers.Bas
     space = definition.space
     sampler = make_sampler(definition.sampler, number, space)
     configs = [definition.row_config(row).to_dict() for row in definition.rows]
-    if definition.sampler.name in EXHAUSTIVE or all(reachable(space, config) == space for config in configs):
-        return sampler
-    return InSpaceSampler(sampler, param_names(space))
+    inside = definition.sampler.name in EXHAUSTIVE or all(reachable(space, config) == space for config in configs)
+    return ViewSampler(sampler, () if inside else param_names(space))

@@ -12,8 +12,8 @@ from functools import partial
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from caltech_sweep.sweep.optuna_trials import drop_waiting, end_trial, requeue
-from caltech_sweep.tracking.records import OUTCOMES, Tracker, TrialRecord
+from caltech_sweep.sweep.optuna_trials import RUNG, drop_waiting, end_trial, is_paused, requeue
+from caltech_sweep.tracking.records import OUTCOMES, PAUSED_AT, Tracker, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def survey(
     is_current: Callable[[FrozenTrial], bool],
 ) -> Iterator[Finding]:
     """Yield what is wrong in the two stores of a study that no process is running; nothing is changed."""
-    for trial in study.get_trials(deepcopy=False):
+    trials = study.get_trials(deepcopy=False)
+    paused = {_key(trial): trial.user_attrs[RUNG] for trial in trials if is_paused(trial)}
+    for trial in trials:
         if trial.state == TrialState.RUNNING:
             yield Finding(*_running_trial(study, trial, records.get(_key(trial)), is_current(trial)))
         elif trial.state == TrialState.WAITING and not is_current(trial):
@@ -63,11 +65,12 @@ def survey(
                 f"trial {trial.number} waits with settings that its row no longer has: it failed",
                 partial(drop_waiting, study, trial),
             )
-    for record in records.values():
+    for key, record in records.items():
         if record.status == "RUNNING":
             # Killed between its last two calls, a run has its outcome but not yet the status that goes with it.
-            outcome = record.outcome if record.outcome in OUTCOMES else "interrupted"
+            outcome = "paused" if key in paused else record.outcome if record.outcome in OUTCOMES else "interrupted"
+            tags = {PAUSED_AT: str(paused[key])} if key in paused else {}
             yield Finding(
                 f"run {record.name} is shown as running, but no process is running it: {outcome}",
-                partial(tracker.finish_trial, record.run_id, outcome, {}, {}, None),
+                partial(tracker.finish_trial, record.run_id, outcome, {}, tags, None),
             )

@@ -66,7 +66,8 @@ class Recorder:
     ) -> None:
         self.tracker, self.definition, self.data, self.note = tracker, definition, data, note
         self.tags, self.weights, self.describe = dict(tags or {}), dict(weights or {}), describe
-        self.records: dict[tuple[int, str], TrialRecord] = {}
+        self.records: dict[tuple[int, str], TrialRecord] = {}  # as they were when this process began
+        self._opened: dict[tuple[int, str], str] = {}  # the ids of the runs that it has opened
         self._described, self._undescribed = 0.0, False  # when last; whether a trial has ended since
 
     def start(self, attributes: Mapping[str, Any]) -> None:
@@ -82,15 +83,17 @@ class Recorder:
     def open(self, queued: QueuedTrial) -> RecordedTrial:
         """Create a trial's run, or open the one it has."""
         config = queued.config
-        record = self.records.get((queued.number, config.fingerprint()))
-        if record is None:
-            params = config.to_params()
-            run = RecordedTrial(self.tracker.start_trial(self.definition.name, queued.name, params, self._tags(queued)))
+        key, params = (queued.number, config.fingerprint()), config.to_params()
+        record = self.records.get(key)
+        known = record.run_id if record is not None else self._opened.get(key)
+        if known is None:
+            known = self.tracker.start_trial(self.definition.name, queued.name, params, self._tags(queued))
+            run = RecordedTrial(known)
         else:
-            run = RecordedTrial(record.run_id)
-            run.logged = self.tracker.resume_trial(run.run_id, self._weights_tags(config))
-            if len(record.params) < len(config.to_params()):  # its process died before it had written all this
-                self.tracker.log_params(run.run_id, config.to_params())
+            run = RecordedTrial(known, self.tracker.resume_trial(known, self._weights_tags(config)))
+        if record is not None and len(record.params) < len(params):  # its process died before it had written all this
+            self.tracker.log_params(known, params)
+        self._opened[key] = known
         info = self.data
         self.tracker.log_dataset(run.run_id, config.dataset.name, info.digest, info.splits, info.source)
         return run

@@ -59,7 +59,7 @@ def job_of(
     """Return the job of a trial: its folder below ``scratch``, its initial weights, and when it saves."""
     config, source = queued.config, weights.get(weights_key(queued.config))
     if stages is not None:
-        stages = replace(stages, save_at=branch_epochs(definition, config))
+        stages = replace(stages, save_at=branch_epochs(definition, config), hold_at=frozenset(queued.rungs))
     return Job(
         queued.number,
         config,
@@ -208,7 +208,8 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             describe=partial(table_of, definition.name, checked.tracking),
         )
         make_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
-        queue, limits = TrialQueue(definition, study, options.rows), Limits(options.max_failures)
+        queue = TrialQueue(definition, study, options.rows, options.resume_trials)
+        limits = Limits(options.max_failures)
         kept = kept_epochs(options, checked.data, checked.weights) if definition.budget else (lambda config: 0)
         ledger = Ledger(definition.budget, kept)
         coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,7 +32,7 @@ def read_histories(uri: str, run_ids: Sequence[str], metrics: Sequence[str]) -> 
     database = uri.startswith(tuple(DATABASE_ENGINES))
     points = _from_database(uri, run_ids, metrics) if database else _from_server(uri, run_ids, metrics)
     by_step: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for run_id, metric, step, value in points:
+    for run_id, metric, step, value, _ in points:
         if step > 0 and math.isfinite(value):
             by_step[run_id, metric][step] = value  # a step that was logged twice has its later value
     histories: dict[str, dict[str, Curve]] = {run_id: {} for run_id in run_ids}
@@ -40,11 +41,29 @@ def read_histories(uri: str, run_ids: Sequence[str], metrics: Sequence[str]) -> 
     return histories
 
 
-Point = tuple[str, str, int, float]
+@dataclass(frozen=True)
+class Moment:
+    """The value of a metric after an epoch of a run; ``at`` is when that was logged, in milliseconds since 1970."""
+
+    run_id: str
+    epoch: int
+    value: float
+    at: int
+
+
+def read_moments(uri: str, run_ids: Sequence[str], metric: str) -> list[Moment]:
+    """Return the finite values of a metric of some runs; raise StoreError when the store cannot be read."""
+    database = uri.startswith(tuple(DATABASE_ENGINES))
+    points = _from_database(uri, run_ids, [metric]) if database else _from_server(uri, run_ids, [metric])
+    return [Moment(run, step, value, at) for run, _, step, value, at in points if step > 0 and math.isfinite(value)]
+
+
+Point = tuple[str, str, int, float, int]  # run id, metric, step, value, time
 
 
 def _from_database(uri: str, run_ids: Sequence[str], metrics: Sequence[str]) -> Iterable[Point]:
-    columns: Any = (_METRICS.c.run_uuid, _METRICS.c.key, _METRICS.c.step, _METRICS.c.value)
+    names = ("run_uuid", "key", "step", "value", "timestamp")
+    columns: Any = [_METRICS.c[name] for name in names]
     try:
         with sa.create_engine(uri, poolclass=sa.NullPool).connect() as connection:
             for start in range(0, len(run_ids), _CHUNK):
@@ -65,7 +84,7 @@ def _from_server(uri: str, run_ids: Sequence[str], metrics: Sequence[str]) -> It
         for run_id in run_ids:
             for name in metrics:
                 for metric in sorted(client.get_metric_history(run_id, name), key=lambda m: m.timestamp):
-                    yield run_id, name, metric.step, metric.value
+                    yield run_id, name, metric.step, metric.value, metric.timestamp
     except MlflowException as error:
         raise _unreadable(uri, error) from None  # the cause may hold secrets
 

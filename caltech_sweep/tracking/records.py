@@ -35,7 +35,12 @@ OUTCOMES = {
     "data_error": Outcome("FAIL", "FAILED"),
     "crashed": Outcome("FAIL", "FAILED"),
     "interrupted": Outcome("WAITING", "KILLED"),
+    "paused": Outcome("WAITING", "KILLED"),
 }
+UNFINISHED = ("interrupted", "paused")  # a trial that ended so may go on, in the same run
+SUGGESTED_BY = "suggested_by"  # the tag of a sampled trial: "model" or "random", where its sampler has a model
+PAUSED_AT = "paused_at"  # the tag of a paused trial's run: the epoch it is paused at
+END_TAGS = ("outcome", "reason", PAUSED_AT)  # a run that goes on loses these
 
 
 _LARGEST = 1e308  # MLflow's databases keep infinity as the largest number that they have

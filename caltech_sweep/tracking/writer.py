@@ -29,9 +29,11 @@ from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import SUMS, file_digest, read_sums
 from caltech_sweep.metrics import TRAIN_LOSS
 from caltech_sweep.tracking.records import (
+    END_TAGS,
     FORMER_TAG,
     OUTCOMES,
     STORE_TAG,
+    UNFINISHED,
     EpochLog,
     StudyRecord,
     TrialRecord,
@@ -296,8 +298,9 @@ class MlflowTracker:
         """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
         self.client.update_run(run_id, "RUNNING")
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        for stale in ("outcome", "reason"):
-            if stale in self.client.get_run(run_id).data.tags:
+        known = self.client.get_run(run_id).data.tags
+        for stale in END_TAGS:
+            if stale in known:
                 self.client.delete_tag(run_id, stale)
         return self.last_epoch(run_id)
 
@@ -312,7 +315,7 @@ class MlflowTracker:
     def has_ended(self, run_id: str) -> bool:
         """Tell whether a trial's run has its final end."""
         run = self.client.get_run(run_id)
-        return run.info.status != "RUNNING" and run.data.tags.get("outcome") not in (None, "interrupted")
+        return run.info.status != "RUNNING" and run.data.tags.get("outcome") not in (None, *UNFINISHED)
 
     def keep_up(self) -> None:
         """Raise StoreError when a server does not answer."""

@@ -1,5 +1,7 @@
 """A folder of results worth keeping, by key: written atomically, checked when read, the longest unused dropped first.
 
+What paused trials go on from is held: it is dropped after everything else, as long as it takes half the room at most.
+
 An entry is a folder of two files, a small header and its data. It is written next to its place and then renamed, so
 that whatever dies meanwhile, it is either absent or whole; any number of processes may share the folder. Nothing waits
 for the disk: what a power cut tears is found by its checksum like any other damage, and can be computed again.
@@ -26,19 +28,23 @@ from caltech_sweep.training.heartbeat import beat
 FORMAT = 1
 KINDS = ("stage", "features")
 DEFAULT_BUDGET = 20 * 10**9  # bytes
-_HEADER, _DATA = "header.json", "data"
+_HEADER, _DATA, _HELD = "header.json", "data", "held-"
 _DROPPED = ".dropped-"
 _BLOCK = 1 << 22  # bytes read at once for a checksum
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kept result: ``used`` is when it was last written or read, in seconds since 1970."""
+    """One kept result: ``used`` is when it was last written or read, in seconds since 1970.
+
+    ``held`` says whether a trial is to go on from it.
+    """
 
     name: str
     kind: str
     bytes: int
     used: float
+    held: bool = False
 
 
 def default_budget(folder: Path) -> int:
@@ -166,8 +172,10 @@ class Cache:
             if kind not in KINDS:
                 continue
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                size = sum(file.stat().st_size for file in place.iterdir())
-                found.append(Entry(place.name, kind, size, place.stat().st_mtime_ns / 1e9))
+                files = list(place.iterdir())
+                size = sum(file.stat().st_size for file in files)
+                held = any(file.name.startswith(_HELD) for file in files)
+                found.append(Entry(place.name, kind, size, place.stat().st_mtime_ns / 1e9, held))
         return sorted(found, key=lambda entry: (entry.used, entry.name))
 
     def size(self) -> int:
@@ -189,15 +197,30 @@ class Cache:
             (self.folder / name).rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
+    def hold(self, name: str, holder: str) -> None:
+        """Let an entry be dropped last while ``holder``, which is part of a file's name, may go on from it."""
+        with contextlib.suppress(OSError):  # not there, or nothing can be written
+            (self.folder / name / f"{_HELD}{holder}").touch()
+
+    def release(self, name: str, holder: str) -> None:
+        """Let an entry be dropped like any other, as far as ``holder`` is concerned."""
+        with contextlib.suppress(OSError):
+            used = (self.folder / name).stat()
+            (self.folder / name / f"{_HELD}{holder}").unlink()
+            os.utime(self.folder / name, ns=(used.st_atime_ns, used.st_mtime_ns))  # this was no use of it
+
     def _make_room(self, size: int) -> None:
         self._sweep()
         entries = self.entries()
-        total = sum(entry.bytes for entry in entries)
-        for entry in entries:
-            if total + size <= self.budget:
-                return
-            self.drop(entry.name)
-            total -= entry.bytes
+        total, held = (sum(entry.bytes for entry in entries if entry.held or not only) for only in (False, True))
+        while entries and total + size > self.budget:
+            # Held ones go last, but the states of studies that nobody goes on with must not fill the folder.
+            spared = held <= self.budget // 2 and not all(entry.held for entry in entries)
+            dropped = next(entry for entry in entries if not (spared and entry.held))
+            entries.remove(dropped)
+            self.drop(dropped.name)
+            total -= dropped.bytes
+            held -= dropped.bytes if dropped.held else 0
 
     def _sweep(self) -> None:
         """Remove what processes that died have left half written."""

@@ -205,6 +205,7 @@ class TrialCheckpoints:
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained
         self._cost: float | None = None  # seconds of the last save
+        self._held: str | None = None  # the stage that is dropped last, since the trial may pause there
         self._passing: str | None = None  # the last stage that only serves resuming, until there is a later one
 
     def resume(self) -> None:
@@ -224,6 +225,7 @@ class TrialCheckpoints:
             if stage.header["best_epoch"] > end:
                 continue
             restore(self._training, stage, end)
+            self._hold(self._training.epoch, resumed=True)
             if stage.header.get("trial") == self._trial:
                 self._supersede(epoch)
             break
@@ -244,6 +246,7 @@ class TrialCheckpoints:
         self._trained += result.seconds
         name = _name(self._base, self._rates[: result.epoch])
         if self._store.has(name) or not self._is_due(result.epoch):
+            self._hold(result.epoch)
             return
         start = time.monotonic()
         stage = capture(self._training)
@@ -257,9 +260,22 @@ class TrialCheckpoints:
         header = {**stage.header, "identity": self._identity, "trial": self._trial}
         if self._store.write(name, header, _size(stage), fill):
             self._supersede(result.epoch)
+            self._hold(result.epoch)
         self._saved = time.monotonic()
         self._cost = self._saved - start
         self.seconds += self._cost
+
+    def _hold(self, epoch: int, resumed: bool = False) -> None:
+        """Let the state that a trial which may pause would go on from be dropped last; the one before is let go."""
+        last = epoch == len(self._rates) or self._training.ended
+        if not self._use.hold_at or not (resumed or last or epoch in self._use.hold_at):
+            return
+        before = {_name(self._base, self._rates[:earlier]) for earlier in self._use.hold_at if earlier < epoch}
+        for name in before | ({self._held} if self._held else set()):
+            self._store.release(name, self._trial)
+        self._held = None if last else _name(self._base, self._rates[:epoch])
+        if self._held is not None:
+            self._store.hold(self._held, self._trial)
 
     def _supersede(self, epoch: int) -> None:
         """Drop the stage that served resuming until there was a later one: it would push out what others need."""
@@ -268,7 +284,8 @@ class TrialCheckpoints:
         self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
 
     def _is_needed(self, epoch: int) -> bool:
-        return epoch in self._use.save_at or epoch == len(self._rates) or self._training.ended
+        last = epoch == len(self._rates) or self._training.ended
+        return last or epoch in self._use.save_at | self._use.hold_at
 
     def _is_due(self, epoch: int) -> bool:
         if self._is_needed(epoch):

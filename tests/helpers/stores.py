@@ -67,8 +67,10 @@ class PageStore:
     count: int = 0
     runs: dict[str, str] = field(default_factory=dict)
 
-    def study(self, name: str, title: str, rows: tuple[Row, ...], dataset: Mapping[str, Any]) -> StudyDefinition:
-        study = StudyDefinition(name, title, 20, dataset, {"arch": "resnet18", "epochs": 4}, SPACE, rows)
+    def study(
+        self, name: str, title: str, rows: tuple[Row, ...], dataset: Mapping[str, Any], **more: Any
+    ) -> StudyDefinition:
+        study = StudyDefinition(name, title, 20, dataset, {"arch": "resnet18", "epochs": 4}, SPACE, rows, **more)
         write_study(self.tracker, study, {"train": 30, "val": 20, "test": 30, "classes": 3})
         return study
 
@@ -83,19 +85,21 @@ class PageStore:
         row: str | None = None,
         outcome: str = "complete",
         files: bool = True,
+        epochs: int = 4,
+        **tags: str,
     ) -> str:
         """Write a trial: ``right`` of the ten images of the first class hit, the others go to the second."""
         accuracy = (20 + right) / 30
-        epochs = []
-        for epoch in range(1, 5):
+        history = []
+        for epoch in range(1, epochs + 1):
             loss = 1000.0 if (number, epoch) == (1, 1) else 2.0 / epoch
             value = accuracy * epoch / 4
-            epochs.append({"train/loss": loss, "val/loss": loss, "train/accuracy": value, "val/accuracy": value})
+            history.append({"train/loss": loss, "val/loss": loss, "train/accuracy": value, "val/accuracy": value})
         complete = outcome == "complete"
         final = {"best/val_accuracy": accuracy, "best/epoch": 4.0, "test/accuracy": accuracy} if complete else {}
         folder = self.files(classes, right) if complete and files else None
         run_id = write_trial(
-            self.tracker, study, config, number, outcome, epochs=epochs, row=row, metrics=final, files=folder
+            self.tracker, study, config, number, outcome, epochs=history, row=row, metrics=final, files=folder, **tags
         )
         self.runs[f"{study}/{row or number}"] = run_id
         return run_id

@@ -71,3 +71,20 @@ def _unreliable(name: str) -> Any:
 
 for _name in ("start_trial", "resume_trial", "log_dataset", "log_epochs", "finish_trial", "finish_study"):
     setattr(Unreliable, _name, _unreliable(_name))
+
+
+def told(tracker: MemoryTracker) -> Any:
+    """Return all that a tracker was told, without ids, times, and what was spent: a kill may cost an epoch."""
+    return [
+        (
+            run.name,
+            run.params,
+            {k: v for k, v in run.tags.items() if k != "journal.id"},
+            run.status,
+            [(epoch, dict(metrics)) for epoch, metrics, _ in run.history],
+            {k: v for k, v in run.metrics.items() if not k.startswith("spent/")},
+            run.artifacts,
+            tracker.datasets[run_id],
+        )
+        for run_id, run in tracker.runs.items()
+    ] + [tracker.statuses]

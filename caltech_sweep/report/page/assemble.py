@@ -18,14 +18,15 @@ from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import Table
 from caltech_sweep.report.page import curves
 from caltech_sweep.report.page.comparison import Comparison, _comparison
-from caltech_sweep.report.page.section import Curves, Options, Section, _across, _named, _section
+from caltech_sweep.report.page.section import POINTS, Curves, Options, Section, _across, _named, _section
 from caltech_sweep.report.render import anchors
 from caltech_sweep.report.tables import build_table, told_apart
-from caltech_sweep.tracking.history import read_histories
+from caltech_sweep.tracking.history import read_histories, read_moments
 from caltech_sweep.tracking.reader import open_reader
 
 LOCAL_UI = "http://127.0.0.1:5000"  # where `caltech-sweep ui` serves a local store
 
+POINTS_OF_A_SERVER = 200  # sampled trials whose epochs are read one by one
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # what neither HTML nor a file can hold
 
 
@@ -58,13 +59,21 @@ def build_page(studies: Sequence[str], options: Options, tracking_uri: str | Non
     stored = reader.studies(choose(studies, reader.names(), reader.uri))
     runs = [run.run_id for study in stored for _, _, run in curves.drawn(study)]
     histories = read_histories(reader.uri, runs, list(curves.METRICS))
+    most = POINTS_OF_A_SERVER if reader.uri.startswith("http") else POINTS
+    searches = [run for found in map(curves.sampled, stored) if len(found) <= most for run in found]
+    names = {run.objective.each_epoch for run in searches}
+    moments = [
+        moment
+        for name in sorted(names)
+        for moment in read_moments(reader.uri, [r.run_id for r in searches if r.objective.each_epoch == name], name)
+    ]
     tables = told_apart(
         [build_table(s, options.best, reader.text, _link(reader.uri, s.record.experiment_id)) for s in stored]
     )
     sections, everything = [], []
     for index, (study, table, anchor) in enumerate(zip(stored, tables, anchors(tables), strict=True)):
         named = _named(study, options.best, reader)
-        sections.append(_section(index, study, table, anchor, named, histories, reader, options))
+        sections.append(_section(index, study, table, anchor, named, histories, moments, reader, options))
         everything += named
     html = _render(sections, _comparison(everything, options.compare), _across(sections), reader.uri)
     return Page(html, tuple(section.table for section in sections))

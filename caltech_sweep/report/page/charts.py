@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -195,10 +196,23 @@ def _curves_label(lines: Sequence[Line], key: str, title: str) -> str:
 # -- the search --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SearchPoint:
+    """A sampled trial: its number, validation accuracy and outcome, and whether it was sampled at random."""
+
+    number: int
+    value: float
+    outcome: str
+    random: bool = False
+
+
+_MARKERS = {"pruned": "x", "paused": "_"}
+
+
 def history_svg(
-    points: Sequence[tuple[int, float, bool]], before: float, row_best: float | None, label: str, figure_id: str
+    points: Sequence[SearchPoint], before: float, row_best: float | None, label: str, figure_id: str
 ) -> str:
-    """Return the search's history from (trial number, validation accuracy, whether complete), in order.
+    """Return the search's history, in the order of ``points``.
 
     ``before`` is the best accuracy of the trials before these, or 0.
     """
@@ -209,18 +223,44 @@ def history_svg(
         figure = _figure(330, 210)
         axes = figure.add_axes((0.115, 0.15, 0.87, 0.82))
         best, steps = before, []
-        for number, value, complete in points:
-            best = max(best, value if complete else 0.0)
-            steps += [(number, best)] if best else []
+        for point in points:
+            best = max(best, point.value if point.outcome == "complete" else 0.0)
+            steps += [(point.number, best)] if best else []
         if row_best is not None:
             axes.axhline(row_best, color=WRONG, linewidth=1, linestyle=(0, (5, 3)))
         if steps:
             axes.step(*zip(*steps, strict=True), where="post", color=ACCENT, linewidth=1.4)
-        for done, marker in ((True, "o"), (False, "x")):
-            chosen = [(number, value) for number, value, complete in points if complete is done]
-            if chosen:
-                axes.plot(*zip(*chosen, strict=True), marker, markersize=4, color=ACCENT if done else MUTED)
+        groups: dict[tuple[str, bool], list[tuple[int, float]]] = {}
+        for point in points:
+            hollow = point.random and point.outcome == "complete"
+            groups.setdefault((point.outcome, hollow), []).append((point.number, point.value))
+        for (outcome, hollow), places in sorted(groups.items()):
+            colour = ACCENT if outcome == "complete" else MUTED
+            face = "none" if hollow else colour
+            marker = _MARKERS.get(outcome, "o")
+            axes.plot(*zip(*places, strict=True), marker, markersize=4, color=colour, markerfacecolor=face)
         axes.set_xlabel("trial number", labelpad=2)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        return _svg(figure, label, {}, **{"class": "chart"})
+
+
+def effort_svg(
+    line: Sequence[tuple[int, float]], results: Sequence[tuple[int, float, bool]], label: str, figure_id: str
+) -> str:
+    """Return the best accuracy by epochs spent, and each result at a rung: (epochs spent, accuracy, went on)."""
+    import matplotlib as mpl
+    from matplotlib.ticker import MaxNLocator
+
+    with mpl.rc_context(_unique(figure_id)):
+        figure = _figure(330, 210)
+        axes = figure.add_axes((0.115, 0.15, 0.87, 0.82))
+        for on, colour in ((False, MUTED), (True, ACCENT)):
+            chosen = [(spent, value) for spent, value, went_on in results if went_on is on]
+            if chosen:
+                axes.plot(*zip(*chosen, strict=True), "D" if on else "_", markersize=3.5 if on else 6, color=colour)
+        axes.step(*zip(*line, strict=True), where="post", color=ACCENT, linewidth=1.4)
+        axes.set_xlabel("epochs spent", labelpad=2)
+        axes.set_xlim(0, line[-1][0] * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         return _svg(figure, label, {}, **{"class": "chart"})
 

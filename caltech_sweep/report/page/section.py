@@ -21,13 +21,14 @@ from caltech_sweep.report.page.confusion import (
     most_confidently_wrong,
     read_confusion,
 )
+from caltech_sweep.report.page.effort import Effort, effort_of
 from caltech_sweep.report.page.thumbnails import datasets_of, find_thumbnails
 from caltech_sweep.report.render import html_table
 from caltech_sweep.report.statistics import ALPHA
 from caltech_sweep.text import counted
-from caltech_sweep.tracking.history import Histories
+from caltech_sweep.tracking.history import Histories, Moment
 from caltech_sweep.tracking.reader import Reader, StoredStudy
-from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.records import PAUSED_AT, SUGGESTED_BY, TrialRecord
 
 PAIRS = 15
 THUMBNAILS = 18
@@ -68,6 +69,8 @@ class Search:
     history_label: str = ""
     importance: str = ""  # svg
     importance_note: str = ""
+    effort: Effort | None = None
+    marks: frozenset[str] = frozenset()  # of the history: outcomes besides complete, and "random"
 
 
 @dataclass(frozen=True)
@@ -133,14 +136,14 @@ def _curves(drawn: Sequence[curves.Line], section: str, across: bool = False, le
     return Curves(f"{section}-curves", tuple(drawn), tuple(groupings), drawings, left_out)
 
 
-def _history_points(study: StoredStudy) -> list[tuple[int, float, bool]]:
-    """Return (number, validation accuracy, whether complete) of the sampled trials that have one."""
+def _history_points(study: StoredStudy) -> list[charts.SearchPoint]:
+    """Return the sampled trials that have ended, or paused, with an accuracy."""
     points = []
     for trial in curves.sampled(study):
-        complete = trial.outcome == "complete"
-        value = trial.score if complete else metric(trial, trial.objective.each_epoch)
-        if value is not None and trial.outcome in ("complete", "pruned"):
-            points.append((trial.number, value, complete))
+        value = trial.score if trial.outcome == "complete" else metric(trial, trial.objective.each_epoch)
+        if value is not None and trial.outcome in ("complete", "pruned", "paused"):
+            random = trial.tags.get(SUGGESTED_BY) == "random"
+            points.append(charts.SearchPoint(trial.number, value, trial.outcome, random))
     return points
 
 
@@ -173,28 +176,63 @@ def _importance(
     return charts.importance_svg(found.shares, figure), note
 
 
-def _search(study: StoredStudy, row_best: float | None, weigh: Importances | None, section: str) -> Search:
-    points, trials = _history_points(study), curves.sampled(study)
+def _search(
+    study: StoredStudy,
+    row_best: float | None,
+    weigh: Importances | None,
+    section: str,
+    moments: Sequence[Moment] = (),
+) -> Search:
+    points, trials, definition = _history_points(study), curves.sampled(study), study.record.definition
     complete = [trial for trial in trials if trial.outcome == "complete"]
     if not points:
         return Search("No sampled trial has ended yet, so there is no search to show.")
     drawn, earlier = points[-POINTS:], points[:-POINTS]
-    pruned = sum(not done for _, _, done in points)
-    sentence = f"{counted(len(points), 'sampled trial')}: {len(points) - pruned} complete, {pruned} pruned."
+    counts = Counter(point.outcome for point in points)
+    shown = ["complete", "pruned", *(["paused"] if counts["paused"] else [])]
+    sentence = f"{counted(len(points), 'sampled trial')}: {', '.join(f'{counts[name]} {name}' for name in shown)}."
     label = f"Validation accuracy by trial number. {sentence}"
     label += f" The last {len(drawn):,} are drawn." if earlier else ""
     others = Counter(trial.outcome for trial in trials)
-    others.subtract({"complete": len(points) - pruned, "pruned": pruned})
+    others.subtract(counts)
     names = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(others.items()) if number)
-    accuracies = [value for _, value, done in points if done]
+    accuracies = [point.value for point in points if point.outcome == "complete"]
     label += f" The best sampled trial has {max(accuracies):.3f}." if accuracies else ""
     label += f" The best row has {row_best:.3f}." if row_best is not None else ""
-    before = max((value for _, value, done in earlier if done), default=0.0)
+    before = max((point.value for point in earlier if point.outcome == "complete"), default=0.0)
     history = charts.history_svg(drawn, before, row_best, label, f"{section}-history")
     importance, note = _importance(study, complete, weigh, f"{section}-importance")
     return Search(
-        sentence + (f" Without an accuracy to show: {names}." if names else ""), history, label, importance, note
+        sentence
+        + _origins(trials)
+        + _paused_places(trials)
+        + (f" Without an accuracy to show: {names}." if names else ""),
+        history,
+        label,
+        importance,
+        note,
+        effort_of(trials, moments, definition.pruner if definition else None, f"{section}-effort"),
+        frozenset({*counts, *(["random"] if any(p.random and p.outcome == "complete" for p in drawn) else [])}),
     )
+
+
+def _origins(trials: Sequence[TrialRecord]) -> str:
+    """Say how many trials were sampled at random and how many proposed by the sampler's model, where that is known."""
+    origins = Counter(trial.tags[SUGGESTED_BY] for trial in trials if SUGGESTED_BY in trial.tags)
+    if not origins:
+        return ""
+    return f" {origins['random']} sampled at random, {origins['model']} proposed by the model of the sampler."
+
+
+def _paused_places(trials: Sequence[TrialRecord]) -> str:
+    """Say where trials are paused."""
+    places = Counter(
+        (int(trial.tags.get(PAUSED_AT, 0)), trial.params.get("epochs", "?"))
+        for trial in trials
+        if trial.outcome == "paused"
+    )
+    texts = [f"{number} at epoch {epoch} of {epochs}" for (epoch, epochs), number in sorted(places.items())]
+    return f" Paused: {', '.join(texts)}." if texts else ""
 
 
 def _named(study: StoredStudy, best: int, reader: Reader) -> list[Named]:
@@ -271,6 +309,7 @@ def _section(
     anchor: str,
     named: Sequence[Named],
     histories: Histories,
+    moments: Sequence[Moment],
     reader: Reader,
     o: Options,
 ) -> Section:
@@ -288,7 +327,7 @@ def _section(
         counts=_counts(study),
         best=best,
         curves=_curves(curves.lines(study, histories), name, left_out=left_out),
-        search=_search(study, max(row_scores, default=None), o.importances, name),
+        search=_search(study, max(row_scores, default=None), o.importances, name, moments),
         confusions=_confusions(named, name),
         lost=tuple(row.name for row in named if row.confusion is None),
         seeds=tuple(row.name for row in named if row.seeds > 1),
