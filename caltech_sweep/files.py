@@ -176,17 +176,6 @@ def read_sums(file: Path) -> dict[str, str]:
     return {found[2]: found[1] for line in lines if (found := _LINE.fullmatch(line))}
 
 
-def changed(root: Path) -> Iterator[str]:
-    """Yield the path of every file below ``root`` that is not as it was written: lost, unreadable or changed."""
-    for path, digest in read_sums(root / SUMS).items():
-        try:
-            if file_digest(root / path) == digest:
-                continue
-        except OSError:
-            pass
-        yield path
-
-
 ELSEWHERE = "free some space, or name another folder with the environment variable CALTECH_SWEEP_DATA"
 BLOCK = 1 << 18  # bytes read at once
 

@@ -240,19 +240,7 @@ class MemoryTracker:
         """Return the trials of a study, the oldest first."""
         return [
             TrialRecord(
-                run_id,
-                run.study,
-                run.name,
-                run.tags.get("row"),
-                int(run.tags.get("trial_number", -1)),
-                run.tags.get("outcome", "running"),
-                run.status,
-                run.tags.get("fingerprint", ""),
-                run.params,
-                dict(run.metrics),
-                dict(run.tags),
-                run.number,
-                "",
+                run_id, run.study, run.name, run.status, run.params, dict(run.metrics), dict(run.tags), run.number
             )
             for run_id, run in self.runs.items()
             if run.study == study.name

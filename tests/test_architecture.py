@@ -48,8 +48,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "testing"),
     ("serving", "sweep"),
     ("training", "report"),
-    ("artifacts",),
     ("tracking",),
+    ("artifacts",),
     ("study",),
     ("data",),
     ("stores",),
@@ -98,10 +98,8 @@ PRIVATE = {
         "sweep/optuna_trials.py",
         "sweep/ownership.py",
     },
-    r"mlflow\.store|mlflow\.tracking\._|_tracking_client": {
-        "tracking/writer.py",
-        "tracking/reader.py",
-        "tracking/history.py",
+    r"mlflow\.store|mlflow\.tracking\._|_tracking_client|mlflow\.utils\.(validation|uri|file_utils)|MlflowClient\(": {
+        "tracking/client.py"
     },
 }
 

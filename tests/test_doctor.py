@@ -216,8 +216,8 @@ def test_a_study_in_one_store_alone_is_said(copied: Path) -> None:
 def test_a_study_that_is_being_run_is_skipped(copied: Path) -> None:
     left_running(copied)
     code = (
-        "import sys; from caltech_sweep.stores import storage_uri, study_lock\n"
-        "with study_lock(storage_uri(), 'tiny'): print('held', flush=True); sys.stdin.read()"
+        "import sys; from caltech_sweep.stores import study_store, study_lock\n"
+        "with study_lock(study_store(), 'tiny'): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=copied

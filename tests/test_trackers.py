@@ -50,7 +50,7 @@ def only_trial(tracker: Tracker, study: str):
 
 def test_a_trial_s_life(tracker: Tracker, study: str, tmp_path: Path) -> None:
     run = start(tracker, study)
-    assert only_trial(tracker, study).outcome == "running"
+    assert only_trial(tracker, study).state == "running"
     tracker.log_dataset(run, "shapes", "digest", {"train": 3}, "drawn")
     tracker.log_epochs(run, [(1, {"val/accuracy": 0.5, "train/loss": 1.0}, 1000)])
     (tmp_path / "sub").mkdir()
@@ -79,7 +79,7 @@ def test_a_trial_goes_on_after_its_last_epoch(tracker: Tracker, study: str) -> N
     tracker.finish_trial(run, "interrupted", {}, {"reason": "stopped"}, None)
     assert tracker.resume_trial(run, {"attempt": "2"}) == 3
     trial = only_trial(tracker, study)
-    assert (trial.status, trial.outcome, trial.tags["attempt"]) == ("RUNNING", "running", "2")
+    assert (trial.status, trial.state, trial.tags["attempt"]) == ("RUNNING", "running", "2")
     assert "reason" not in trial.tags
 
 

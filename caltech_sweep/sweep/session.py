@@ -15,9 +15,10 @@ from typing import Any
 
 import optuna
 
-from caltech_sweep import paths, stores
+from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
+from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Ledger
@@ -71,11 +72,11 @@ def job_of(
     )
 
 
-def table_of(study: str, tracking_uri: str) -> str:
+def table_of(study: str, tracking: Store) -> str:
     """Return the table of a study as Markdown, with the best three sampled trials."""
     from caltech_sweep.report.build import build_report
 
-    return build_report([study], "markdown", 3, tracking_uri)
+    return build_report([study], "markdown", 3, tracking)
 
 
 def make_executor(options: RunOptions) -> Executor:
@@ -140,7 +141,7 @@ class _Opening:
     identity: Mapping[str, Any]
     weights: Weights
     tracker: MlflowTracker
-    storage: str
+    storage: Store
     adopting: bool
 
     def check_owner(self) -> StudyRecord | None:
@@ -185,15 +186,15 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
     identity = identity_of(definition, checked.data, checked.weights)
     opening = _Opening(definition, identity, checked.weights, tracker, checked.storage, options.adopt)
     opening.check_owner()
-    stores.check_file(checked.storage, "study store", create=True)
+    checked.storage.check(create=True)
     with ExitStack() as stack:
         held = stack.enter_context(holding(checked.storage, definition.name))
         study = opening.open(write)
         _guard(stack, study, tracker, held)
         watcher = _progress(stack, write)
         await_outages(study, watcher.note)
-        root = stores.journal_root(checked.storage)
-        journal = Journal(own_folder(root, definition.name, checked.tracking, lambda: _names(tracker)))
+        names = partial(_names, tracker)
+        journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking.uri, names))
         journaling = JournalingTracker(tracker, journal, is_outage, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
         executor = make_executor(options)
@@ -220,10 +221,10 @@ def _names(tracker: MlflowTracker) -> list[str]:
     return [record.name for record in tracker.studies()]
 
 
-def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[str], None]) -> bool:
+def replay(tracking_uri: Address, storage_uri: Address, write: Callable[[str], None]) -> bool:
     """Bring to a tracking store what waits for it in journals; return whether all of it is there."""
-    tracking, storage = stores.tracking_uri(tracking_uri), stores.storage_uri(storage_uri)
-    found = journals(stores.journal_root(storage), tracking, lambda: _names(MlflowTracker(tracking)))
+    tracking, storage = tracking_store(tracking_uri), study_store(storage_uri)
+    found = journals(storage.folder, tracking.uri, lambda: _names(MlflowTracker(tracking)))
     if not found:
         write("nothing waits to be replayed")
         return True

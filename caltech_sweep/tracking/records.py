@@ -75,21 +75,49 @@ class InitialWeights:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial's run as the store has it; ``outcome`` is "running" until it ends."""
+    """One trial's run as the store has it; what the trial is, and how it ended, is in its tags."""
 
     run_id: str
     study: str
     name: str
-    row: str | None
-    number: int
-    outcome: str
     status: str
-    fingerprint: str
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
-    start_time: int  # milliseconds since 1970
-    artifact_uri: str
+    start_time: int = 0  # milliseconds since 1970
+    artifact_uri: str = ""
+
+    @property
+    def row(self) -> str | None:
+        """The row of the study that it trains, or None of a sampled trial."""
+        return self.tags.get("row")
+
+    @property
+    def number(self) -> int:
+        """The trial's number, or -1 of a run that is no trial's."""
+        number = self.tags.get("trial_number", "")
+        return int(number) if number.isdecimal() else -1
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the trial's config."""
+        return self.tags.get("fingerprint", "")
+
+    @cached_property
+    def outcome(self) -> str:
+        """The end that the run has recorded, or "" before it.
+
+        A run that is RUNNING may have one: it was killed between the last two calls of its end.
+        """
+        return sound_outcome(self.tags.get("outcome", ""), self.metrics)
+
+    @property
+    def state(self) -> str:
+        """What people are told: "running" until the run has ended, then its outcome.
+
+        A run that was stopped from outside has none, and was interrupted.
+        """
+        return "running" if self.status in ("RUNNING", "SCHEDULED") else self.outcome or "interrupted"
 
     @property
     def objective(self) -> Objective:
@@ -130,6 +158,14 @@ class StudyRecord:
     def images(self) -> Mapping[str, int]:
         """How many images each part has, and how many ``classes`` there are, as far as that is recorded."""
         return self.document.get("images") or {}
+
+    @classmethod
+    def from_tags(
+        cls, name: str, run_id: str, experiment_id: str, document: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> StudyRecord:
+        """Return the record of a study from its parent run's file and tags."""
+        former = tuple(filter(None, tags.get(FORMER_TAG, "").split(",")))
+        return cls(name, run_id, experiment_id, document, tags.get(STORE_TAG), former)
 
     def has(self, tags: Mapping[str, str]) -> bool:
         """Tell whether a trial's run is this study's, by its tags, rather than of another study of its name."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caltech_sweep import stores
 from caltech_sweep.report.build import choose
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import Table
@@ -21,6 +20,7 @@ from caltech_sweep.report.page.comparison import Comparison, _comparison
 from caltech_sweep.report.page.section import Curves, Options, Section, _across, _named, _section
 from caltech_sweep.report.render import anchors
 from caltech_sweep.report.tables import build_table, told_apart
+from caltech_sweep.stores import Address, Store
 from caltech_sweep.tracking.history import read_histories
 from caltech_sweep.tracking.reader import open_reader
 
@@ -43,30 +43,29 @@ class Page:
 # -- all studies -------------------------------------------------------------------------------------------------------
 
 
-def _link(uri: str, experiment_id: str) -> Callable[[str], str]:
-    served = uri.startswith(("http://", "https://"))
-    base = stores.hide_secrets(uri).replace("***@", "").rstrip("/") if served else LOCAL_UI
+def _link(store: Store, experiment_id: str) -> Callable[[str], str]:
+    base = store.page or LOCAL_UI
     return lambda run_id: f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def build_page(studies: Sequence[str], options: Options, tracking_uri: str | None) -> Page:
+def build_page(studies: Sequence[str], options: Options, tracking_uri: Address) -> Page:
     """Return the page of some studies, or of all, from the tracking store and, for thumbnails, the dataset's folder.
 
     Raises UsageError for a study or a row that is not there, StoreError for a store that cannot be read or is empty.
     """
     reader = open_reader(tracking_uri)
-    stored = reader.studies(choose(studies, reader.names(), reader.uri))
+    stored = reader.studies(choose(studies, reader.names(), reader.store))
     runs = [run.run_id for study in stored for _, _, run in curves.drawn(study)]
-    histories = read_histories(reader.uri, runs, list(curves.METRICS))
+    histories = read_histories(reader.store, runs, list(curves.METRICS))
     tables = told_apart(
-        [build_table(s, options.best, reader.text, _link(reader.uri, s.record.experiment_id)) for s in stored]
+        [build_table(s, options.best, reader.text, _link(reader.store, s.record.experiment_id)) for s in stored]
     )
     sections, everything = [], []
     for index, (study, table, anchor) in enumerate(zip(stored, tables, anchors(tables), strict=True)):
         named = _named(study, options.best, reader)
         sections.append(_section(index, study, table, anchor, named, histories, reader, options))
         everything += named
-    html = _render(sections, _comparison(everything, options.compare), _across(sections), reader.uri)
+    html = _render(sections, _comparison(everything, options.compare), _across(sections), reader.store)
     return Page(html, tuple(section.table for section in sections))
 
 
@@ -79,7 +78,7 @@ def _data(sections: Sequence[Section], comparison: Comparison | None) -> dict[st
     }
 
 
-def _render(sections: Sequence[Section], comparison: Comparison | None, across: Curves | None, uri: str) -> str:
+def _render(sections: Sequence[Section], comparison: Comparison | None, across: Curves | None, store: Store) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -105,7 +104,7 @@ def _render(sections: Sequence[Section], comparison: Comparison | None, across: 
         comparison=comparison,
         across=across,
         styles=range(curves.STYLES),
-        local_ui=None if uri.startswith("http") else LOCAL_UI,
+        local_ui=None if store.is_web else LOCAL_UI,
         style=source("page.css"),
         script=script,
         digest=digest,

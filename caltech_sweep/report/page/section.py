@@ -137,9 +137,9 @@ def _history_points(study: StoredStudy) -> list[tuple[int, float, bool]]:
     """Return (number, validation accuracy, whether complete) of the sampled trials that have one."""
     points = []
     for trial in curves.sampled(study):
-        complete = trial.outcome == "complete"
+        complete = trial.state == "complete"
         value = trial.score if complete else metric(trial, trial.objective.each_epoch)
-        if value is not None and trial.outcome in ("complete", "pruned"):
+        if value is not None and trial.state in ("complete", "pruned"):
             points.append((trial.number, value, complete))
     return points
 
@@ -175,7 +175,7 @@ def _importance(
 
 def _search(study: StoredStudy, row_best: float | None, weigh: Importances | None, section: str) -> Search:
     points, trials = _history_points(study), curves.sampled(study)
-    complete = [trial for trial in trials if trial.outcome == "complete"]
+    complete = [trial for trial in trials if trial.state == "complete"]
     if not points:
         return Search("No sampled trial has ended yet, so there is no search to show.")
     drawn, earlier = points[-POINTS:], points[:-POINTS]
@@ -183,7 +183,7 @@ def _search(study: StoredStudy, row_best: float | None, weigh: Importances | Non
     sentence = f"{counted(len(points), 'sampled trial')}: {len(points) - pruned} complete, {pruned} pruned."
     label = f"Validation accuracy by trial number. {sentence}"
     label += f" The last {len(drawn):,} are drawn." if earlier else ""
-    others = Counter(trial.outcome for trial in trials)
+    others = Counter(trial.state for trial in trials)
     others.subtract({"complete": len(points) - pruned, "pruned": pruned})
     names = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(others.items()) if number)
     accuracies = [value for _, value, done in points if done]
@@ -260,7 +260,7 @@ def _counts(study: StoredStudy) -> str:
     trials: dict[tuple[int, str], list[TrialRecord]] = {}
     for run in study.trials:
         trials.setdefault((run.number, run.fingerprint), []).append(run)
-    counts = Counter(pick(attempts).outcome.replace("_", " ") for attempts in trials.values())
+    counts = Counter(pick(attempts).state.replace("_", " ") for attempts in trials.values())
     return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) or "none yet"
 
 
