@@ -190,9 +190,9 @@ def test_a_rebuilt_study_has_the_trials_of_the_lost_one_and_samples_what_it_woul
         with closing(sqlite3.connect(tmp_path / name)) as one, closing(sqlite3.connect(other / name)) as two:
             one.backup(two)
     tracker = MlflowTracker(str(other / "mlflow.db"))
-    record = check_adoptable(definition, identity(definition), {}, tracker, new)
+    record = check_adoptable(definition, identity(definition), {}, tracker, study_store(new))
     assert record is not None
-    assert "was rebuilt from" in adopt(definition, identity(definition), tracker, record, new)
+    assert "was rebuilt from" in adopt(definition, identity(definition), tracker, record, study_store(new))
     old, rebuilt = trials(lost, "s"), list(map(compared, trials(new, "s")))
     assert rebuilt == list(map(compared, old[: len(rebuilt)]))
     assert {trial.state.name for trial in old[len(rebuilt) :]} <= {"WAITING"}  # they have no run yet
