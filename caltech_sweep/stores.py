@@ -76,11 +76,16 @@ class Store:
         """The address of a tracking server's pages, which holds no user; None of a database."""
         return self.shown.replace("***@", "").rstrip("/") if self.is_web else None
 
+    @cached_property
+    def identity(self) -> str:
+        """What is the same for all the addresses of one store: no driver, user or secret, one name of a host."""
+        return addresses.identity(self.uri)
+
     def is_same(self, other: Store) -> bool:
         """Tell whether two addresses name one database: by another path, user, driver, or name of this machine."""
         if self.file is not None and other.file is not None and self.file.exists() and other.file.exists():
             return self.file.samefile(other.file)
-        return addresses.identity(self.uri) == addresses.identity(other.uri)
+        return self.identity == other.identity
 
     # -- what is said of it ----------------------------------------------------------------------------------------
 

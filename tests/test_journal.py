@@ -270,7 +270,7 @@ def test_replay_and_doctor_bring_what_waits(place: Path, monkeypatch: pytest.Mon
 
     assert "there is no" not in invoke("replay").output
     assert invoke("run", "tiny", "--in-process", "--threads", "1", "--row", "First").exit_code == 0
-    root, uri = place.resolve() / "mlruns", stores.tracking_store().uri
+    root, uri = place.resolve() / "mlruns", stores.tracking_store()
     run_id = None
     for command in (("replay",), ("doctor", "--fix")):
         tracker = MlflowTracker()

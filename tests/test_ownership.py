@@ -373,7 +373,7 @@ def test_runs_of_another_study_store_are_in_no_table(copied: Path) -> None:
 
 
 def test_what_waits_for_another_study_store_s_study_is_not_replayed(copied: Path, clone: Path) -> None:
-    uri = stores.tracking_store().uri
+    uri = stores.tracking_store()
     assert invoke(*RUN, "--name", "mine", "--row", "First", "--set", "epochs=1").exit_code == 0
     before = dump(copied / "mlruns" / "mlflow.db")
     folder = journal_folder(clone / "mlruns", "tiny", uri)

@@ -313,7 +313,7 @@ def test_studies_whose_names_are_alike_do_not_lock_each_other(place: Path) -> No
         for name in names:
             with pytest.raises(StoreError, match="is being run by"), stores.study_lock(store, name):
                 raise AssertionError
-    assert len({journal_folder(place, name, store.uri) for name in names}) == len(names)
+    assert len({journal_folder(place, name, store) for name in names}) == len(names)
 
 
 @pytest.mark.slow
@@ -341,7 +341,7 @@ def test_what_waits_in_a_journal_of_an_earlier_version_is_found(copied: Path) ->
 
 def test_a_journal_is_found_however_the_address_of_its_store_is_written(tmp_path: Path) -> None:
     def folder(text: str) -> Path:
-        return journal_folder(tmp_path, "s", stores.tracking_store(text).uri)
+        return journal_folder(tmp_path, "s", stores.tracking_store(text))
 
     assert folder(SAME) == folder("postgresql+psycopg2://other:secret@127.0.0.1:5432/db") != folder("postgresql:///x")
     assert folder("http://me:a@localhost:5000/") == folder("http://127.0.0.1:5000") != folder("http://127.0.0.1:5001")

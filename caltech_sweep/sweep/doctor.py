@@ -133,7 +133,7 @@ def _replay(
     Returns the studies that still lack some.
     """
     incomplete = set()
-    for study, folder in journals(store.folder, tracker.uri, lambda: tracked):
+    for study, folder in journals(store.folder, tracker.store, lambda: tracked):
         if study in foreign:
             continue
         try:

@@ -194,7 +194,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         watcher = _progress(stack, write)
         await_outages(study, watcher.note)
         names = partial(_names, tracker)
-        journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking.uri, names))
+        journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
         journaling = JournalingTracker(tracker, journal, is_outage, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
         executor = make_executor(options)
@@ -224,7 +224,7 @@ def _names(tracker: MlflowTracker) -> list[str]:
 def replay(tracking_uri: Address, storage_uri: Address, write: Callable[[str], None]) -> bool:
     """Bring to a tracking store what waits for it in journals; return whether all of it is there."""
     tracking, storage = tracking_store(tracking_uri), study_store(storage_uri)
-    found = journals(storage.folder, tracking.uri, lambda: _names(MlflowTracker(tracking)))
+    found = journals(storage.folder, tracking, lambda: _names(MlflowTracker(tracking)))
     if not found:
         write("nothing waits to be replayed")
         return True

@@ -21,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caltech_sweep import addresses, paths, stores
+from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
+from caltech_sweep.stores import Store, reason
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.records import EpochLog, Tracker
 
@@ -141,18 +142,18 @@ def _reason(error: Exception) -> str:
     return number[1] if number else str(error)
 
 
-def journal_folder(root: Path, study: str, uri: str) -> Path:
+def journal_folder(root: Path, study: str, store: Store) -> Path:
     """Return the folder of a study's journal for one tracking store, however the store's address is written."""
-    return root / "journal" / f"{paths.file_name(study)}-{_digest(addresses.identity(uri), 16)}"
+    return root / "journal" / f"{paths.file_name(study)}-{_digest(store.identity, 16)}"
 
 
-def own_folder(root: Path, study: str, uri: str, names: Callable[[], Iterable[str]]) -> Path:
+def own_folder(root: Path, study: str, store: Store, names: Callable[[], Iterable[str]]) -> Path:
     """Return :func:`journal_folder`, to which the study's journal of an earlier version is moved, if there is one.
 
     ``names`` tells the names of the studies in the tracking store.
     """
-    place = journal_folder(root, study, uri)
-    for folder in _former(root, uri):
+    place = journal_folder(root, study, store)
+    for folder in _former(root, store.uri):
         if not place.exists() and _study_of(folder, names()) == study:
             try:
                 folder.rename(place)
@@ -161,14 +162,14 @@ def own_folder(root: Path, study: str, uri: str, names: Callable[[], Iterable[st
     return place
 
 
-def journals(root: Path, uri: str, names: Callable[[], Iterable[str]]) -> list[tuple[str, Path]]:
+def journals(root: Path, store: Store, names: Callable[[], Iterable[str]]) -> list[tuple[str, Path]]:
     """Return the studies and folders of the journals below ``root`` whose writes are for a tracking store."""
-    ending = f"-{_digest(addresses.identity(uri), 16)}"
+    ending = f"-{_digest(store.identity, 16)}"
     found = [
         (paths.study_name(folder.name.removesuffix(ending)), folder)
         for folder in sorted((root / "journal").glob(f"*{ending}"))
     ]
-    return found + [(_study_of(folder, names()), folder) for folder in _former(root, uri)]
+    return found + [(_study_of(folder, names()), folder) for folder in _former(root, store.uri)]
 
 
 def _digest(text: str, length: int) -> str:
@@ -237,7 +238,7 @@ class JournalingTracker:
             except Exception as error:
                 if self._is_outage(error):
                     return self._later()
-                refused = stores.reason(error)
+                refused = reason(error)
                 mark = partial(self.journal.reject, number, refused)
             try:
                 mark()
@@ -310,7 +311,7 @@ class JournalingTracker:
                 self._fence()
                 self._next = time.monotonic() + self._wait
                 self._note(
-                    f"the tracking store is unavailable ({stores.reason(error)}): results are buffered in "
+                    f"the tracking store is unavailable ({reason(error)}): results are buffered in "
                     f"{self.journal.folder} until it is back; training continues"
                 )
         folder = arguments.pop("folder", None)
