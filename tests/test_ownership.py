@@ -392,4 +392,4 @@ def test_there_must_be_a_study_to_adopt(place: Path, tmp_path: Path) -> None:
     tracker.start_study("s", "A study", {**DEFINITION.to_dict(), "identity": identity(DEFINITION), STORE_TAG: "other"})
     changed = {**identity(DEFINITION), "images": "changed", "fixed": {"epochs": 9}}
     with pytest.raises(UsageError, match=r'fixed.epochs: was \d+, is 9\n.*images: was "scripted", is "changed"'):
-        check_adoptable(DEFINITION, changed, {}, tracker, f"sqlite:///{tmp_path / 'none.db'}")
+        check_adoptable(DEFINITION, changed, {}, tracker, study_store(f"{tmp_path}/none.db"))
