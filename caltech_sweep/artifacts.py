@@ -162,7 +162,7 @@ def artifact_problems(
             found = True
             yield error.problem
     if not found:
-        yield from _changed(find)
+        yield from _changed(find, missing)
 
 
 def _checks(
@@ -185,7 +185,7 @@ def _check_not_empty(read: Read, path: str) -> None:
         raise ArtifactError(path, "is empty")
 
 
-def _changed(find: Callable[[str], Path]) -> Iterator[str]:
+def _changed(find: Callable[[str], Path], missing: Collection[str]) -> Iterator[str]:
     """Yield what is wrong with every file whose checksum was recorded and is another one now."""
     try:
         sums = read_sums(find(SUMS))
@@ -193,7 +193,7 @@ def _changed(find: Callable[[str], Path]) -> Iterator[str]:
         return
     for path, digest in sums.items():
         try:
-            if file_digest(find(path)) == digest:
+            if path in missing or file_digest(find(path)) == digest:
                 continue
         except (OSError, ArtifactError):
             pass

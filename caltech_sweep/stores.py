@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _VARIABLE = "MLFLOW_TRACKING_URI"
 _RETRY_SECONDS = 1.0
+# What a database or a system itself said, in a longer story.
+_SAID = re.compile(
+    r"^\(\w+\.\w+\) (.+)$|failed with exception .*?(?:\[Errno -?\d+\] ([^'\")]+)|(certificate verify failed[^'\")]*|"
+    r"(?:read |connect )?timed out))",
+    re.M,
+)
 _ATTEMPTS = 30  # to open a database whose tables another process is creating
 _MADE_TWICE = re.compile("duplicate key|duplicate entry|already exists", re.I)
 _GLANCE = 0.5  # seconds that a study's lock is waited for: another process may only look whether it is free
@@ -250,8 +256,8 @@ def reason(error: BaseException, address: str = "") -> str:
     cause = error.__cause__ if type(error).__name__ == "StorageInternalError" else None  # Optuna's own says nothing
     error = cause or error
     text = str(getattr(error, "orig", None) or getattr(error, "reason", None) or error) or type(error).__name__
-    driver = re.search(r"^\(\w+\.\w+\) (.+)$", text, re.M)  # what the database itself said, in a longer story
-    return hide_secrets(driver[1] if driver else text.splitlines()[0], address)
+    said = _SAID.search(text)
+    return hide_secrets(said[said.lastindex or 0] if said else text.splitlines()[0], address)
 
 
 def failure(error: Exception) -> StoreError | None:

@@ -222,7 +222,7 @@ class MemoryTracker:
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
-    ) -> None:
+    ) -> Mapping[str, str]:
         """Keep the artifacts and the end."""
         run = self.runs[run_id]
         for path in sorted(folder.rglob("*")) if folder else []:
@@ -231,6 +231,7 @@ class MemoryTracker:
         run.metrics.update(metrics)
         run.tags.update({**tags, "outcome": outcome})
         run.status = OUTCOMES[outcome].mlflow
+        return {}
 
     def study(self, name: str) -> StudyRecord | None:
         """Return a study, or None."""

@@ -10,7 +10,7 @@ from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.testing import MemoryTracker
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import OUTCOMES, Tracker
-from caltech_sweep.tracking.writer import MlflowTracker, is_outage
+from caltech_sweep.tracking.writer import MlflowTracker
 
 TAGS = {"trial_number": "0", "fingerprint": "abc", "row": "First"}
 
@@ -28,7 +28,7 @@ def tracker(request: pytest.FixtureRequest) -> Tracker:
     if request.param == "mlflow":
         return tracker
     journal = Journal(request.getfixturevalue("tmp_path_factory").mktemp("journal"))
-    return JournalingTracker(tracker, journal, is_outage, lambda line: None)
+    return JournalingTracker(tracker, journal, lambda line: None)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
@@ -23,6 +23,8 @@ from caltech_sweep.sweep.reconcile import survey
 from caltech_sweep.sweep.recorder import RecordedTrial, Recorder
 from caltech_sweep.tracking.records import FAILURES, missing_artifacts, not_a_number
 
+TRACEBACK = "traceback.txt"
+INTERRUPTED = "waits for the next run of this study"
 MAX_RETRIES = 2  # of a trial whose worker died
 
 
@@ -127,10 +129,14 @@ class Coordinator:
     def _close(self) -> None:
         """Let what runs wait. What a store does not take any more is settled by the next run, or by a new owner."""
         self.executor.close()
-        with suppress(StoreError, LostStudyError, *STORE_ERRORS):
-            for running in list(self._running.values()):
-                self._end(running, "interrupted", "waits for the next run of this study")
-            self.recorder.close(self.summary.complete)
+        ends = [partial(self._end, running, "interrupted", INTERRUPTED) for running in self._running.values()]
+        for step in (*ends, partial(self.recorder.close, self.summary.complete)):
+            try:
+                step()
+            except (StoreError, LostStudyError, *STORE_ERRORS):
+                continue
+            except Exception as error:  # the others have their ends all the same
+                self.progress.note(f"the end of the study is not recorded ({reason(error)}); the next run settles it")
 
     def _run_all(self) -> None:
         while not self._stop and not self.ledger.over and (self._fill() or self._running):
@@ -230,9 +236,11 @@ class Coordinator:
             running.job = replace(running.job, alone=True)
             self._retry(running, f"{event.message}; retried with its device to itself")
             return
+        message = event.message
         if event.trace:
-            (running.job.folder / "traceback.txt").write_text(event.trace)
-        self._end(running, event.outcome, event.message)
+            (running.job.folder / TRACEBACK).write_text(event.trace)
+            message = f"{message}; its traceback is the artifact {TRACEBACK} of its run"
+        self._end(running, event.outcome, message)
 
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
         code = event.exit_code or 0

@@ -26,7 +26,7 @@ from caltech_sweep.sweep.ownership import foreign_studies
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.reconcile import Finding, survey
 from caltech_sweep.text import counted, suggestion
-from caltech_sweep.tracking.client import is_outage, local_path
+from caltech_sweep.tracking.client import local_path
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
 from caltech_sweep.tracking.records import OUTCOMES, StudyRecord, TrialRecord, missing_artifacts
 from caltech_sweep.tracking.writer import MlflowTracker
@@ -139,7 +139,7 @@ def _replay(
         try:
             with holding(store, study) as held:
                 tracker.guard(held.check)
-                journaling = JournalingTracker(tracker, Journal(folder), is_outage, say, held.check)
+                journaling = JournalingTracker(tracker, Journal(folder), say, held.check)
                 text = f"{counted(journaling.waiting, 'write')} in {folder}, not in the tracking store: replayed"
                 if journaling.waiting:
                     _treat(study, [Finding(text, partial(_bring, journaling))], fix, diagnosis, say)
@@ -292,12 +292,11 @@ def _ended(trial: FrozenTrial) -> str:
 
 
 def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> Iterator[str]:
-    """Yield what is wrong with a run's artifacts, where they lie in a folder."""
-    if tracker.artifacts.folder(run.artifact_uri, record.name) is not None:
-        place = (run.artifact_uri, record.name)
-        read = partial(_of_run, tracker.artifacts.text, *place)
-        find = partial(_of_run, tracker.artifacts.file, *place)
-        yield from artifact_problems(run.metrics, read, find, record.images, missing_artifacts(run.tags))
+    """Yield what is wrong with a run's artifacts, but for those that are known to be missing."""
+    place = (run.artifact_uri, record.name)
+    read = partial(_of_run, tracker.artifacts.text, *place)
+    find = partial(_of_run, tracker.artifacts.file, *place)
+    yield from artifact_problems(run.metrics, read, find, record.images, missing_artifacts(run.tags))
 
 
 def _of_run(get: Callable[[str, str, str], T], uri: str, study: str, path: str) -> T:

@@ -21,7 +21,7 @@ class Finding:
     """One thing that is wrong between the stores: a sentence, and what puts it right, if it can be put right."""
 
     text: str
-    fix: Callable[[], None] | None
+    fix: Callable[[], object] | None
 
 
 def _key(trial: FrozenTrial) -> tuple[int, str]:

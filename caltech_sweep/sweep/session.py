@@ -37,7 +37,7 @@ from caltech_sweep.sweep.recorder import Recorder
 from caltech_sweep.sweep.sharing import branch_epochs
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals, own_folder
 from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
-from caltech_sweep.tracking.writer import MlflowTracker, Owner, git_state, is_outage
+from caltech_sweep.tracking.writer import MlflowTracker, Owner, provenance
 from caltech_sweep.training.keys import CacheOptions
 
 _SCRATCH = "caltech-sweep-run-"  # the folder of what trials leave, until the tracking store has it
@@ -195,7 +195,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         await_outages(study, watcher.note)
         names = partial(_names, tracker)
         journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
-        journaling = JournalingTracker(tracker, journal, is_outage, watcher.note, held.check)
+        journaling = JournalingTracker(tracker, journal, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
         executor = make_executor(options)
         stack.callback(executor.close)
@@ -204,7 +204,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             definition,
             checked.images,
             watcher.note,
-            tags=git_state(),
+            tags=provenance(),
             weights=checked.weights,
             describe=partial(table_of, definition.name, checked.tracking),
         )
@@ -234,7 +234,7 @@ def replay(tracking_uri: Address, storage_uri: Address, write: Callable[[str], N
             check_own(study, tracker, storage)
             with holding(storage, study) as held:
                 tracker.guard(held.check)
-                journaling = JournalingTracker(tracker, Journal(folder), is_outage, write, held.check)
+                journaling = JournalingTracker(tracker, Journal(folder), write, held.check)
                 complete = journaling.replay() and complete
                 journaling.say_what_waits(study, write)
         except (ForeignStudyError, LostStudyError) as error:

@@ -6,19 +6,14 @@ import logging
 import re
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode
 from mlflow.store.db.utils import _initialize_tables, _verify_schema
 from mlflow.store.tracking.dbmodels.models import (
     SqlExperiment,
@@ -29,7 +24,9 @@ from mlflow.store.tracking.dbmodels.models import (
     SqlTag,
 )
 from mlflow.tracking._tracking_service import utils as _tracking_utils
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.rest_utils import http_request
 from mlflow.utils.uri import is_local_uri
 from mlflow.utils.validation import (
     _validate_model_alias_name,
@@ -41,6 +38,7 @@ from caltech_sweep import paths
 from caltech_sweep.addresses import hide_secrets
 from caltech_sweep.errors import ArtifactError, StoreError
 from caltech_sweep.stores import Store, tune_sqlite
+from caltech_sweep.tracking.answers import Answer, advice, meaning, status_of
 
 # The bare tables: configuring MLflow's hundred mapped classes takes longer than reading a usual store.
 EXPERIMENTS, RUNS, TAGS, PARAMS = (model.__table__ for model in (SqlExperiment, SqlRun, SqlTag, SqlParam))
@@ -49,6 +47,7 @@ METRICS, LATEST_METRICS = SqlMetric.__table__, SqlLatestMetric.__table__
 STUDY_FILE = "study.json"  # of a study's parent run: what the study is
 PAGE = 1000  # runs, experiments or models of one answer
 _LOCK_SECONDS = 5  # that a write waits for a database that another holds, before it goes to the journal
+_MISSING = re.compile("no such|not found|does not exist|NoSuchKey", re.I)  # of an artifact that is not there
 _WRITES = ("create_", "log_", "set_", "update_", "delete_")
 
 for _name in ("alembic", "mlflow"):  # after the import, which sets its own levels
@@ -60,17 +59,18 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs
 
 
 def check_server(store: Store) -> None:
-    """Ask a server for its health, since MLflow's own client would retry for minutes."""
+    """Ask a server for its health as MLflow would, but for five seconds only: MLflow would try for minutes.
+
+    Whatever it answers, it is there; other servers than MLflow's own may lack this page, or want to know the user.
+    """
     try:
-        parts = urlsplit(store.uri)
-        host = parts.netloc.rpartition("@")[2]  # urllib would take a user's name for the host's
-        urllib.request.urlopen(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health", timeout=5).close()
-    except urllib.error.HTTPError:
-        return  # it answers; other servers than MLflow's own may lack this page, or want to know the user
-    except (OSError, ValueError, HTTPException) as error:
+        credentials = get_default_host_creds(store.uri)
+        http_request(credentials, "/health", "GET", timeout=5, max_retries=0, raise_on_status=False)
+    except (MlflowException, OSError, ValueError) as error:
+        how = advice(error) if meaning(error) is Answer.OURS else "start it"
         raise StoreError(
-            f"the tracking server {store.shown} does not answer ({store.reason(error)}); "
-            "start it, or choose another store with --tracking-uri"
+            f"the tracking server {store.shown} does not answer ({store.reason(error)}); {how}, or choose another "
+            "store with --tracking-uri"
         ) from None  # the cause may hold secrets
 
 
@@ -85,7 +85,13 @@ def open_client(store: Store, create: bool) -> MlflowClient:
 
     def connect() -> MlflowClient:
         client = MlflowClient(store.uri, store.uri)
-        client.search_experiments(max_results=1)  # the first use creates the tables, once, here
+        try:
+            client.search_experiments(max_results=1)  # the first use creates the tables, once, here
+        except MlflowException as error:
+            if not store.is_web or meaning(error) is not Answer.OURS:
+                raise
+            why = f"does not let this process in ({store.reason(error)}); {advice(error)}"
+            raise StoreError(f"the tracking server {store.shown} {why}") from None
         return client
 
     if store.is_web:
@@ -152,25 +158,6 @@ def pages(search: Callable[..., Any], *arguments: Any, size: int = PAGE, **named
             return
 
 
-_UNAVAILABLE = ErrorCode.Name(TEMPORARILY_UNAVAILABLE)
-_AWAY = re.compile(
-    r"failed with exception|failed with error code 5\d\d|max retries exceeded|connection refused|database is locked"
-    r"|disk i/o error|disk is full|unable to open database|readonly database|no space left",
-    re.I,
-)
-
-
-def is_outage(error: Exception) -> bool:
-    """Tell whether an error says that the store is unavailable or cannot write now, not that a call is wrong."""
-    if isinstance(error, OSError):  # those of requests are among these
-        return not isinstance(error, FileNotFoundError)
-    if isinstance(error, MlflowException) and error.error_code == _UNAVAILABLE:  # what a database's driver said
-        return True
-    if isinstance(error, (StoreError, sa.exc.OperationalError, sa.exc.InterfaceError)):
-        return True
-    return isinstance(error, (MlflowException, sa.exc.SQLAlchemyError)) and _AWAY.search(str(error)) is not None
-
-
 def check_model_names(name: str, alias: str) -> None:
     """Raise MlflowException for a model or an alias that cannot be registered."""
     _validate_model_name(name)
@@ -214,7 +201,7 @@ class Artifacts:
         """
         from mlflow.artifacts import download_artifacts
 
-        folder, where = self.folder(uri, study), f"{hide_secrets(uri)}; was the store moved?"
+        folder, where = self.folder(uri, study), hide_secrets(uri)
         try:
             if folder is None:
                 whole = f"{uri}/{path}" if path else uri
@@ -222,7 +209,9 @@ class Artifacts:
             (folder / path).stat()
             return folder / path
         except Exception as error:  # each kind of artifact store raises errors of its own
-            raise ArtifactError(path or "model", "is missing", where) from error
+            if folder is not None or status_of(error) == 404 or _MISSING.search(str(error)):
+                raise ArtifactError(path or "model", "is missing", f"{where}; was the store moved?") from error
+            raise StoreError(f"{path or 'a model'} cannot be read from {where} ({self.store.reason(error)})") from None
 
     def text(self, uri: str, path: str, study: str = "") -> str:
         """Return the text of an artifact; raise ArtifactError when it is not there, or no text."""

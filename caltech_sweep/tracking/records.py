@@ -13,8 +13,11 @@ from typing import Any, Protocol
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
 from caltech_sweep.study.definition import StudyDefinition
 
+STRIKES = 3  # failures at one write, of a store that takes others, after which it is set aside
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
-MISSING_TAG = "artifacts.missing"  # of a trial: a JSON object from each artifact that was not made to the reason
+MISSING_TAG = (
+    "artifacts.missing"  # of a trial: as JSON, each artifact that was not made or taken, with the reason
+)
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
 
 
@@ -56,7 +59,7 @@ def sound_outcome(outcome: str, metrics: Mapping[str, float]) -> str:
 
 
 def missing_artifacts(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the artifacts that a trial has not made, with the reasons."""
+    """Return the artifacts that a trial has not made, or the store not taken, with the reasons."""
     try:
         found = json.loads(tags.get(MISSING_TAG, "{}"))
     except ValueError:
@@ -226,8 +229,11 @@ class Tracker(Protocol):
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
-    ) -> None:
-        """Keep a trial's artifacts, log what is known only at its end, and set its final status."""
+    ) -> Mapping[str, str]:
+        """Keep a trial's artifacts, log what is known only at its end, and set its final status.
+
+        Returns the artifacts that will never be taken, with the reasons.
+        """
 
     def study(self, name: str) -> StudyRecord | None:
         """Return a study, or None."""

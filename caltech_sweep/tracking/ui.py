@@ -13,6 +13,28 @@ from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.stores import Address, tracking_store
 from caltech_sweep.tracking.client import open_client
 
+_PRIVATE = ("10.*", "192.168.*", *(f"172.{second}.*" for second in range(16, 32)), "fc00:*", "fd00:*")
+_LOOPBACK = ("localhost", "127.0.0.1", "[[]::1]")  # as fnmatch reads them
+
+
+def _names(host: str) -> list[str]:
+    """Return the names, as patterns with and without a port, by which browsers may ask a server on this machine.
+
+    MLflow refuses requests to any other, so that no page of another site can have its name point here.
+    """
+    own = {host, socket.gethostname(), socket.getfqdn()} - {"", "0.0.0.0", "::"}
+    names = dict.fromkeys([*_LOOPBACK, *_PRIVATE, *sorted(own), *(f"{name.lower()}" for name in sorted(own))])
+    return [pattern for name in names for pattern in (name, f"{name}:*")]
+
+
+def _open_to(host: str) -> None:
+    """Let a server that others may reach answer them; what the environment says already stays."""
+    if host in ("localhost", "127.0.0.1", "::1"):
+        return
+    names = _names(host)
+    os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", ",".join(names))
+    os.environ.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", ",".join(f"http://{name}" for name in names))
+
 
 def serve(host: str, port: int, tracking_uri: Address = None) -> None:
     """Run the MLflow server of a tracking store until Ctrl-C; raise UsageError when the port is taken."""
@@ -32,8 +54,7 @@ def serve(host: str, port: int, tracking_uri: Address = None) -> None:
             ) from error
     artifacts = store.folder / paths.ARTIFACTS.name
     os.environ["MLFLOW_BACKEND_STORE_URI"] = store.uri  # anybody may read the arguments of a process
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
+    _open_to(host)
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # five idle processes that nothing here needs
     # Without the query MLflow opens an experiment in its view for language models, which shows no trials.
     address = f"http://{host}:{port}/#/experiments?workflowType=machine_learning"

@@ -6,10 +6,13 @@ holds ``study.json``; every trial is a child run (tag ``kind: trial``).
 
 from __future__ import annotations
 
+import getpass
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,22 @@ from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import SUMS, file_digest, read_sums
 from caltech_sweep.metrics import TRAIN_LOSS
-from caltech_sweep.stores import Address, tracking_store
+from caltech_sweep.stores import Address, reason, tracking_store
+from caltech_sweep.text import one_line
+from caltech_sweep.tracking.answers import Answer, meaning
 from caltech_sweep.tracking.client import STUDY_FILE, check_server, deleted, guarded, move_artifacts, open_client
-from caltech_sweep.tracking.client import is_outage as is_outage
 from caltech_sweep.tracking.reader import ClientReader
-from caltech_sweep.tracking.records import FORMER_TAG, OUTCOMES, STORE_TAG, EpochLog, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import (
+    FORMER_TAG,
+    MISSING_TAG,
+    OUTCOMES,
+    STORE_TAG,
+    STRIKES,
+    EpochLog,
+    StudyRecord,
+    TrialRecord,
+    missing_artifacts,
+)
 
 _LARGEST_BATCH = 900  # metrics of one call; MLflow takes 1,000
 _LONGEST_TAG = 7900  # characters; a database store of MLflow takes 8,000
@@ -35,16 +49,19 @@ CLAIM_SECONDS = 1.0  # that two study stores which claim one study at the same t
 STEP_METRIC = TRAIN_LOSS  # logged by every epoch, so its last step is the last epoch that a run has
 
 
-def git_state() -> dict[str, str]:
-    """Return the tags of the git commit in the working directory, or none outside a repository."""
-    try:
+def provenance() -> dict[str, str]:
+    """Return the tags of who starts a run, how, and from which git commit; those that cannot be known are left out."""
+    tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    with suppress(OSError, KeyError, ImportError):  # of a process whose user has no name
+        tags["mlflow.user"] = getpass.getuser()
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    with suppress(OSError, subprocess.SubprocessError):  # outside a repository
         run = [
             subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-            for command in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+            for command in commands
         ]
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"mlflow.source.git.commit": run[0], "git.dirty": "true" if run[1] else "false"}
+        tags |= {"mlflow.source.git.commit": run[0], "git.dirty": "true" if run[1] else "false"}
+    return tags
 
 
 class MlflowTracker:
@@ -83,7 +100,7 @@ class MlflowTracker:
             raise ForeignStudyError(name, self.store.shown)
         own = {STORE_TAG: store} if store else {}
         if record is None:
-            tags = {"kind": "study", "study": name, "mlflow.runName": title, **own}
+            tags = {**provenance(), "kind": "study", "study": name, "mlflow.runName": title, **own}
             run_id = self.client.create_run(experiment.experiment_id, tags=tags).info.run_id
         else:
             run_id = record.run_id
@@ -207,13 +224,15 @@ class MlflowTracker:
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
-    ) -> None:
+    ) -> Mapping[str, str]:
         """Upload a trial's artifacts, log what is known only at its end, and set its final status.
 
-        May be done again, after it was cut short, without doubling anything.
+        May be done again, after it was cut short, without doubling anything. Returns the artifacts that the store will
+        never take, with the reasons.
         """
-        if folder is not None and folder.is_dir() and any(folder.iterdir()):
-            self.client.log_artifacts(run_id, str(folder))
+        refused = self._upload(run_id, folder) if folder is not None and folder.is_dir() else {}
+        if refused:
+            tags = {**tags, MISSING_TAG: json.dumps({**missing_artifacts(tags), **refused}, ensure_ascii=False)}
         now = int(time.time() * 1000)
         known = self.client.get_run(run_id).data.metrics if metrics else {}
         self.client.log_batch(
@@ -222,6 +241,47 @@ class MlflowTracker:
             tags=[RunTag(key, value) for key, value in {**tags, "outcome": outcome}.items()],
         )
         self.client.set_terminated(run_id, OUTCOMES[outcome].mlflow)
+        return refused
+
+    def _upload(self, run_id: str, folder: Path) -> dict[str, str]:
+        """Upload the files of a folder; return those that the store will never take, with the reasons.
+
+        It is one by one that it shows which these are: where it takes the smallest file before and after, it is the
+        file, however the answer reads (a proxy hangs up on one that is too large). Raises what says "later".
+        """
+        files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        if not files:
+            return {}
+        try:
+            self.client.log_artifacts(run_id, str(folder))
+            return {}
+        except (LostStudyError, ForeignStudyError):
+            raise
+        except Exception as error:
+            if len(files) == 1 and meaning(error) is not Answer.NEVER:
+                raise
+        refused: dict[str, str] = {}
+        for path in files:
+            problem = self._try_upload(run_id, folder, path)
+            for _ in range(STRIKES - 1):
+                if problem is None or meaning(problem) is Answer.NEVER:
+                    break
+                if path is files[0] or self._try_upload(run_id, folder, files[0]) is not None:
+                    raise problem
+                problem = self._try_upload(run_id, folder, path)
+            if problem is not None:
+                refused[path.relative_to(folder).as_posix()] = one_line(reason(problem), 300)
+        return refused
+
+    def _try_upload(self, run_id: str, folder: Path, path: Path) -> Exception | None:
+        parent = path.relative_to(folder).parent.as_posix()
+        try:
+            self.client.log_artifact(run_id, str(path), None if parent == "." else parent)
+        except (LostStudyError, ForeignStudyError):
+            raise
+        except Exception as error:
+            return error
+        return None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from caltech_sweep.files import NEW, create_atomically, locked, remove_abandoned
-from caltech_sweep.training.heartbeat import beat
 
 FORMAT = 1
 KINDS = ("stage", "features")
@@ -155,7 +154,7 @@ class Cache:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to wait for
                 place.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(place / name, math.inf, beat))  # computing it may take long
+                stack.enter_context(locked(place / name, math.inf))  # computing it may take long
             yield
 
     def entries(self) -> list[Entry]:
