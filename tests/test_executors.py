@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from caltech_sweep import heartbeat
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.testing import Script, ScriptedExecutor, epoch_metrics, scripted_coordinator
-from caltech_sweep.training import heartbeat
 
 
 def runner(job: Job) -> Epochs:

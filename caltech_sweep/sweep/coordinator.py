@@ -121,7 +121,8 @@ class Coordinator:
     def _reconcile(self) -> None:
         """Settle what an earlier run left in the two stores."""
         queue, recorder = self.queue, self.recorder
-        for finding in list(survey(queue.study, recorder.tracker, recorder.records, queue.is_current)):
+        known = recorder.records
+        for finding in list(survey(queue.study, recorder.tracker, known, queue.is_current, ended=bool(known))):
             assert finding.fix is not None
             finding.fix()
             self.progress.note(finding.text)
@@ -236,11 +237,11 @@ class Coordinator:
             running.job = replace(running.job, alone=True)
             self._retry(running, f"{event.message}; retried with its device to itself")
             return
-        message = event.message
         if event.trace:
             (running.job.folder / TRACEBACK).write_text(event.trace)
-            message = f"{message}; its traceback is the artifact {TRACEBACK} of its run"
-        self._end(running, event.outcome, message)
+        self._end(running, event.outcome, event.message)
+        if event.trace:
+            self.progress.note(f"{running.queued.name}: its traceback is {TRACEBACK} of run {running.run.run_id}")
 
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
         code = event.exit_code or 0

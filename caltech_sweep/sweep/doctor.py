@@ -21,14 +21,13 @@ from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
-from caltech_sweep.sweep.optuna_trials import invalidate_trial
 from caltech_sweep.sweep.ownership import foreign_studies
 from caltech_sweep.sweep.queue import wanted_rows
-from caltech_sweep.sweep.reconcile import Finding, survey
+from caltech_sweep.sweep.reconcile import Finding, give_up, key_of, survey
 from caltech_sweep.text import counted, suggestion
 from caltech_sweep.tracking.client import local_path
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
-from caltech_sweep.tracking.records import OUTCOMES, StudyRecord, TrialRecord, missing_artifacts
+from caltech_sweep.tracking.records import StudyRecord, TrialRecord, missing_artifacts, worth
 from caltech_sweep.tracking.writer import MlflowTracker
 
 T = TypeVar("T")
@@ -187,25 +186,16 @@ def _findings(
     runs: dict[Key, list[TrialRecord]] = defaultdict(list)
     for run in tracker.trials(record):
         runs[run.number, run.fingerprint].append(run)
-    chosen = {key: max(same, key=_worth) for key, same in runs.items()}
+    chosen = {key: max(same, key=worth) for key, same in runs.items()}
     yield from _surplus(tracker, study, runs, chosen)
-    numbers = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    numbers = {key_of(trial) for trial in study.get_trials(deepcopy=False)}
     chosen = {key: run for key, run in chosen.items() if key in numbers}
     yield from survey(study, tracker, chosen, partial(_is_wanted, _wanted(record)))
-    for trial in study.get_trials(deepcopy=False):
-        yield from _compare(tracker, record, study, trial, chosen.get(_key(trial)))
+    yield from _damaged(tracker, record, study, chosen)
     if tracker.status(record.run_id) == "RUNNING":
         yield Finding(
             "is shown as running, but no process is running it: stopped", partial(tracker.finish, record.run_id)
         )
-
-
-def _key(trial: FrozenTrial) -> Key:
-    return trial.number, trial.user_attrs.get("fingerprint", "")
-
-
-def _worth(run: TrialRecord) -> tuple[bool, int]:
-    return run.outcome == "complete", run.start_time
 
 
 def _wanted(record: StudyRecord) -> set[tuple[str, str]] | None:
@@ -241,7 +231,7 @@ def _surplus(
     chosen: Mapping[Key, TrialRecord],
 ) -> Iterator[Finding]:
     """Runs that no trial of the study store has, and all but one of those that share a trial."""
-    keys = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    keys = {key_of(trial) for trial in study.get_trials(deepcopy=False)}
     for key, same in runs.items():
         for run in same:
             if key not in keys:
@@ -255,40 +245,17 @@ def _surplus(
             yield Finding(text, partial(tracker.discard, run.run_id))
 
 
-def _compare(
-    tracker: MlflowTracker, record: StudyRecord, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None
+def _damaged(
+    tracker: MlflowTracker, record: StudyRecord, study: optuna.Study, runs: Mapping[Key, TrialRecord]
 ) -> Iterator[Finding]:
-    """Yield what is wrong with one trial that ended in the study store."""
-    name, counted = f"trial {trial.number}", trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    if not trial.state.is_finished():
-        return
-    if run is None:
-        if counted:
-            fix = partial(invalidate_trial, study, trial._trial_id)
-            yield Finding(f"{name} ended but has no run in the tracking store: the next run trains it again", fix)
-        return
-    ended = _ended(trial)
-    if trial.state == TrialState.COMPLETE and run.outcome == "complete":
-        problems = list(_damage(tracker, record, run))
-        if problems:
-            text = f"{name} ({run.name}): {'; '.join(problems)}: the next run trains it again"
-            yield Finding(text, partial(_give_up, tracker, study, trial, run, problems[0]))
-            return
-    if run.status == "RUNNING" and run.outcome in ("", ended):
-        return  # the survey has it
-    if run.outcome != ended and counted:
-        text = f"{name} is {ended} in the study store, but its run {run.name} is {run.state}"
-        fix = partial(_give_up, tracker, study, trial, run, "the stores disagreed about its end")
-        yield Finding(f"{text}: the next run trains it again", fix)
-    elif run.status != OUTCOMES[ended].mlflow or run.outcome != ended:
-        text = f"run {run.name} is {run.state} and {run.status}, but its trial is {ended}: copied"
-        yield Finding(text, partial(tracker.finish_trial, run.run_id, ended, {}, {}, None))
-
-
-def _ended(trial: FrozenTrial) -> str:
-    """Return the outcome of a trial that ended."""
-    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
-    return names.get(trial.state) or str(trial.user_attrs.get("outcome", "crashed"))
+    """Yield the trials that are complete in both stores and whose artifacts are not what was written."""
+    for trial in study.get_trials(deepcopy=False):
+        run = runs.get(key_of(trial))
+        if run is not None and trial.state == TrialState.COMPLETE and run.outcome == "complete":
+            problems = list(_damage(tracker, record, run))
+            if problems:
+                text = f"trial {trial.number} ({run.name}): {'; '.join(problems)}: the next run trains it again"
+                yield Finding(text, partial(give_up, tracker, study, trial, run, problems[0]))
 
 
 def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> Iterator[str]:
@@ -301,9 +268,3 @@ def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> It
 
 def _of_run(get: Callable[[str, str, str], T], uri: str, study: str, path: str) -> T:
     return get(uri, path, study)
-
-
-def _give_up(tracker: MlflowTracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord, reason: str) -> None:
-    """Let a trial count for nothing in both stores."""
-    tracker.finish_trial(run.run_id, "crashed", {}, {"reason": reason}, None)
-    invalidate_trial(study, trial._trial_id)

@@ -7,7 +7,7 @@ study store that runs it: several people may share a tracking store without trai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -26,6 +26,7 @@ from caltech_sweep.study.grid import reachable
 from caltech_sweep.sweep.optuna_store import compared, open_storage, open_study, stored_studies
 from caltech_sweep.sweep.space import enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
+from caltech_sweep.tracking.journal import journals
 from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, InitialWeights, StudyRecord, TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 
@@ -42,6 +43,7 @@ class Known:
     store: str | None
     identity: Mapping[str, Any]
     trials: frozenset[tuple[int, str]]  # number and fingerprint
+    ended: frozenset[tuple[int, str]]  # those that are complete or pruned
     adopting: bool
 
 
@@ -63,13 +65,14 @@ def _read_known(connection: sa.Connection, name: str) -> Known | None:
     own = connection.execute(sa.select(of_study.key, of_study.value_json).where(of_study.study_id == number))
     attributes = {key: json.loads(value) for key, value in own}
     trained: Any = (
-        sa.select(trial.number, of_trial.value_json)
+        sa.select(trial.number, trial.state, of_trial.value_json)
         .join_from(TrialModel.__table__, TrialUserAttributeModel.__table__, trial.trial_id == of_trial.trial_id)
         .where(trial.study_id == number, of_trial.key == "fingerprint")
     )
-    trials = frozenset((found, json.loads(value)) for found, value in connection.execute(trained))
+    trials = {(found, json.loads(value)): state for found, state, value in connection.execute(trained)}
+    ended = frozenset(key for key, state in trials.items() if state in (TrialState.COMPLETE, TrialState.PRUNED))
     adopting = bool(attributes.get(_ADOPTING))
-    return Known(attributes.get(STORE_TAG), attributes.get("identity") or {}, trials, adopting)
+    return Known(attributes.get(STORE_TAG), attributes.get("identity") or {}, frozenset(trials), ended, adopting)
 
 
 def is_own(record: StudyRecord, known: Known | None, trials: Callable[[], list[TrialRecord]]) -> bool:
@@ -92,6 +95,32 @@ def check_own(name: str, tracker: MlflowTracker, storage: Store) -> StudyRecord 
     if record is not None:
         check_record(record, partial(tracker.trials, record), tracker.store, storage)
     return record
+
+
+def check_runs(
+    name: str,
+    runs: Iterable[TrialRecord],
+    tracking: Store,
+    storage: Store,
+    studies: Callable[[], Iterable[StudyRecord]],
+) -> None:
+    """Raise UsageError where a study store has trials that ended and the tracking store has no run of any of them.
+
+    A few that lack their run are trained again; where all do, it is another tracking store, or the experiment has
+    another name now. ``studies`` tells those of the tracking store.
+    """
+    known = find_known(storage, name)
+    waits = any(study == name for study, _ in journals(storage.folder, tracking, lambda: [s.name for s in studies()]))
+    if known is None or known.adopting or not known.ended or waits:
+        return
+    if not known.ended.isdisjoint((run.number, run.fingerprint) for run in runs):
+        return
+    now = next((study.name for study in studies() if study.store == known.store and study.name != name), None)
+    how = f"rename its experiment, which is {now!r} now, back" if now else "name the one that has them (--tracking-uri)"
+    raise UsageError(
+        f"{counted(len(known.ended), 'trial')} of study {name!r} ended and left no run in the tracking store "
+        f"{tracking.shown}, so its report would lack them; {how}, or train them again under another --name"
+    )
 
 
 def check_record(record: StudyRecord, trials: Callable[[], list[TrialRecord]], tracking: Store, storage: Store) -> None:

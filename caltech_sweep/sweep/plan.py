@@ -22,7 +22,7 @@ from caltech_sweep.study.grid import EXHAUSTIVE, grid_size
 from caltech_sweep.sweep.forecast import outlook
 from caltech_sweep.sweep.lease import check_free
 from caltech_sweep.sweep.optuna_store import check_stored
-from caltech_sweep.sweep.ownership import check_record
+from caltech_sweep.sweep.ownership import check_record, check_runs
 from caltech_sweep.sweep.preflight import (
     RunOptions,
     Weights,
@@ -39,7 +39,7 @@ from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
 from caltech_sweep.text import duration
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
-from caltech_sweep.tracking.records import InitialWeights, TrialRecord
+from caltech_sweep.tracking.records import InitialWeights, StudyRecord, TrialRecord
 
 Span = tuple[int, int]  # the least and the most
 T = TypeVar("T")
@@ -104,6 +104,14 @@ def _recorded(definition: StudyDefinition, tracking: Store) -> StoredStudy | Non
     reader = open_reader(tracking)
     reader.check_study(definition.name)
     return reader.studies([definition.name])[0] if definition.name in reader.names() else None
+
+
+def _all(tracking: Store) -> list[StudyRecord]:
+    """Return every study of a tracking store, which may be yet to be made."""
+    if tracking.is_missing:
+        return []
+    reader = open_reader(tracking)
+    return [study.record for study in reader.studies(reader.names())]
 
 
 # -- what one trial costs ----------------------------------------------------------------------------------------------
@@ -383,6 +391,8 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
         trials = list(recorded.trials)
         _attempt(problems, partial(check_record, recorded.record, lambda: trials, tracking, storage))
         records = () if problems else recorded.trials
+    if not problems:
+        _attempt(problems, partial(check_runs, definition.name, records, tracking, storage, partial(_all, tracking)))
     weights = _attempt(problems, partial(_find_weights, definition, tracking))
     data = _attempt(problems, partial(inspect_dataset, definition.config({}).dataset))
     identity = None

@@ -12,7 +12,7 @@ from functools import partial
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from caltech_sweep.sweep.optuna_trials import drop_waiting, end_trial, requeue
+from caltech_sweep.sweep.optuna_trials import drop_waiting, end_trial, invalidate_trial, requeue
 from caltech_sweep.tracking.records import OUTCOMES, Tracker, TrialRecord
 
 
@@ -24,7 +24,8 @@ class Finding:
     fix: Callable[[], object] | None
 
 
-def _key(trial: FrozenTrial) -> tuple[int, str]:
+def key_of(trial: FrozenTrial) -> tuple[int, str]:
+    """Return what a trial and its run have in common: number and fingerprint."""
     return trial.number, trial.user_attrs.get("fingerprint", "")
 
 
@@ -53,16 +54,22 @@ def survey(
     tracker: Tracker,
     records: Mapping[tuple[int, str], TrialRecord],
     is_current: Callable[[FrozenTrial], bool],
+    ended: bool = True,
 ) -> Iterator[Finding]:
-    """Yield what is wrong in the two stores of a study that no process is running; nothing is changed."""
+    """Yield what is wrong in the two stores of a study that no process is running; nothing is changed.
+
+    Trials that have ``ended`` in the study store are compared with their runs, too.
+    """
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.RUNNING:
-            yield Finding(*_running_trial(study, trial, records.get(_key(trial)), is_current(trial)))
+            yield Finding(*_running_trial(study, trial, records.get(key_of(trial)), is_current(trial)))
         elif trial.state == TrialState.WAITING and not is_current(trial):
             yield Finding(
                 f"trial {trial.number} waits with settings that its row no longer has: it failed",
                 partial(drop_waiting, study, trial),
             )
+        elif ended:
+            yield from _compare(tracker, study, trial, records.get(key_of(trial)))
     for record in records.values():
         if record.status == "RUNNING":
             # Killed between its last two calls, a run has its outcome but not yet the status that goes with it.
@@ -71,3 +78,42 @@ def survey(
                 f"run {record.name} is shown as running, but no process is running it: {outcome}",
                 partial(tracker.finish_trial, record.run_id, outcome, {}, {}, None),
             )
+
+
+def _compare(tracker: Tracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None) -> Iterator[Finding]:
+    """Yield what is wrong between a trial that ended in the study store and its run."""
+    name, counts = f"trial {trial.number}", trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    if not trial.state.is_finished() or (run is None and not counts):
+        return
+    if run is None:
+        yield Finding(
+            f"{name} ended but has no run in the tracking store: the next run trains it again",
+            partial(invalidate_trial, study, trial._trial_id),
+        )
+        return
+    ended = _ended(trial)
+    if run.status == "RUNNING" and run.outcome in ("", ended):
+        return  # it is shown as running, which is a finding of its own
+    if run.outcome != ended and counts:
+        yield Finding(
+            f"{name} is {ended} in the study store, but its run {run.name} is {run.state}: the next run trains it "
+            "again",
+            partial(give_up, tracker, study, trial, run, "the stores disagreed about its end"),
+        )
+    elif run.status != OUTCOMES[ended].mlflow or run.outcome != ended:
+        yield Finding(
+            f"run {run.name} is {run.state} and {run.status}, but its trial is {ended}: copied",
+            partial(tracker.finish_trial, run.run_id, ended, {}, {}, None),
+        )
+
+
+def _ended(trial: FrozenTrial) -> str:
+    """Return the outcome of a trial that ended."""
+    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
+    return names.get(trial.state) or str(trial.user_attrs.get("outcome", "crashed"))
+
+
+def give_up(tracker: Tracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord, reason: str) -> None:
+    """Let a trial count for nothing in both stores."""
+    tracker.finish_trial(run.run_id, "crashed", {}, {"reason": reason}, None)
+    invalidate_trial(study, trial._trial_id)

@@ -29,7 +29,7 @@ from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
-from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own
+from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
 from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of, kept_epochs
 from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
@@ -151,7 +151,10 @@ class _Opening:
         """
         if self.adopting:
             return check_adoptable(self.definition, self.identity, self.weights, self.tracker, self.storage)
-        record = check_own(self.definition.name, self.tracker, self.storage)
+        name, tracker = self.definition.name, self.tracker
+        record = check_own(name, tracker, self.storage)
+        runs = tracker.trials(record) if record is not None else []
+        check_runs(name, runs, tracker.store, self.storage, tracker.studies)
         return record if record is not None and record.store is None else None
 
     def open(self, write: Callable[[str], None]) -> optuna.Study:

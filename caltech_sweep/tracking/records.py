@@ -15,9 +15,7 @@ from caltech_sweep.study.definition import StudyDefinition
 
 STRIKES = 3  # failures at one write, of a store that takes others, after which it is set aside
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
-MISSING_TAG = (
-    "artifacts.missing"  # of a trial: as JSON, each artifact that was not made or taken, with the reason
-)
+MISSING_TAG = "artifacts.missing"  # of a trial: as JSON, each artifact that was not made or taken, with the reason
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
 
 
@@ -243,7 +241,12 @@ class Tracker(Protocol):
 
 
 def records_by_trial(tracker: Tracker, name: str) -> dict[tuple[int, str], TrialRecord]:
-    """Return the tracking store's runs of a study by trial number and fingerprint, the latest of equals."""
+    """Return the tracking store's runs of a study by trial number and fingerprint, the best of equals."""
     study = tracker.study(name)
     trials = tracker.trials(study) if study else []
-    return {(record.number, record.fingerprint): record for record in trials}
+    return {(record.number, record.fingerprint): record for record in sorted(trials, key=worth)}
+
+
+def worth(run: TrialRecord) -> tuple[bool, int]:
+    """Return what orders the runs of one trial: the last one counts."""
+    return run.outcome == "complete", run.start_time
