@@ -29,7 +29,7 @@ _RETRY_SECONDS = 1.0
 # What a database or a system itself said, in a longer story.
 _SAID = re.compile(
     r"^\(\w+\.\w+\) (.+)$|failed with exception .*?(?:\[Errno -?\d+\] ([^'\")]+)|(certificate verify failed[^'\")]*|"
-    r"(?:read |connect )?timed out))",
+    r"(?:read |connect )?timed out)|SSLError\(\w+\(\d+, '([^']+))",
     re.M,
 )
 _ATTEMPTS = 30  # to open a database whose tables another process is creating

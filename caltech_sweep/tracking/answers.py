@@ -34,7 +34,10 @@ _BY_STATUS = {
     409: Answer.UNSURE,
 }
 _SIGN_IN = "renew what MLflow signs in with (MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD)"
-_CERTIFICATE = "name the server's certificate authority with REQUESTS_CA_BUNDLE or MLFLOW_TRACKING_SERVER_CERT_PATH"
+_CERTIFICATE = (
+    "name the server's certificate authority with REQUESTS_CA_BUNDLE or MLFLOW_TRACKING_SERVER_CERT_PATH, and your own "
+    "certificate, where it wants one, with MLFLOW_TRACKING_CLIENT_CERT_PATH"
+)
 _STATUS = re.compile(r"failed with error code (?P<one>\d{3})\b|too many (?P<other>\d{3}) error responses")
 _TLS = re.compile(r"certificate|\bSSL|\bTLS", re.I)
 _PAGE = re.compile("not in a valid JSON format|<html|<!doctype", re.I)  # what a login page or a proxy answers

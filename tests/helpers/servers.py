@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -158,6 +159,8 @@ class Gate:
 
     address: str
     rule: Rule = field(default=lambda method, path, length: None)
+    both_sides: bool = False  # clients need a certificate, too
+    wants: str | None = None  # the Authorization that every request must have
     asked: list[tuple[str, str]] = field(default_factory=list)
     opened: threading.Event = field(default_factory=threading.Event)  # lets go what hangs
 
@@ -174,8 +177,8 @@ class Gate:
 
 
 @contextmanager
-def gated_mlflow(folder: Path) -> Iterator[Gate]:
-    """Serve an MLflow store in ``folder`` from this process, through a gate."""
+def gated_mlflow(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Gate]:
+    """Serve an MLflow store in ``folder`` from this process, through a gate, over HTTPS where ``tls`` is given."""
     server_only = {
         "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder}/mlflow.db",
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
@@ -198,7 +201,10 @@ def gated_mlflow(folder: Path) -> Iterator[Gate]:
         def answer(environ: dict[str, Any], start_response: Any) -> Any:
             method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
             gate.asked.append((method, path))
+            environ["HTTP_HOST"] = "localhost"  # whoever was meant: a gate may be a proxy
             status = gate.rule(method, path, int(environ.get("CONTENT_LENGTH") or 0))
+            if gate.wants is not None and environ.get("HTTP_AUTHORIZATION") != gate.wants:
+                status = 401
             if status is None:
                 return mlflow.server.app(environ, start_response)
             if status == HANG:
@@ -209,8 +215,8 @@ def gated_mlflow(folder: Path) -> Iterator[Gate]:
             return [b"not so"]
 
         quiet = type("Quiet", (WSGIRequestHandler,), {"log": lambda *_: None})
-        server = make_server("127.0.0.1", 0, answer, threaded=True, request_handler=quiet)
-        gate.address = f"http://127.0.0.1:{server.server_port}"
+        server = make_server("127.0.0.1", 0, answer, threaded=True, request_handler=quiet, ssl_context=tls)
+        gate.address = f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
