@@ -40,16 +40,17 @@ _LONGEST = 200  # characters of an address in a sentence
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two stores: the option that names it, its usual file, and what a server of it is written as."""
+    """One of the two stores: its name, the option that gives it, its usual file, and how a server is written."""
 
+    name: str
     option: str
     file: Path
     server: str
     web: bool  # it may be a tracking server
 
 
-TRACKING = Kind("--tracking-uri", paths.MLFLOW_DB, "http://HOST:PORT", True)
-STUDIES = Kind("--storage", paths.OPTUNA_DB, "postgresql://USER:PASSWORD@HOST:PORT/DATABASE", False)
+TRACKING = Kind("tracking store", "--tracking-uri", paths.MLFLOW_DB, "http://HOST:PORT", True)
+STUDIES = Kind("study store", "--storage", paths.OPTUNA_DB, "postgresql://USER:PASSWORD@HOST:PORT/DATABASE", False)
 
 
 class _NotUnderstoodError(Exception):
@@ -289,16 +290,16 @@ def _server(database: str, driver: str, rest: str) -> str:
 # -- which store an address names --------------------------------------------------------------------------------------
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """Return the file of an SQLite store, or None for another kind."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+def is_web(uri: str) -> bool:
+    """Tell whether an address is that of a tracking server."""
+    return uri.startswith(tuple(f"{scheme}://" for scheme in _WEB))
 
 
 def identity(uri: str) -> str:
     """Return what is the same for all the addresses of one store: no driver, user or secret, one name of a host."""
     if uri.startswith(SQLITE):
         return uri
-    if uri.startswith(tuple(f"{scheme}://" for scheme in _WEB)):
+    if is_web(uri):
         plain = hide_secrets(uri).replace("***@", "").rstrip("/")
         return re.sub(r"(?<=://)(127\.0\.0\.1|\[::1\]|localhost)(?=[:/?]|$)", "localhost", plain, flags=re.I)
     from sqlalchemy.engine import make_url
@@ -312,11 +313,3 @@ def identity(uri: str) -> str:
     name = given.get("dbname") or url.database or url.username or ""
     further = [given.get(name, "") for name in _FURTHER]
     return f"{database}://{host}:{port}/{name}?{'&'.join(further)}"
-
-
-def is_same(one: str, other: str) -> bool:
-    """Tell whether two addresses name one database: by another path, user, driver, or name of this machine."""
-    files = sqlite_file(one), sqlite_file(other)
-    if files[0] is not None and files[1] is not None and files[0].exists() and files[1].exists():
-        return files[0].samefile(files[1])
-    return identity(one) == identity(other)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from caltech_sweep.errors import CaltechSweepError
 from caltech_sweep.metrics import BEST_ACCURACY
 
 MOST = 1_000_000  # of whatever is counted
+
+if TYPE_CHECKING:
+    from caltech_sweep.stores import Store
 
 
 class _Group(click.Group):
@@ -65,8 +68,24 @@ class _Number(click.FloatRange):
         return number
 
 
-tracking_option = click.option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI or mlruns/mlflow.db.")
-storage_option = click.option("--storage", help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db.")
+def _tracking(context: click.Context, option: click.Parameter, address: str | None) -> Store:
+    from caltech_sweep.stores import tracking_store
+
+    return tracking_store(address)
+
+
+def _storage(context: click.Context, option: click.Parameter, address: str | None) -> Store:
+    from caltech_sweep.stores import study_store
+
+    return study_store(address)
+
+
+tracking_option = click.option(
+    "--tracking-uri", callback=_tracking, help="MLflow store; default MLFLOW_TRACKING_URI or mlruns/mlflow.db."
+)
+storage_option = click.option(
+    "--storage", callback=_storage, help="Optuna store, such as sqlite:///other.db; default mlruns/optuna.db."
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Fix a setting for this run, such as lr=0.01."
 )
@@ -277,7 +296,7 @@ def report(
     check: bool,
     compare: tuple[str, str] | None,
     data: str | None,
-    tracking_uri: str | None,
+    tracking_uri: Store,
 ) -> None:
     """Print the comparison tables of STUDIES, or of all, from the tracking store only.
 
@@ -311,7 +330,7 @@ def report(
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @tracking_option
-def ui(port: int, host: str, tracking_uri: str | None) -> None:
+def ui(port: int, host: str, tracking_uri: Store) -> None:
     """Serve the MLflow UI on the tracking store.
 
     Example: caltech-sweep ui --port 5001
@@ -400,7 +419,7 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
 @click.option("--name", help="Name of the registered model; default the study's name.")
 @click.option("--alias", default="champion", show_default=True, help="Alias that is moved to the new version.")
 @tracking_option
-def promote(study: str, run_id: str | None, name: str | None, alias: str, tracking_uri: str | None) -> None:
+def promote(study: str, run_id: str | None, name: str | None, alias: str, tracking_uri: Store) -> None:
     """Log the best-on-val trial of STUDY as an MLflow model, register it and move the alias to it.
 
     Example: caltech-sweep promote transfer
@@ -437,7 +456,7 @@ def predict(
     kind: str,
     device: str | None,
     allow_pickle: bool,
-    tracking_uri: str | None,
+    tracking_uri: Store,
 ) -> None:
     """Print the most probable classes of each IMAGE; a folder means the image files in and below it.
 
@@ -467,7 +486,7 @@ def predict(
 @click.option("--fix", is_flag=True, help="Fix what can be fixed; without it nothing is changed.")
 @tracking_option
 @storage_option
-def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str | None) -> None:
+def doctor(study: str | None, fix: bool, tracking_uri: Store, storage: Store) -> None:
     """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and fix it.
 
     The exit code is 0 when nothing is left to fix, else 1. A study that is being run, or that belongs
@@ -490,8 +509,10 @@ def doctor(study: str | None, fix: bool, tracking_uri: str | None, storage: str 
 
 @main.command()
 @tracking_option
-@click.option("--storage", help="Optuna store, next to which the journals are; default mlruns/optuna.db.")
-def replay(tracking_uri: str | None, storage: str | None) -> None:
+@click.option(
+    "--storage", callback=_storage, help="Optuna store, next to which the journals are; default mlruns/optuna.db."
+)
+def replay(tracking_uri: Store, storage: Store) -> None:
     """Upload results that were kept while the tracking store was down; the next run of the study does so, too.
 
     Example: caltech-sweep replay

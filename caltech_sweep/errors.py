@@ -6,6 +6,7 @@
     ├── DatasetError           a missing, incomplete or damaged dataset
     ├── ModelError             an unknown model, or weights that do not fit it
     ├── StoreError             a tracking or study store that cannot be read or written
+    │   └── ArtifactError      a file of a run that is missing or damaged
     ├── ForeignStudyError      a study in the tracking store that another study store runs
     ├── LostStudyError         a study that another process has taken over while this one ran it
     └── TrialError             one trial failed; the study continues
@@ -44,6 +45,14 @@ class ModelError(CaltechSweepError):
 
 class StoreError(CaltechSweepError):
     """A tracking or study store that cannot be read or written."""
+
+
+class ArtifactError(StoreError):
+    """A file of a run that is missing or damaged; ``problem`` names it and says what is wrong with it."""
+
+    def __init__(self, path: str, what: str, where: str = "") -> None:
+        self.problem = f"{path} {what}"
+        super().__init__(f"the artifact {self.problem}{where and f' in {where}'}")
 
 
 class ForeignStudyError(CaltechSweepError):

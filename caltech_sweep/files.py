@@ -16,12 +16,13 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import lock_descriptor
 
 from caltech_sweep.errors import DatasetError
+from caltech_sweep.heartbeat import beat
 
 NEW = ".new-"  # what the name of a folder begins with in which something is made that then moves to its place
 _LOOK_AGAIN = 0.05  # seconds between two attempts to take a lock
@@ -29,17 +30,17 @@ _YOUNG = 60.0  # seconds; folders without a lock that are younger may be about t
 
 
 @contextlib.contextmanager
-def locked(place: Path, patience: float = 0.0, meanwhile: Callable[[], None] = lambda: None) -> Iterator[bool | None]:
+def locked(place: Path, patience: float = 0.0) -> Iterator[bool | None]:
     """Hold the lock of a folder, or of a file, which is made where it is missing.
 
-    Yields False when another holds it for ``patience`` seconds, and None where there are no locks. ``meanwhile`` is
-    called while this waits. Raises OSError when the place cannot be opened.
+    Yields False when another holds it for ``patience`` seconds, and None where there are no locks. A wait gives
+    heartbeats. Raises OSError when the place cannot be opened.
     """
     descriptor = _open(place)
     try:
         end = time.monotonic() + patience
         while (held := _try_lock(descriptor)) is False and time.monotonic() < end:
-            meanwhile()
+            beat()
             time.sleep(_LOOK_AGAIN)
         yield held
     finally:
@@ -153,6 +154,7 @@ def file_digest(path: Path) -> str:
     content = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
+            beat()
             content.update(block)
     return content.hexdigest()
 
@@ -174,17 +176,6 @@ def read_sums(file: Path) -> dict[str, str]:
     except OSError:
         return {}
     return {found[2]: found[1] for line in lines if (found := _LINE.fullmatch(line))}
-
-
-def changed(root: Path) -> Iterator[str]:
-    """Yield the path of every file below ``root`` that is not as it was written: lost, unreadable or changed."""
-    for path, digest in read_sums(root / SUMS).items():
-        try:
-            if file_digest(root / path) == digest:
-                continue
-        except OSError:
-            pass
-        yield path
 
 
 ELSEWHERE = "free some space, or name another folder with the environment variable CALTECH_SWEEP_DATA"

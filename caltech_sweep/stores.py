@@ -1,4 +1,4 @@
-"""Where the two stores lie: absolute addresses, early checks, one run of a study at a time."""
+"""The two stores: an address is parsed once, where it enters, and the :class:`Store` is handed on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -16,7 +17,6 @@ from urllib.parse import quote
 from caltech_sweep import addresses, paths
 from caltech_sweep.addresses import SQLITE
 from caltech_sweep.addresses import hide_secrets as hide_secrets
-from caltech_sweep.addresses import sqlite_file as sqlite_file
 from caltech_sweep.errors import StoreError
 from caltech_sweep.files import create_atomically, locked
 
@@ -26,27 +26,229 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _VARIABLE = "MLFLOW_TRACKING_URI"
 _RETRY_SECONDS = 1.0
+# What a database or a system itself said, in a longer story.
+_SAID = re.compile(
+    r"^\(\w+\.\w+\) (.+)$|failed with exception .*?(?:\[Errno -?\d+\] ([^'\")]+)|(certificate verify failed[^'\")]*|"
+    r"(?:read |connect )?timed out)|SSLError\(\w+\(\d+, '([^']+))",
+    re.M,
+)
 _ATTEMPTS = 30  # to open a database whose tables another process is creating
 _MADE_TWICE = re.compile("duplicate key|duplicate entry|already exists", re.I)
 _GLANCE = 0.5  # seconds that a study's lock is waited for: another process may only look whether it is free
+_UPGRADES = {  # what a library says of a store of another version, and what helps
+    "mlflow db upgrade": "back it up, then run `mlflow db upgrade {0}`, or update MLflow if the store is the newer one",
+    "optuna storage upgrade": "back it up, then run `optuna storage upgrade --storage {0}`",
+    "pip install -U optuna": "update Optuna, which is older than the store",
+}
 
 
-def tracking_uri(named: str | None = None) -> str:
-    """Return the MLflow store: the named one, ``MLFLOW_TRACKING_URI``, or ``mlruns/mlflow.db``.
+@dataclass(frozen=True, repr=False)
+class Store:
+    """One of the two stores. ``uri`` is its absolute address, secrets included: show ``shown`` in its place."""
+
+    uri: str
+    kind: addresses.Kind
+
+    def __repr__(self) -> str:
+        return f"Store({self.shown!r})"
+
+    @cached_property
+    def shown(self) -> str:
+        """The address without users, passwords, tokens and keys."""
+        return hide_secrets(self.uri)
+
+    @cached_property
+    def file(self) -> Path | None:
+        """The file of an SQLite store, or None for another kind."""
+        return Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a file."""
+        return self.file is not None
+
+    @property
+    def is_web(self) -> bool:
+        """Whether the store is a tracking server, rather than a database."""
+        return addresses.is_web(self.uri)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of what lies next to the store: its own, or for a server the usual one of this folder."""
+        return self.file.parent if self.file is not None else paths.STORES.resolve()
+
+    @property
+    def page(self) -> str | None:
+        """The address of a tracking server's pages, which holds no user; None of a database."""
+        return self.shown.replace("***@", "").rstrip("/") if self.is_web else None
+
+    @cached_property
+    def identity(self) -> str:
+        """What is the same for all the addresses of one store: no driver, user or secret, one name of a host."""
+        return addresses.identity(self.uri)
+
+    def is_same(self, other: Store) -> bool:
+        """Tell whether two addresses name one database: by another path, user, driver, or name of this machine."""
+        if self.file is not None and other.file is not None and self.file.exists() and other.file.exists():
+            return self.file.samefile(other.file)
+        return self.identity == other.identity
+
+    # -- what is said of it ----------------------------------------------------------------------------------------
+
+    def reason(self, error: BaseException) -> str:
+        """Return :func:`reason` without the secrets of this store's address."""
+        return reason(error, self.uri)
+
+    def cannot_open(self, error: BaseException) -> StoreError:
+        """Return the error of a store that cannot be opened; one of another version names the command that helps."""
+        for said, how in _UPGRADES.items():
+            if said in str(error):
+                how = how.format(self.shown)
+                return StoreError(
+                    f"the {self.kind.name} {self.shown} was made by another version of its library; {how}"
+                )
+        how, folder = "", self._read_only_folder
+        if isinstance(error, ImportError):
+            how = "; correct its address, or install the database's driver"
+        elif folder is not None:
+            how = f"; its folder {folder} cannot be written, and must be for this: copy it to another place"
+        return StoreError(f"the {self.kind.name} {self.shown} cannot be opened: {self.reason(error)}{how}")
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Turn what a library raises while it opens this store into a sentence; its cause may hold secrets."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:  # SQLAlchemy's, Optuna's, MLflow's and drivers' errors have no common base
+            raise self.cannot_open(error) from None
+
+    def unreadable(self, error: BaseException) -> StoreError:
+        """Return the error of a database that is there and does not hold what it should."""
+        return StoreError(
+            f"the {self.kind.name} {self.shown} cannot be read ({self.reason(error)}); name one that MLflow made, and "
+            "bring an older one up to date with `mlflow db upgrade`"
+        )
+
+    # -- whether it can be used ------------------------------------------------------------------------------------
+
+    @property
+    def _read_only_folder(self) -> Path | None:
+        file = self.file
+        return None if file is None or os.access(file.parent, os.W_OK) else file.parent
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the store is an SQLite file that is yet to be made, or that is empty."""
+        return self.file is not None and not (self.file.exists() and self.file.stat().st_size)
+
+    def check(self, create: bool = False) -> None:
+        """Raise StoreError when an SQLite store cannot be used; ``create`` makes the folder of a missing one."""
+        file, what = self.file, self.kind.name
+        if file is None:
+            return
+        if not file.exists() and not create:
+            raise StoreError(f"there is no {what} {file} yet; run a study first, such as `make sweep STUDY=demo`")
+        try:
+            if create:
+                file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"the folder {file.parent} cannot be created: {error.strerror}") from error
+        if create:
+            self.check_writable()
+        elif not os.access(file, os.R_OK):
+            raise StoreError(f"the {what} {file} cannot be read; check its permissions")
+
+    def check_writable(self) -> None:
+        """Raise StoreError when an SQLite store could not be written, or made where it is missing; nothing is made."""
+        file, what = self.file, self.kind.name
+        if file is None:
+            return
+        place = paths.closest(file.parent)
+        if not place.is_dir():
+            raise StoreError(f"the folder {file.parent} cannot be created: {place} is a file")
+        if not os.access(place, os.W_OK):
+            raise StoreError(f"the folder {place} cannot be written; choose another place for the {what}")
+        if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+            raise StoreError(f"the {what} {file} cannot be written; check its permissions")
+
+    # -- its database ----------------------------------------------------------------------------------------------
+
+    def engine(self) -> Engine:
+        """Return SQLAlchemy's engine of a database, for a look at it: it keeps no connection and makes no table.
+
+        A file in a folder that cannot be written is opened read only. Raises StoreError when it still has changes in
+        its log.
+        """
+        import sqlalchemy as sa
+
+        connect = self._connect_read_only()
+        return sa.create_engine(self.uri, poolclass=sa.NullPool, **({} if connect is None else {"creator": connect}))
+
+    def _connect_read_only(self) -> Callable[[], sqlite3.Connection] | None:
+        """Return what connects to an SQLite store in a folder that cannot be written; None for any other store.
+
+        A store with a write-ahead log is opened by writing next to it, unless SQLite is told that nothing changes it
+        (SQLite, "Write-Ahead Logging", on read-only databases).
+        """
+        file = self.file
+        if file is None or self._read_only_folder is None:
+            return None
+        log = file.with_name(f"{file.name}-wal")
+        if log.exists() and log.stat().st_size:
+            raise StoreError(
+                f"the store {file} has changes in {log.name} that its folder, which cannot be written, keeps SQLite "
+                "from reading; copy the folder to another place"
+            )
+        return partial(sqlite3.connect, f"file:{quote(str(file))}?mode=ro&immutable=1", uri=True)
+
+    def make_whole(self, make: Callable[[str], None]) -> None:
+        """Let ``make`` create a missing SQLite store under an address of its own, then put it in its place in one step.
+
+        A process that is killed while it creates tables would leave a store that cannot be opened. Where another
+        process was faster, its store is as good.
+        """
+        if self.file is not None and not self.file.exists():
+            with create_atomically(self.file, replace=False) as made:
+                make(f"{SQLITE}{made}")
+
+    def make_tables(self, make: Callable[[], T]) -> T:
+        """Return what ``make`` does, which creates a server's tables when they are missing.
+
+        It is done again when another process creates them at the same moment, for libraries let the slower one fail.
+        """
+        for attempt in range(_ATTEMPTS):
+            try:
+                return make()
+            except Exception as error:  # SQLAlchemy's, or MLflow's about it
+                if self.is_local or attempt + 1 == _ATTEMPTS or not _MADE_TWICE.search(str(error)):
+                    raise
+                time.sleep(_RETRY_SECONDS)
+        raise AssertionError
+
+
+Address = str | Store | None  # of a store, as a public function takes it: as text, parsed already, or the usual one
+
+
+def tracking_store(named: Address = None) -> Store:
+    """Return the MLflow store: the named one, that of ``MLFLOW_TRACKING_URI``, or ``mlruns/mlflow.db``.
 
     Raises UsageError for an address that is not understood.
     """
     given = os.environ.get(_VARIABLE) if named is None else ""
-    return addresses.read(given, addresses.TRACKING, _VARIABLE) if given else _named(named, addresses.TRACKING)
+    return _store(given or named, addresses.TRACKING, _VARIABLE if given else "")
 
 
-def storage_uri(named: str | None = None) -> str:
+def study_store(named: Address = None) -> Store:
     """Return the Optuna store: the named one, or ``mlruns/optuna.db``; raise UsageError as for the other store."""
-    return _named(named, addresses.STUDIES)
+    return _store(named, addresses.STUDIES)
 
 
-def _named(named: str | None, kind: addresses.Kind) -> str:
-    return addresses.read(str(kind.file) if named is None else named, kind)
+def _store(named: Address, kind: addresses.Kind, source: str = "") -> Store:
+    if isinstance(named, Store):
+        return named
+    return Store(addresses.read(str(kind.file) if named is None else named, kind, source), kind)
 
 
 def reason(error: BaseException, address: str = "") -> str:
@@ -54,8 +256,8 @@ def reason(error: BaseException, address: str = "") -> str:
     cause = error.__cause__ if type(error).__name__ == "StorageInternalError" else None  # Optuna's own says nothing
     error = cause or error
     text = str(getattr(error, "orig", None) or getattr(error, "reason", None) or error) or type(error).__name__
-    driver = re.search(r"^\(\w+\.\w+\) (.+)$", text, re.M)  # what the database itself said, in a longer story
-    return hide_secrets(driver[1] if driver else text.splitlines()[0], address)
+    said = _SAID.search(text)
+    return hide_secrets(said[said.lastindex or 0] if said else text.splitlines()[0], address)
 
 
 def failure(error: Exception) -> StoreError | None:
@@ -67,116 +269,6 @@ def failure(error: Exception) -> StoreError | None:
         f"a store does not do what it is asked ({reason(error)}); look into its log, or choose another one with "
         "--tracking-uri or --storage"
     )
-
-
-def cannot_open(what: str, uri: str, error: BaseException) -> StoreError:
-    """Return the error of a store that cannot be opened; one of another version names the command that helps."""
-    text, shown = str(error), hide_secrets(uri)
-    if "mlflow db upgrade" in text:
-        how = f"back it up, then run `mlflow db upgrade {shown}`, or update MLflow if the store is the newer one"
-    elif "optuna storage upgrade" in text:
-        how = f"back it up, then run `optuna storage upgrade --storage {shown}`"
-    elif "pip install -U optuna" in text:
-        how = "update Optuna, which is older than the store"
-    else:
-        return StoreError(f"the {what} {shown} cannot be opened: {reason(error, uri)}{_why(uri)}")
-    return StoreError(f"the {what} {shown} was made by another version of its library; {how}")
-
-
-def _why(uri: str) -> str:
-    file = sqlite_file(uri)
-    if file is None or os.access(file.parent, os.W_OK):
-        return ""
-    return f"; its folder {file.parent} cannot be written, and must be for this: copy it to another place"
-
-
-def connect_read_only(uri: str) -> Callable[[], sqlite3.Connection] | None:
-    """Return what connects to an SQLite store in a folder that cannot be written; None for any other store.
-
-    A store with a write-ahead log is opened by writing next to it, unless SQLite is told that nothing changes it
-    (SQLite, "Write-Ahead Logging", on read-only databases). Raises StoreError when its log still holds changes.
-    """
-    file = sqlite_file(uri)
-    if file is None or os.access(file.parent, os.W_OK):
-        return None
-    log = file.with_name(f"{file.name}-wal")
-    if log.exists() and log.stat().st_size:
-        raise StoreError(
-            f"the store {file} has changes in {log.name} that its folder, which cannot be written, keeps SQLite from "
-            "reading; copy the folder to another place"
-        )
-    return partial(sqlite3.connect, f"file:{quote(str(file))}?mode=ro&immutable=1", uri=True)
-
-
-def journal_root(storage: str) -> Path:
-    """Return the folder below which results wait for an unavailable tracking store: next to the study store."""
-    file = sqlite_file(storage)
-    return file.parent if file is not None else paths.STORES.resolve()
-
-
-def check_file(uri: str, what: str, create: bool) -> None:
-    """Raise StoreError when an SQLite store cannot be used; ``create`` makes the folder of a missing one."""
-    file = sqlite_file(uri)
-    if file is None:
-        return
-    if not file.exists() and not create:
-        raise StoreError(f"there is no {what} {file} yet; run a study first, such as `make sweep STUDY=demo`")
-    try:
-        if create:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"the folder {file.parent} cannot be created: {error.strerror}") from error
-    if create:
-        check_writable(uri, what)
-    elif not os.access(file, os.R_OK):
-        raise StoreError(f"the {what} {file} cannot be read; check its permissions")
-
-
-def is_missing(uri: str) -> bool:
-    """Tell whether a store is an SQLite file that is yet to be made, or that is empty."""
-    file = sqlite_file(uri)
-    return file is not None and not (file.exists() and file.stat().st_size)
-
-
-def check_writable(uri: str, what: str) -> None:
-    """Raise StoreError when an SQLite store could not be written, or made where it is missing; nothing is made."""
-    file = sqlite_file(uri)
-    if file is None:
-        return
-    place = paths.closest(file.parent)
-    if not place.is_dir():
-        raise StoreError(f"the folder {file.parent} cannot be created: {place} is a file")
-    if not os.access(place, os.W_OK):
-        raise StoreError(f"the folder {place} cannot be written; choose another place for the {what}")
-    if file.exists() and not os.access(file, os.R_OK | os.W_OK):
-        raise StoreError(f"the {what} {file} cannot be written; check its permissions")
-
-
-def make_whole(uri: str, make: Callable[[str], None]) -> None:
-    """Let ``make`` create a missing SQLite store under a name of its own, then put it in its place in one step.
-
-    A process that is killed while it creates tables would leave a store that cannot be opened. Where another process
-    was faster, its store is as good.
-    """
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():
-        with create_atomically(file, replace=False) as made:
-            make(f"{SQLITE}{made}")
-
-
-def make_tables(uri: str, make: Callable[[], T]) -> T:
-    """Return what ``make`` does, which creates a server's tables when they are missing.
-
-    It is done again when another process creates them at the same moment, for libraries let the slower one fail.
-    """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return make()
-        except Exception as error:  # SQLAlchemy's, or MLflow's about it
-            if sqlite_file(uri) is not None or attempt + 1 == _ATTEMPTS or not _MADE_TWICE.search(str(error)):
-                raise
-            time.sleep(_RETRY_SECONDS)
-    raise AssertionError
 
 
 def tune_sqlite(engine: Engine, patience: int) -> None:
@@ -232,21 +324,21 @@ def _taken(lock: Path, study: str) -> Iterator[None]:
         yield
 
 
-def check_free(uri: str, study: str) -> None:
+def check_free(store: Store, study: str) -> None:
     """Raise the StoreError of :func:`study_lock` while another process runs a study; nothing is written."""
-    file = sqlite_file(uri)
+    file = store.file
     if file is not None and _lock_file(file, study).is_file():
         with contextlib.suppress(PermissionError), _taken(_lock_file(file, study), study):
             pass
 
 
 @contextlib.contextmanager
-def study_lock(uri: str, study: str) -> Iterator[None]:
+def study_lock(store: Store, study: str) -> Iterator[None]:
     """Hold the lock of a study in a local store while it runs; the lock of a process that died is free.
 
     Raises StoreError while another process runs the study.
     """
-    file = sqlite_file(uri)
+    file = store.file
     with contextlib.ExitStack() as stack:
         if file is not None:
             lock = _lock_file(file, study)

@@ -236,7 +236,7 @@ class MemoryTracker:
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
-    ) -> None:
+    ) -> Mapping[str, str]:
         """Keep the artifacts and the end."""
         run = self.runs[run_id]
         for path in sorted(folder.rglob("*")) if folder else []:
@@ -245,6 +245,7 @@ class MemoryTracker:
         run.metrics.update(metrics)
         run.tags.update({**tags, "outcome": outcome})
         run.status = OUTCOMES[outcome].mlflow
+        return {}
 
     def study(self, name: str) -> StudyRecord | None:
         """Return a study, or None."""
@@ -254,19 +255,7 @@ class MemoryTracker:
         """Return the trials of a study, the oldest first."""
         return [
             TrialRecord(
-                run_id,
-                run.study,
-                run.name,
-                run.tags.get("row"),
-                int(run.tags.get("trial_number", -1)),
-                run.tags.get("outcome", "running"),
-                run.status,
-                run.tags.get("fingerprint", ""),
-                run.params,
-                dict(run.metrics),
-                dict(run.tags),
-                run.number,
-                "",
+                run_id, run.study, run.name, run.status, run.params, dict(run.metrics), dict(run.tags), run.number
             )
             for run_id, run in self.runs.items()
             if run.study == study.name

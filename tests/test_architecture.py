@@ -48,15 +48,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "testing"),
     ("serving", "sweep"),
     ("training", "report"),
-    ("artifacts",),
     ("tracking",),
+    ("artifacts",),
     ("study",),
     ("data",),
     ("stores",),
     ("addresses", "files"),
     ("config",),
     ("training.schedule", "training.augment", "metrics", "rules"),  # the registries that a config's rules name
-    ("seeds", "text", "paths", "errors", "__version__"),
+    ("heartbeat", "seeds", "text", "paths", "errors", "__version__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
@@ -98,10 +98,8 @@ PRIVATE = {
         "sweep/optuna_trials.py",
         "sweep/ownership.py",
     },
-    r"mlflow\.store|mlflow\.tracking\._|_tracking_client": {
-        "tracking/writer.py",
-        "tracking/reader.py",
-        "tracking/history.py",
+    r"mlflow\.store|mlflow\.tracking\._|_tracking_client|mlflow\.utils\.(validation|uri|file_utils)|MlflowClient\(": {
+        "tracking/client.py"
     },
 }
 

@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
 
+from caltech_sweep.artifacts import CHECKPOINT
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data.shapes import shapes_split
@@ -42,7 +43,6 @@ from caltech_sweep.sweep.preflight import RunOptions
 from caltech_sweep.sweep.session import run_study
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
-from caltech_sweep.training.results import CHECKPOINT
 from helpers.servers import answering
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
@@ -306,7 +306,7 @@ def test_missing_damaged_and_foreign_checkpoints_are_refused(store: Store, image
     foreign = store.checkpoint(other).read_bytes()
     before = registry(store)
     for content, sentence in (
-        (None, f"run {run_id} has no artifact {CHECKPOINT}"),
+        (None, f"the artifact {CHECKPOINT} is missing in "),
         (checkpoint.read_bytes()[:5000], f"of run {run_id} is damaged"),
         (b"", f"of run {run_id} is damaged"),
         (flipped(checkpoint), f"of run {run_id} is damaged: its checksum is not the recorded one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -216,8 +217,8 @@ def test_a_study_in_one_store_alone_is_said(copied: Path) -> None:
 def test_a_study_that_is_being_run_is_skipped(copied: Path) -> None:
     left_running(copied)
     code = (
-        "import sys; from caltech_sweep.stores import storage_uri, study_lock\n"
-        "with study_lock(storage_uri(), 'tiny'): print('held', flush=True); sys.stdin.read()"
+        "import sys; from caltech_sweep.stores import study_store, study_lock\n"
+        "with study_lock(study_store(), 'tiny'): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=copied
@@ -229,3 +230,36 @@ def test_a_study_that_is_being_run_is_skipped(copied: Path) -> None:
         result.output
     )
     assert "0 studies examined, 1 skipped" in result.output
+
+
+# -- a run compares as the doctor does ---------------------------------------------------------------------------------
+
+
+def test_a_finished_study_is_refused_where_no_run_of_it_is(copied: Path) -> None:
+    """Against an empty store, one with other studies only, and after its experiment was renamed."""
+    invoke(*RUN, "--name", "other", "--row", "First", "--set", "epochs=1", "--tracking-uri", "else.db")
+    for tracking in ("empty.db", "else.db"):
+        for command in (RUN, ("plan", "tiny")):
+            refused = invoke(*command, "--tracking-uri", tracking)
+            assert refused.exit_code == 2, refused.output
+            assert "3 trials of study 'tiny' ended and left no run in the tracking store" in refused.output
+            assert "--tracking-uri" in refused.output and "nothing to do" not in refused.output
+    client = MlflowTracker().client
+    client.rename_experiment(client.get_experiment_by_name("tiny").experiment_id, "renamed")
+    for command in (RUN, ("plan", "tiny")):
+        refused = invoke(*command)
+        assert refused.exit_code == 2 and "rename its experiment, which is 'renamed' now, back" in refused.output
+    client.rename_experiment(client.get_experiment_by_name("renamed").experiment_id, "tiny")
+    assert invoke(*RUN).exit_code == 0 and invoke("doctor", "tiny").exit_code == 0
+
+
+@pytest.mark.parametrize("lost", [[0], [1, 2]], ids=["a row", "a row and a sampled trial"])
+def test_a_trial_whose_run_was_deleted_is_trained_again_by_the_next_run(copied: Path, lost: list[int]) -> None:
+    for run in [trials()[number] for number in lost]:
+        MlflowTracker().discard(run.run_id)
+    result = invoke(*RUN)
+    assert result.exit_code == 0 and "ended but has no run in the tracking store" in result.output, result.output
+    assert f"study tiny: {len(lost)} complete" in result.output, result.output
+    assert invoke("doctor").exit_code == 0
+    report = json.loads(invoke("report", "tiny", "--format", "json").output)
+    assert [row["state"] for row in report[0]["rows"]] == ["complete"] * 3

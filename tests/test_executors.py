@@ -10,14 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from caltech_sweep.config import TrialConfig
+from caltech_sweep import heartbeat
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.data import load_dataset
 from caltech_sweep.errors import DatasetError, DivergedError, OutOfMemoryError
+from caltech_sweep.files import file_digest, locked
 from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.testing import Script, ScriptedExecutor, epoch_metrics, scripted_coordinator
-from caltech_sweep.training import heartbeat
 
 
 def runner(job: Job) -> Epochs:
@@ -277,3 +280,23 @@ def test_forty_rows_on_eight_workers_are_forty_trials_each_once_in_both_stores(t
     assert {(trial.number, trial.value) for trial in study.trials} == {
         (run.number, run.metrics["best/val_accuracy"]) for run in runs
     }
+
+
+def test_every_long_reading_gives_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images from a slow disk, of their contents, of checksums, and while another process holds a lock."""
+    monkeypatch.setattr(heartbeat, "EVERY", 0.0)
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", str(tmp_path / "data"))
+    for number in range(12):
+        place = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(place)
+    signs: list[str] = []
+    with heartbeat.beating(lambda: signs.append("read")):
+        load_dataset(DatasetConfig(name="folder", root=str(tmp_path / "photos"), resize=8, crop=8))
+    assert len(signs) >= 3 * 12  # for their names in the cache, for what is in them, and decoded
+    signs.clear()
+    with heartbeat.beating(lambda: signs.append("read")), locked(tmp_path):
+        file_digest(place)
+        assert len(signs) == 1
+        with locked(tmp_path, patience=0.06) as held:
+            assert held is False and len(signs) > 1

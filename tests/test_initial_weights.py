@@ -11,6 +11,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
+from caltech_sweep.artifacts import CHECKPOINT
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.files import SUMS, file_digest, write_sums
 from caltech_sweep.study.file import load_study
@@ -20,7 +21,6 @@ from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.optuna_store import open_storage, stored_studies
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
-from caltech_sweep.training.results import CHECKPOINT
 from helpers.places import Cli, clone, furnish, invoke
 
 ARCH = "shufflenet_v2_x0_5"

@@ -21,7 +21,7 @@ from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, scrip
 from caltech_sweep.tracking import writer as tracking
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import TrialRecord
-from caltech_sweep.tracking.writer import MlflowTracker, is_outage
+from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.places import invoke
 from helpers.servers import answering, free_port
 from helpers.studies import DEFINITION, Unreliable, new_study, told
@@ -32,7 +32,7 @@ THREE = replace(DEFINITION, trials=3)
 def run(tracker: MemoryTracker, folder: Path) -> list[str]:
     """Run a study of three trials, one of which loses its worker; every result is complete at its end."""
     notes: list[str] = []
-    journaling = JournalingTracker(tracker, Journal(folder / "journal"), is_outage, notes.append)
+    journaling = JournalingTracker(tracker, Journal(folder / "journal"), notes.append)
     executor = ScriptedExecutor(lambda config: Script([0.1, 0.3, 0.2], deaths=config.lr == 0.1))
     (folder / "scratch").mkdir(parents=True)
     coordinator = scripted_coordinator(THREE, executor, journaling, folder / "scratch", new_study())
@@ -61,7 +61,7 @@ def test_a_journal_survives_its_writer_and_a_change_that_was_cut_short(tmp_path:
     tracker.start_study("s", "A study", {})
     away = Unreliable(1, 10**9)
     away.documents, away.runs, away.datasets = tracker.documents, tracker.runs, tracker.datasets
-    first = JournalingTracker(away, Journal(tmp_path / "j"), is_outage, lambda text: None)
+    first = JournalingTracker(away, Journal(tmp_path / "j"), lambda text: None)
     local = first.start_trial("s", "One", {"lr": "1"}, {"trial_number": "0"})
     assert first.resume_trial(local, {}) == 0
     first.log_epochs(local, [(1, {"train/loss": 1.0}, 5)])
@@ -71,7 +71,7 @@ def test_a_journal_survives_its_writer_and_a_change_that_was_cut_short(tmp_path:
     (tmp_path / "made" / "file.txt").unlink()
     killed = subprocess.run([sys.executable, "-c", CUT, str(tmp_path / "j" / "journal.db")])
     assert killed.returncode == -signal.SIGKILL and (tmp_path / "j" / "journal.db-journal").exists()
-    second = JournalingTracker(tracker, Journal(tmp_path / "j"), is_outage, lambda text: None)
+    second = JournalingTracker(tracker, Journal(tmp_path / "j"), lambda text: None)
     assert second.waiting == 4 and second.replay() and not (tmp_path / "j").exists()
     (made,) = tracker.runs.values()
     assert made.artifacts == {"file.txt": b"kept"} and len(made.history) == 1 and made.status == "FINISHED"
@@ -93,12 +93,12 @@ def test_a_write_that_the_store_will_never_take_is_set_aside(tmp_path: Path) -> 
     journal = Journal(tmp_path / "j")
     journal.add("log_params", {"run_id": "no such run", "params": {"lr": "1"}})
     journal.add("finish_study", {"name": "s", "complete": True})
-    assert JournalingTracker(tracker, journal, is_outage, notes.append).replay()
+    assert JournalingTracker(tracker, journal, notes.append).replay()
     assert "refuses a write (log_params:" in notes[0] and str(tmp_path / "j" / "journal.db") in notes[0]
     with closing(sqlite3.connect(tmp_path / "j" / "journal.db")) as database:
         ((arguments, why),) = database.execute("SELECT arguments, rejected FROM entries")
     assert "no such run" in arguments and why in notes[0]
-    again = JournalingTracker(tracker, Journal(tmp_path / "j"), is_outage, notes.append)
+    again = JournalingTracker(tracker, Journal(tmp_path / "j"), notes.append)
     assert not again.waiting and again.replay() and (tmp_path / "j" / "journal.db").exists()
 
 
@@ -128,7 +128,7 @@ def test_a_journal_of_an_earlier_version_is_taken_over_by_the_first_change_and_r
     former.write_text("".join(f"{json.dumps(line)}\n" for line in lines))  # as a kill before its removal leaves it
     journal = Journal(folder)
     assert list(journal.pending) == [2, 3, 5, 6] and journal.runs == {"local-0": "run-0"}
-    assert JournalingTracker(tracker, journal, is_outage, lambda text: None).replay() and not folder.exists()
+    assert JournalingTracker(tracker, journal, lambda text: None).replay() and not folder.exists()
     run_id = steady.start_trial("s", "One", {"lr": "1"}, tags)
     steady.log_epochs(run_id, [(1, {"train/loss": 1.0}, 5)])
     (tmp_path / "file.txt").write_text("kept")
@@ -189,7 +189,7 @@ def test_a_database_that_another_process_holds(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0)
     inner = MlflowTracker(str(tmp_path / "mlflow.db"), create=True)
     notes: list[str] = []
-    tracker = JournalingTracker(inner, Journal(tmp_path / "j"), is_outage, notes.append)
+    tracker = JournalingTracker(inner, Journal(tmp_path / "j"), notes.append)
     tracker.start_study("s", "A study", {})
     run_id = tracker.start_trial("s", "One", {}, {"trial_number": "0"})
     tracker.log_epochs(run_id, [(1, {"train/loss": 1.0}, 1)])
@@ -228,7 +228,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path) -> None:
     notes: list[str] = []
     with server(tmp_path, port) as address:
         inner = MlflowTracker(address)
-        tracker = JournalingTracker(inner, Journal(tmp_path / "j"), is_outage, notes.append)
+        tracker = JournalingTracker(inner, Journal(tmp_path / "j"), notes.append)
         tracker.start_study("s", "A study", {"rows": []})
         run_id = tracker.start_trial("s", "One", {}, {"trial_number": "0"})
         tracker.log_epochs(run_id, [(1, {"train/loss": 1.0}, 1)])
@@ -242,7 +242,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path) -> None:
         "bring them there with: caltech-sweep replay"
     ]
     with server(tmp_path, port) as address:
-        again = JournalingTracker(MlflowTracker(address), Journal(tmp_path / "j"), is_outage, notes.append)
+        again = JournalingTracker(MlflowTracker(address), Journal(tmp_path / "j"), notes.append)
         assert again.replay() and "is back" in notes[-1]
         check(MlflowTracker(address))
 
@@ -252,7 +252,7 @@ def test_replay_and_doctor_bring_what_waits(place: Path, monkeypatch: pytest.Mon
 
     assert "there is no" not in invoke("replay").output
     assert invoke("run", "tiny", "--in-process", "--threads", "1", "--row", "First").exit_code == 0
-    root, uri = place.resolve() / "mlruns", stores.tracking_uri()
+    root, uri = place.resolve() / "mlruns", stores.tracking_store()
     run_id = None
     for command in (("replay",), ("doctor", "--fix")):
         tracker = MlflowTracker()

@@ -19,7 +19,7 @@ from caltech_sweep.sweep.lease import LEASES, Lease, fencing
 from caltech_sweep.sweep.optuna_store import engine_of, open_study
 from caltech_sweep.testing import ScriptedExecutor, epoch_metrics, scripted_coordinator
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
-from caltech_sweep.tracking.writer import MlflowTracker, is_outage
+from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.studies import DEFINITION, Unreliable
 
 SECONDS = 1.0
@@ -174,7 +174,7 @@ def test_a_coordinator_that_has_lost_its_study_writes_nothing_and_another_ends_i
         engine = engine_of(study)
         assert engine is not None
         journal = Journal(tmp_path / "journal")
-        journaling = JournalingTracker(tracker, journal, is_outage, lambda text: None, held.check)
+        journaling = JournalingTracker(tracker, journal, lambda text: None, held.check)
         made = scripted_coordinator(DEFINITION, executor, journaling, tmp_path / "scratch", study)  # type: ignore[arg-type]
         return made, fencing(engine, held)
 
@@ -217,9 +217,7 @@ def everything(uri: str) -> list:
 def test_a_journal_takes_nothing_from_who_has_lost_the_study(uri: str, tmp_path: Path) -> None:
     first, second = lease(uri), lease(uri)
     first.acquire()
-    journaling = JournalingTracker(
-        Unreliable(1, 10**9), Journal(tmp_path / "journal"), is_outage, lambda text: None, first.check
-    )
+    journaling = JournalingTracker(Unreliable(1, 10**9), Journal(tmp_path / "journal"), lambda text: None, first.check)
     journaling.finish_study("s", True)
     kept = (tmp_path / "journal" / "journal.db").read_bytes()
     stop(first)
@@ -247,7 +245,7 @@ def test_a_journal_of_who_lost_the_study_changes_no_trial_that_another_has_ended
     other = inner.start_trial("s", "One", {}, tags)
     inner.log_epochs(other, [(1, epoch_metrics(0.5), 1)])
     inner.finish_trial(other, "complete", {"best/val_accuracy": 0.5}, {}, None)
-    assert JournalingTracker(inner, Journal(tmp_path / "journal"), is_outage, lambda text: None).replay()
+    assert JournalingTracker(inner, Journal(tmp_path / "journal"), lambda text: None).replay()
     record = inner.study("s")
     assert record is not None
     (kept,) = inner.trials(record)

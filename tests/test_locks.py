@@ -26,7 +26,7 @@ from caltech_sweep.training.cache import Cache
 here = Path.cwd()
 with files.locked(here) as held:
     assert held is None
-with stores.study_lock(f"sqlite:///{here}/x.db", "study"), files.alone(here), Cache(here, 0).lock("entry"):
+with stores.study_lock(stores.study_store(f"{here}/x.db"), "study"), files.alone(here), Cache(here, 0).lock("entry"):
     with files.locked_directory(here, "work-") as place:
         os.utime(place, (0, 0))
         files.remove_abandoned(here, "work-")

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 
 from caltech_sweep import stores
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, UsageError
+from caltech_sweep.stores import study_store
 from caltech_sweep.study.definition import Choices, Component, Range, StudyDefinition, SubsetOf
 from caltech_sweep.sweep.optuna_store import open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable
@@ -189,9 +190,9 @@ def test_a_rebuilt_study_has_the_trials_of_the_lost_one_and_samples_what_it_woul
         with closing(sqlite3.connect(tmp_path / name)) as one, closing(sqlite3.connect(other / name)) as two:
             one.backup(two)
     tracker = MlflowTracker(str(other / "mlflow.db"))
-    record = check_adoptable(definition, identity(definition), {}, tracker, new)
+    record = check_adoptable(definition, identity(definition), {}, tracker, study_store(new))
     assert record is not None
-    assert "was rebuilt from" in adopt(definition, identity(definition), tracker, record, new)
+    assert "was rebuilt from" in adopt(definition, identity(definition), tracker, record, study_store(new))
     old, rebuilt = trials(lost, "s"), list(map(compared, trials(new, "s")))
     assert rebuilt == list(map(compared, old[: len(rebuilt)]))
     assert {trial.state.name for trial in old[len(rebuilt) :]} <= {"WAITING"}  # they have no run yet
@@ -219,9 +220,10 @@ def test_what_an_adoption_finds_interrupted_waits_and_a_number_without_a_run_sta
             tracker.log_epochs(run, [(1, epoch_metrics(0.5), 1)])
     tracker.finish_study("s", False)
     storage = f"sqlite:///{tmp_path / 'new.db'}"
-    record = check_adoptable(DEFINITION, identity(DEFINITION), {}, tracker, storage)
+    store = study_store(storage)
+    record = check_adoptable(DEFINITION, identity(DEFINITION), {}, tracker, store)
     assert record is not None
-    adopt(DEFINITION, identity(DEFINITION), tracker, record, storage)
+    adopt(DEFINITION, identity(DEFINITION), tracker, record, store)
     rebuilt = trials(storage, "s")
     assert [trial.state.name for trial in rebuilt] == ["WAITING", "FAIL", "WAITING"]
     executor = go_on(DEFINITION, tmp_path, storage)
@@ -348,7 +350,7 @@ def test_who_runs_a_study_that_is_adopted_notices_before_it_writes(
     adopted = second.study("s")
     assert adopted is not None and (adopted.store, adopted.former) == ("second", ("first",))
     (kept,) = second.trials(adopted)
-    assert kept.outcome == "running" and not kept.metrics
+    assert kept.state == "running" and not kept.metrics
 
 
 def test_runs_of_another_study_store_are_in_no_table(copied: Path) -> None:
@@ -371,7 +373,7 @@ def test_runs_of_another_study_store_are_in_no_table(copied: Path) -> None:
 
 
 def test_what_waits_for_another_study_store_s_study_is_not_replayed(copied: Path, clone: Path) -> None:
-    uri = stores.tracking_uri()
+    uri = stores.tracking_store()
     assert invoke(*RUN, "--name", "mine", "--row", "First", "--set", "epochs=1").exit_code == 0
     before = dump(copied / "mlruns" / "mlflow.db")
     folder = journal_folder(clone / "mlruns", "tiny", uri)
@@ -390,4 +392,4 @@ def test_there_must_be_a_study_to_adopt(place: Path, tmp_path: Path) -> None:
     tracker.start_study("s", "A study", {**DEFINITION.to_dict(), "identity": identity(DEFINITION), STORE_TAG: "other"})
     changed = {**identity(DEFINITION), "images": "changed", "fixed": {"epochs": 9}}
     with pytest.raises(UsageError, match=r'fixed.epochs: was \d+, is 9\n.*images: was "scripted", is "changed"'):
-        check_adoptable(DEFINITION, changed, {}, tracker, f"sqlite:///{tmp_path / 'none.db'}")
+        check_adoptable(DEFINITION, changed, {}, tracker, study_store(f"{tmp_path}/none.db"))

@@ -512,8 +512,8 @@ def test_many_numbers_become_ranges_and_many_names_are_cut() -> None:
 
 def test_histories_are_the_same_from_a_database_and_through_the_client(store: PageStore) -> None:
     runs, metrics = list(store.runs.values()), ["val/accuracy", "train/loss"]
-    database = sorted(_from_database(store.tracker.uri, runs, metrics))
-    assert database == sorted(_from_server(store.tracker.uri, runs, metrics)) and len(database) == len(runs) * 8
+    database = sorted(_from_database(store.tracker.store, runs, metrics))
+    assert database == sorted(_from_server(store.tracker.store, runs, metrics)) and len(database) == len(runs) * 8
     histories = read_histories(store.tracker.uri, [*runs, "none"], metrics)
     assert histories[runs[0]]["train/loss"] == ((1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5))
     assert histories["none"] == {}

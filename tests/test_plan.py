@@ -19,7 +19,7 @@ from PIL import Image
 
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.files import locked
-from caltech_sweep.stores import storage_uri
+from caltech_sweep.stores import study_store
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import load_study
 from caltech_sweep.sweep.optuna_store import open_study
@@ -177,7 +177,7 @@ def started(study: StudyDefinition) -> MlflowTracker:
     """Return a tracking store in which the study store of the current folder has begun a study."""
     data = inspect_dataset(study.config({}).dataset)
     tracker = MlflowTracker(create=True)
-    own = open_study(study, storage_uri(None), identity_of(study, data, {}))
+    own = open_study(study, study_store(None), identity_of(study, data, {}))
     tracker.start_study(study.name, study.title, {**study.to_dict(), STORE_TAG: own.user_attrs[STORE_TAG]})
     return tracker
 

@@ -118,9 +118,10 @@ def test_a_trained_googlenet_is_the_same_network_when_it_is_opened_again(publish
     """Its input transform is recorded in its checkpoint; one of an older version, which had none, loads as it was."""
     from safetensors import safe_open
 
+    from caltech_sweep.artifacts import CHECKPOINT
     from caltech_sweep.serving.runs import model_spec
     from caltech_sweep.serving.served_model import Classifier
-    from caltech_sweep.training.results import CHECKPOINT, write_artifacts
+    from caltech_sweep.training.results import write_artifacts
 
     publish("googlenet", old_style("googlenet"))
     config = TrialConfig(dataset=SHAPES, arch="googlenet", weights="imagenet", epochs=1, batch_size=4, lr=1e-4)

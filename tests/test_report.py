@@ -230,7 +230,7 @@ def test_both_ways_of_reading_give_the_same_records(store: str) -> None:
     trial = ours[0].trials[0]
     assert database.text(trial, "predictions/test_tencrop.csv") == client.text(trial, "predictions/test_tencrop.csv")
     for reader in (database, client):
-        with pytest.raises(StoreError, match="has no artifact nothing.csv"):
+        with pytest.raises(StoreError, match="the artifact nothing.csv is missing"):
             reader.text(trial, "nothing.csv")
 
 
@@ -251,7 +251,7 @@ def test_odd_runs_are_read_alike_and_a_stale_outcome_does_not_hide_that_a_run_go
         (study,) = reader.studies(reader.names())
         first, second = study.trials
         assert math.isnan(first.metrics["test/accuracy"]) and first.metrics["best/val_accuracy"] > 1e300
-        assert second.outcome == "running"
+        assert second.state == "running"
 
 
 @pytest.mark.slow

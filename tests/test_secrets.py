@@ -83,7 +83,7 @@ def check(arguments: list[str], caplog: pytest.LogCaptureFixture, capfd: pytest.
 def something_to_replay(address: str) -> Iterator[None]:
     """Let a write wait for a tracking store, without which no replay opens it."""
     try:
-        uri = stores.tracking_uri(address)
+        uri = stores.tracking_store(address)
     except UsageError:  # it is understood as no store: nothing can wait for it
         yield
         return

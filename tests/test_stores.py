@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from caltech_sweep import addresses, paths, stores
+from caltech_sweep import paths, stores
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.tracking.journal import Journal, journal_folder
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.commands import COMMANDS, calls, options
 from helpers.places import RUN, invoke
 
-OPTIONS = {"--tracking-uri": stores.tracking_uri, "--storage": stores.storage_uri}
+OPTIONS = {"--tracking-uri": stores.tracking_store, "--storage": stores.study_store}
 BOTH = tuple(OPTIONS)
 
 # What was given, for which options, what the sentence says, and the address that it offers instead.
@@ -124,7 +124,7 @@ def test_the_sentence_names_the_environment_variable_that_is_wrong(
     assert result.exit_code == 2 and "MLFLOW_TRACKING_URI: 'localhost:5000' " in result.output
     assert "--tracking-uri: 'localhost:1'" in invoke("report", "--tracking-uri", "localhost:1").output
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # as good as none
-    assert stores.tracking_uri() == f"sqlite:///{place.resolve()}/mlruns/mlflow.db"
+    assert stores.tracking_store().uri == f"sqlite:///{place.resolve()}/mlruns/mlflow.db"
 
 
 @pytest.mark.parametrize(
@@ -175,21 +175,21 @@ def test_what_is_understood_gets_an_absolute_path_or_stays_as_it_is(
         "postgresql+psycopg2:///db?host=/run/x": "postgresql+psycopg2:///db?host=/run/x",
     }.items():
         for read in OPTIONS.values():
-            assert read(text) == meant == read(meant)
+            assert read(text).uri == meant == read(meant).uri
     for text in ("http://h", "http://u:p@[::1]:5000/a?x=1", "https://h:5000/mlflow/"):
-        assert stores.tracking_uri(text) == text
-    assert stores.tracking_uri("HTTP://h:1") == "http://h:1"
+        assert stores.tracking_store(text).uri == text
+    assert stores.tracking_store("HTTP://h:1").uri == "http://h:1"
 
 
 def test_postgresql_takes_the_driver_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("psycopg")
-    assert stores.storage_uri("postgresql://h/db") == "postgresql+psycopg://h/db"
+    assert stores.study_store("postgresql://h/db").uri == "postgresql+psycopg://h/db"
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.setitem(sys.modules, "psycopg2", sys)
-    assert stores.storage_uri("postgresql://h/db") == "postgresql+psycopg2://h/db"
+    assert stores.study_store("postgresql://h/db").uri == "postgresql+psycopg2://h/db"
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     with pytest.raises(UsageError, match=r"pip install 'caltech-sweep\[postgresql\]'"):
-        stores.storage_uri("postgresql://h/db")
+        stores.study_store("postgresql://h/db")
 
 
 # -- any text ----------------------------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ def test_any_text_is_understood_the_same_twice_or_refused(
     except UsageError as error:
         assert str(error).startswith(f"{option}: ") and "\n" not in str(error)
     else:
-        assert read(meant) == meant and addresses.is_same(meant, meant)
-        file = stores.sqlite_file(meant)
+        assert read(meant.uri) == meant and meant.is_same(meant)
+        file = meant.file
         assert file is None or (file.is_absolute() and not file.is_dir())
     assert not list(tmp_path.iterdir())
 
@@ -227,7 +227,7 @@ def test_no_text_gives_a_traceback_or_makes_a_file(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     for option, read in OPTIONS.items():
         with suppress(UsageError):
-            assume(stores.sqlite_file(read(text)))  # no network
+            assume(read(text).file)  # no network
         command = "report" if option == "--tracking-uri" else "doctor"
         result = invoke(command, f"{option}={text}")  # raises what is no sentence
         assert result.exit_code == 2 and result.output.startswith("Error: "), result.output
@@ -272,7 +272,7 @@ def test_two_addresses_of_one_database_on_a_server_are_refused_for_both_stores(p
 
 
 def test_other_databases_are_not_told_to_be_the_same() -> None:
-    one = stores.storage_uri(SAME)
+    one = stores.study_store(SAME)
     for other in (
         "postgresql://localhost/other",
         "postgresql://localhost:5433/db",
@@ -281,7 +281,7 @@ def test_other_databases_are_not_told_to_be_the_same() -> None:
         "mysql://localhost/db",
         "db.db",
     ):
-        assert not addresses.is_same(one, stores.storage_uri(other)), other
+        assert not one.is_same(stores.study_store(other)), other
 
 
 # -- names of studies --------------------------------------------------------------------------------------------------
@@ -305,15 +305,15 @@ def test_every_study_has_file_names_of_its_own(one: str, other: str) -> None:
 
 
 def test_studies_whose_names_are_alike_do_not_lock_each_other(place: Path) -> None:
-    uri = stores.storage_uri("x.db")
+    store = stores.study_store("x.db")
     names = ("team/b", "team_b", "team%2Fb", "team%b")
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(stores.study_lock(uri, name))
+            stack.enter_context(stores.study_lock(store, name))
         for name in names:
-            with pytest.raises(StoreError, match="is being run by"), stores.study_lock(uri, name):
+            with pytest.raises(StoreError, match="is being run by"), stores.study_lock(store, name):
                 raise AssertionError
-    assert len({journal_folder(place, name, uri) for name in names}) == len(names)
+    assert len({journal_folder(place, name, store) for name in names}) == len(names)
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_what_waits_in_a_journal_of_an_earlier_version_is_found(copied: Path) ->
     run = (*RUN, "--name", "team/b", "--row", "First", "--set", "epochs=1")
     assert invoke(*run).exit_code == 0 and invoke(*RUN, "--name", "team_b", *run[7:]).exit_code == 0
     tracker = MlflowTracker()
-    uri = stores.tracking_uri()
+    uri = stores.tracking_store().uri
     folder = copied / "mlruns" / "journal" / f"team_b-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
     study = tracker.study("team/b")
     assert study is not None
@@ -341,7 +341,7 @@ def test_what_waits_in_a_journal_of_an_earlier_version_is_found(copied: Path) ->
 
 def test_a_journal_is_found_however_the_address_of_its_store_is_written(tmp_path: Path) -> None:
     def folder(text: str) -> Path:
-        return journal_folder(tmp_path, "s", stores.tracking_uri(text))
+        return journal_folder(tmp_path, "s", stores.tracking_store(text))
 
     assert folder(SAME) == folder("postgresql+psycopg2://other:secret@127.0.0.1:5432/db") != folder("postgresql:///x")
     assert folder("http://me:a@localhost:5000/") == folder("http://127.0.0.1:5000") != folder("http://127.0.0.1:5001")

@@ -10,7 +10,7 @@ from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.testing import MemoryTracker
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import OUTCOMES, Tracker
-from caltech_sweep.tracking.writer import MlflowTracker, is_outage
+from caltech_sweep.tracking.writer import MlflowTracker
 
 TAGS = {"trial_number": "0", "fingerprint": "abc", "row": "First"}
 
@@ -28,7 +28,7 @@ def tracker(request: pytest.FixtureRequest) -> Tracker:
     if request.param == "mlflow":
         return tracker
     journal = Journal(request.getfixturevalue("tmp_path_factory").mktemp("journal"))
-    return JournalingTracker(tracker, journal, is_outage, lambda line: None)
+    return JournalingTracker(tracker, journal, lambda line: None)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def only_trial(tracker: Tracker, study: str):
 
 def test_a_trial_s_life(tracker: Tracker, study: str, tmp_path: Path) -> None:
     run = start(tracker, study)
-    assert only_trial(tracker, study).outcome == "running"
+    assert only_trial(tracker, study).state == "running"
     tracker.log_dataset(run, "shapes", "digest", {"train": 3}, "drawn")
     tracker.log_epochs(run, [(1, {"val/accuracy": 0.5, "train/loss": 1.0}, 1000)])
     (tmp_path / "sub").mkdir()
@@ -87,7 +87,7 @@ def test_a_trial_goes_on_after_its_last_epoch(tracker: Tracker, study: str) -> N
     tracker.finish_trial(run, "interrupted", {}, {"reason": "stopped", "paused_at": "3"}, None)
     assert tracker.resume_trial(run, {"attempt": "2"}) == 3
     trial = only_trial(tracker, study)
-    assert (trial.status, trial.outcome, trial.tags["attempt"]) == ("RUNNING", "running", "2")
+    assert (trial.status, trial.state, trial.tags["attempt"]) == ("RUNNING", "running", "2")
     assert not {"reason", "paused_at"} & trial.tags.keys()
 
 

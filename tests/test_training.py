@@ -9,12 +9,12 @@ import torchvision
 from scipy.stats import kstest
 from torchvision.transforms.v2 import functional as oracle
 
+from caltech_sweep import heartbeat as pulse
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, DivergedError, ModelError
 from caltech_sweep.training import augment
-from caltech_sweep.training import heartbeat as pulse
 from caltech_sweep.training.device import pick_device, uses_bfloat16
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.schedule import epoch_rates

@@ -31,6 +31,7 @@ from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules,
 from caltech_sweep.data.splits import SPLITS, Sample, Split
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.files import create_atomically
+from caltech_sweep.heartbeat import beat
 from caltech_sweep.paths import closest
 from caltech_sweep.text import readable
 
@@ -67,6 +68,7 @@ def _check_shape(size: tuple[int, int], resize: int) -> None:
 def _content_digest(paths: Sequence[Path], read: Read) -> str:
     digest = hashlib.sha256()
     for path in paths:
+        beat()
         try:
             digest.update(hashlib.sha256(read(path)).digest())
         except DatasetError as error:
@@ -96,6 +98,7 @@ def _each(
         for start in range(0, len(paths), wave):
             results = pool.map(attempt, paths[start : start + wave])
             for done, (result, problem) in enumerate(results, start=start + 1):
+                beat()
                 if problem:
                     bad.append(problem)
                 elif not bad:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from caltech_sweep import stores
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.report.check import outside
 from caltech_sweep.report.model import Table
 from caltech_sweep.report.render import RENDERERS
 from caltech_sweep.report.tables import REPORT_COLUMNS, Link, build_table, told_apart
+from caltech_sweep.stores import Address, Store
 from caltech_sweep.tracking.reader import Reader, open_reader
 
 
@@ -20,36 +20,33 @@ def _ordered(names: Sequence[str]) -> list[str]:
     return known + [name for name in names if name not in REPORT_COLUMNS]
 
 
-def choose(asked: Sequence[str], stored: Sequence[str], uri: str) -> list[str]:
+def choose(asked: Sequence[str], stored: Sequence[str], store: Store) -> list[str]:
     """Return the studies to show; raise StoreError or UsageError when there is none, or one is not in the store."""
     if not stored:
         raise StoreError(
-            f"the tracking store {stores.hide_secrets(uri)} has no study yet; "
-            "run one first, such as `make sweep STUDY=demo`"
+            f"the tracking store {store.shown} has no study yet; run one first, such as `make sweep STUDY=demo`"
         )
     for name in asked:
         if name not in stored:
             near = difflib.get_close_matches(name, stored, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(_ordered(stored))}"
-            raise UsageError(f"there is no study {name!r} in the tracking store {stores.hide_secrets(uri)}; {hint}")
+            raise UsageError(f"there is no study {name!r} in the tracking store {store.shown}; {hint}")
     return list(dict.fromkeys(asked)) or _ordered(stored)
 
 
 def _link(reader: Reader, experiment_id: str) -> Link:
     """Return how to link to a run: only a server has addresses that show one."""
-    if not reader.uri.startswith(("http://", "https://")):
-        return lambda run_id: None
-    base = stores.hide_secrets(reader.uri).replace("***@", "").rstrip("/")
-    return lambda run_id: f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+    base = reader.store.page
+    return lambda run_id: f"{base}/#/experiments/{experiment_id}/runs/{run_id}" if base else None
 
 
-def load_tables(studies: Sequence[str], best: int, tracking_uri: str | None) -> list[Table]:
+def load_tables(studies: Sequence[str], best: int, tracking_uri: Address) -> list[Table]:
     """Read the tables of some studies, or of all, from the tracking store only.
 
     Raises UsageError for a study that is not in the store, StoreError for a store that cannot be read or is empty.
     """
     reader = open_reader(tracking_uri)
-    names = choose(studies, reader.names(), reader.uri)
+    names = choose(studies, reader.names(), reader.store)
     return told_apart(
         [
             build_table(study, best, reader.text, _link(reader, study.record.experiment_id))
@@ -63,11 +60,11 @@ def render(tables: Sequence[Table], kind: str) -> str:
     return RENDERERS[kind](tables)
 
 
-def build_report(studies: Sequence[str], kind: str, best: int, tracking_uri: str | None) -> str:
+def build_report(studies: Sequence[str], kind: str, best: int, tracking_uri: Address) -> str:
     """Return the tables of some studies, or of all, as markdown, html, latex, csv or json."""
     return render(load_tables(studies, best, tracking_uri), kind)
 
 
-def check_report(studies: Sequence[str], tracking_uri: str | None) -> list[str]:
+def check_report(studies: Sequence[str], tracking_uri: Address) -> list[str]:
     """Return a sentence for each row of some studies, or of all, that is outside its tolerance of the reference."""
     return outside(load_tables(studies, 0, tracking_uri), explicit=bool(studies))

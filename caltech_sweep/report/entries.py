@@ -47,7 +47,7 @@ def _settings(run: TrialRecord) -> dict[str, Any]:
 def pick(runs: Iterable[TrialRecord]) -> TrialRecord:
     """Return the run that speaks for one trial: a complete one, else a running one, else the latest."""
     rank = {"complete": 2, "running": 1}
-    return max(runs, key=lambda run: (rank.get(run.outcome, 0), run.start_time))
+    return max(runs, key=lambda run: (rank.get(run.state, 0), run.start_time))
 
 
 def _seeds(row: Row, config: TrialConfig | None, runs: Sequence[TrialRecord]) -> Callable[[TrialRecord], int | None]:
@@ -73,7 +73,7 @@ def _row_entry(row: Row, runs: Sequence[TrialRecord], definition: StudyDefinitio
             by_seed[seed].append(run)
     # The row's own seed first: ties are tested on its predictions.
     picked = [pick(by_seed[seed]) for seed in sorted(by_seed, key=lambda seed: (seed != first, seed))]
-    complete = tuple(run for run in picked if run.outcome == "complete")
+    complete = tuple(run for run in picked if run.state == "complete")
     entry = Entry(
         "row",
         row.name,
@@ -89,7 +89,7 @@ def _row_entry(row: Row, runs: Sequence[TrialRecord], definition: StudyDefinitio
     reason = "" if complete else shown.tags.get("reason", "")
     wanted = max(definition.replicates if definition else 1, len(picked))
     unfinished = wanted - len(complete) if complete else 0
-    return replace(entry, state=shown.outcome, reason=reason, runs=complete, shown=shown, unfinished=unfinished)
+    return replace(entry, state=shown.state, reason=reason, runs=complete, shown=shown, unfinished=unfinished)
 
 
 def row_entries(study: StoredStudy) -> list[Entry]:
@@ -118,7 +118,7 @@ def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> li
     trials: dict[tuple[int, str], list[TrialRecord]] = defaultdict(list)
     repeats: dict[str, list[TrialRecord]] = defaultdict(list)
     for trial in study.trials:
-        if trial.row is not None or trial.outcome != "complete" or trial.score is None:
+        if trial.row is not None or trial.state != "complete" or trial.score is None:
             continue
         if "confirms" in trial.tags:
             repeats[trial.tags["confirms"]].append(trial)

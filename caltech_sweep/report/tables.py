@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from caltech_sweep.artifacts import Predictions, read_predictions
 from caltech_sweep.errors import StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, BEST_EPOCH, TEST_ACCURACY, logged
 from caltech_sweep.report.entries import Entry, metric, pick, row_entries, sampled_entries
@@ -37,16 +36,6 @@ _MAJORITY = "majority class"  # ends the remark of a row that is held against it
 
 ReadText = Callable[[TrialRecord, str], str]
 Link = Callable[[str], str | None]  # from a run id to an address that shows the run
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """The test images of a run, whether each was classified right, and the most frequent class."""
-
-    images: tuple[str, ...]
-    correct: tuple[bool, ...]
-    majority_class: str
-    majority_share: float
 
 
 def _is_tencrop(entry: Entry) -> bool:
@@ -133,33 +122,36 @@ def _row(entry: Entry, images: Mapping[str, int], link: Link) -> TableRow:
     )
 
 
-def _read_predictions(entry: Entry, read: ReadText) -> _Predictions | None:
-    """Read a row's predictions of the test images; None when its run has none, or they are not what it recorded."""
-    if not entry.runs:
-        return None
-    run, part = entry.runs[0], _reported_part(entry)
+def reported_part(run: TrialRecord) -> str:
+    """Return the part whose files hold a run's reported predictions: val where the dataset has no test images."""
+    if TEST_ACCURACY not in run.metrics:
+        return "val"
+    return "test_tencrop" if run.params.get("test_views") == "tencrop" else "test"
+
+
+def run_predictions(read: ReadText, run: TrialRecord) -> Predictions | None:
+    """Return a run's reported predictions; None when it has none, or they are not what it recorded."""
+    part = reported_part(run)
+    accuracy = metric(run, BEST_ACCURACY if part == "val" else logged(part, "accuracy"))
     try:
-        header, *lines = csv.reader(io.StringIO(read(run, f"predictions/{part}.csv")))
-        image, label, prediction = map(header.index, ("image", "label", "prediction"))
-        ((name, count),) = Counter(line[label] for line in lines).most_common(1)
-        images = tuple(line[image] for line in lines)
-        correct = tuple(line[prediction] == line[label] for line in lines)
-    except (StoreError, ValueError, IndexError, csv.Error):  # no such file, or not a table of predictions
+        return read_predictions(partial(read, run), part, accuracy) if accuracy is not None else None
+    except StoreError:
         return None
-    recorded = metric(run, logged(part, "accuracy"))
-    if recorded is None or not math.isclose(statistics.fmean(correct), recorded, abs_tol=1e-6):
-        return None
-    return _Predictions(images, correct, name, count / len(lines))
 
 
-def _with_what_is_lost(row: TableRow, own: _Predictions | None) -> TableRow:
+def _test_predictions(entry: Entry, read: ReadText) -> Predictions | None:
+    run = entry.runs[0] if entry.runs else None
+    return run_predictions(read, run) if run is not None and TEST_ACCURACY in run.metrics else None
+
+
+def _with_what_is_lost(row: TableRow, own: Predictions | None) -> TableRow:
     """Say of a row that has scores why it was compared with no other."""
     if row.test is None or own is not None:
         return row
     return _remark(row, "not compared: its predictions are lost or damaged")
 
 
-def _compare(rows: list[TableRow], predictions: Sequence[_Predictions | None]) -> tuple[int, int]:
+def _compare(rows: list[TableRow], predictions: Sequence[Predictions | None]) -> tuple[int, int]:
     """Mark the best row and how each other one stands against it, in place.
 
     Returns the number of comparisons, and of the images that they are made on.
@@ -190,11 +182,11 @@ def _remark(row: TableRow, text: str) -> TableRow:
     return replace(row, remarks=(*row.remarks, text))
 
 
-def _against_majority(row: TableRow, own: _Predictions | None) -> TableRow:
+def _against_majority(row: TableRow, own: Predictions | None) -> TableRow:
     """Say whether a row is right more often than the most frequent class of its test images."""
-    if own is None or row.test is None or _floor(row.test) > own.majority_share:
+    if own is None or row.test is None or _floor(row.test) > own.majority[1]:
         return row
-    if row.test.value <= own.majority_share:
+    if row.test.value <= own.majority[1]:
         return replace(row, majority=True)
     return _remark(row, f"not told apart from the {_MAJORITY}")
 
@@ -309,12 +301,12 @@ def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int) -> lis
     ]
 
 
-def _majorities(rows: Sequence[TableRow], predictions: Sequence[_Predictions | None]) -> list[str]:
+def _majorities(rows: Sequence[TableRow], predictions: Sequence[Predictions | None]) -> list[str]:
     """Say what the majority class is of the rows that are held against it."""
     found: dict[tuple[str, float], list[str]] = {}
     for row, own in zip(rows, predictions, strict=True):
         if own and (row.majority or any(remark.endswith(_MAJORITY) for remark in row.remarks)):
-            found.setdefault((own.majority_class, own.majority_share), []).append(row.name)
+            found.setdefault(own.majority, []).append(row.name)
     return [
         f"Majority class{f' of {_listed(names)}' if len(found) > 1 else ''}: always answering {name!r} is right for "
         f"{share:.3f} of the test images."
@@ -330,7 +322,7 @@ def _paused(study: StoredStudy) -> list[str]:
     places: dict[tuple[int, int], list[int]] = defaultdict(list)
     for (number, _), attempts in sorted(trials.items()):
         run = pick(attempts)
-        if run.outcome == "paused":
+        if run.state == "paused":
             places[int(run.tags.get(PAUSED_AT, 0)), int(run.params.get("epochs", 0))].append(number)
     if not places:
         return []
@@ -368,7 +360,7 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
     columns = _columns(definition, name, entries)
     entries += sampled_entries(study, best, columns)
     rows = [_row(entry, images, link) for entry in entries]
-    predictions = [_read_predictions(entry, read) for entry in entries]
+    predictions = [_test_predictions(entry, read) for entry in entries]
     comparisons, compared = _compare(rows, predictions)
     if any(predictions):  # mocked trials have none
         rows = [_with_what_is_lost(row, own) for row, own in zip(rows, predictions, strict=True)]

@@ -21,8 +21,6 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-# The import of caltech_sweep.tracking above sets MLflow up, so these must come after it.
-import mlflow.artifacts
 import mlflow.pyfunc
 import numpy as np
 import pandas as pd
@@ -32,14 +30,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
-from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-from mlflow.utils.uri import is_local_uri
-from mlflow.utils.validation import (
-    _validate_model_alias_name,
-    _validate_model_alias_name_reserved,
-    _validate_model_name,
-)
 from PIL import Image
 
 import caltech_sweep
@@ -50,6 +41,8 @@ from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
 from caltech_sweep.serving.registry import ALIAS, _registered_model
 from caltech_sweep.serving.runs import MODEL_NAME, _read_run, _Trained
 from caltech_sweep.serving.served_model import SPEC, WEIGHTS, Classifier
+from caltech_sweep.stores import Address
+from caltech_sweep.tracking.client import check_model_names, local_path
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 
@@ -61,9 +54,6 @@ SIGNATURE = ModelSignature(
     outputs=Schema([ColSpec(Array(DataType.string), "classes"), ColSpec(Array(DataType.double), "probabilities")]),
     params=ParamSchema([ParamSpec("top", DataType.long, 0)]),
 )
-
-
-# -- reading a run -----------------------------------------------------------------------------------------------------
 
 
 # -- promoting ---------------------------------------------------------------------------------------------------------
@@ -81,30 +71,28 @@ class Promotion:
 
 def _choose(tracker: MlflowTracker, study: str, run_id: str | None) -> TrialRecord:
     """Return the named trial of a study, or its best on validation; test accuracy never selects."""
-    where = stores.hide_secrets(tracker.uri)
+    where = tracker.store.shown
     record = tracker.study(study)
     if record is None:
         known = ", ".join(study.name for study in tracker.studies())
         raise StoreError(f"there is no study {study!r} in {where}; {'it has ' + known if known else 'it is empty'}")
     trials = {trial.run_id: trial for trial in tracker.trials(record)}
     if run_id is None:
-        if not any(trial.outcome == "complete" for trial in trials.values()):
+        if not any(trial.state == "complete" for trial in trials.values()):
             raise StoreError(
                 f"study {study!r} has no complete trial in {where}; run it first: make sweep STUDY={study}"
             )
         return tracker.best_trial(study)
     if run_id not in trials:
         raise UsageError(f"--run: study {study!r} has no trial with run id {run_id}; see them with caltech-sweep ui")
-    if trials[run_id].outcome != "complete":
-        raise UsageError(f"--run: run {run_id} is {trials[run_id].outcome}; only completed trials can be promoted")
+    if trials[run_id].state != "complete":
+        raise UsageError(f"--run: run {run_id} is {trials[run_id].state}; only completed trials can be promoted")
     return trials[run_id]
 
 
 def _check_names(name: str, alias: str) -> None:
     try:
-        _validate_model_name(name)
-        _validate_model_alias_name(alias)
-        _validate_model_alias_name_reserved(alias)
+        check_model_names(name, alias)
     except MlflowException as error:
         raise UsageError(
             f"MLflow cannot register {name!r} as {alias!r}: {stores.reason(error)}; choose --name or --alias"
@@ -167,8 +155,8 @@ def _log_model(
     experiment = client.get_run(trial.run_id).info.experiment_id
     logged = client.create_logged_model(experiment, MODEL_NAME, trial.run_id, dict(tags), model_type="classifier")
     undo.callback(_quietly, client.delete_logged_model, logged.model_id)
-    if is_local_uri(logged.artifact_location, is_tracking_or_registry_uri=False):
-        files = Path(local_file_uri_to_path(logged.artifact_location))
+    files = local_path(logged.artifact_location)
+    if files is not None:
         own = files.parent if files.parent.name == logged.model_id else files
         undo.callback(shutil.rmtree, own, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as temporary:
@@ -217,7 +205,7 @@ def promote(
     run_id: str | None = None,
     name: str | None = None,
     alias: str = ALIAS,
-    tracking_uri: str | None = None,
+    tracking_uri: Address = None,
 ) -> Promotion:
     """Log a study's best-on-val trial as an MLflow model, register it and move the alias to it.
 
@@ -227,10 +215,10 @@ def promote(
     name = name or study
     _check_names(name, alias)
     tracker = MlflowTracker(tracking_uri)
-    with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as scratch, contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo:
         try:
             trial = _choose(tracker, study, run_id)
-            trained = _read_run(tracker, trial.run_id, Path(scratch))
+            trained = _read_run(tracker, trial.run_id)
             classifier = Classifier(trained.spec, trained.weights, torch.device("cpu"))
             classifier.rank([classifier.prepare(_example(trained.spec["crop"])["image"][0])])
             tags = {
@@ -243,15 +231,9 @@ def promote(
             version = _register(tracker, name, model_id, trial, tags, undo)
             tracker.client.set_registered_model_alias(name, alias, version)
         except (MlflowException, OSError) as error:
-            where, reason = stores.hide_secrets(tracker.uri), stores.reason(error, tracker.uri)
+            where, reason = tracker.store.shown, tracker.store.reason(error)
             raise StoreError(
                 f"study {study!r} cannot be promoted in {where}: {reason}"
-            ) from None  # the cause may hold secrets
+            ) from None  # it may hold secrets
         undo.pop_all()
     return Promotion(trial, name, version, alias)
-
-
-# -- opening a model ---------------------------------------------------------------------------------------------------
-
-
-# -- predicting --------------------------------------------------------------------------------------------------------

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from caltech_sweep import stores
 from caltech_sweep.errors import ModelError, StoreError, UsageError
-from caltech_sweep.serving.runs import _fetch, _read_run
+from caltech_sweep.serving.runs import _read_run
 from caltech_sweep.serving.served_model import SPEC, WEIGHTS, Classifier, read_spec, read_weights
+from caltech_sweep.stores import Address
+from caltech_sweep.tracking.client import pages
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.device import pick_device
 
@@ -23,13 +22,7 @@ ALIAS = "champion"
 
 
 def _registered(tracker: MlflowTracker) -> Iterator[RegisteredModel]:
-    token = None
-    while True:
-        page = tracker.client.search_registered_models(max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    return pages(tracker.client.search_registered_models)
 
 
 def _registered_model(tracker: MlflowTracker, name: str) -> RegisteredModel | None:
@@ -44,7 +37,7 @@ def _registered_model(tracker: MlflowTracker, name: str) -> RegisteredModel | No
 def _default_model(tracker: MlflowTracker) -> ModelVersion:
     """Return the champion of a registry with exactly one."""
     champions = [model.name for model in _registered(tracker) if ALIAS in model.aliases]
-    where = stores.hide_secrets(tracker.uri)
+    where = tracker.store.shown
     if not champions:
         raise UsageError(
             f"--model: no registered model in {where} has the alias {ALIAS!r}; "
@@ -58,7 +51,7 @@ def _default_model(tracker: MlflowTracker) -> ModelVersion:
 
 def _find_version(tracker: MlflowTracker, model: str) -> ModelVersion:
     """Return the version that NAME@ALIAS or NAME/VERSION names; raise UsageError with what there is."""
-    where = stores.hide_secrets(tracker.uri)
+    where = tracker.store.shown
     name, sign, wanted = model.rpartition("@") if "@" in model else model.rpartition("/")
     found = _registered_model(tracker, name or model)
     if found is None:
@@ -76,12 +69,10 @@ def _find_version(tracker: MlflowTracker, model: str) -> ModelVersion:
         raise UsageError(f"--model: {name!r} has no {what} {wanted!r}; its aliases: {aliases}") from error
 
 
-def _open_version(
-    tracker: MlflowTracker, found: ModelVersion, scratch: Path
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _open_version(tracker: MlflowTracker, found: ModelVersion) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read the card and weights of a model that ``promote`` logged; the code next to them is not run."""
     uri = tracker.client.get_model_version_download_uri(found.name, found.version)
-    folder = _fetch(tracker, uri, "", scratch)
+    folder = tracker.artifacts.file(uri, "")
     if not (folder / "artifacts" / SPEC).is_file():
         raise ModelError(
             f"{found.name}/{found.version} was not logged by caltech-sweep promote, or lost its card; loading it could "
@@ -93,22 +84,20 @@ def _open_version(
 
 def open_model(
     model: str | None = None,
-    tracking_uri: str | None = None,
+    tracking_uri: Address = None,
     device: str | None = None,
     allow_pickle: bool = False,
 ) -> Classifier:
     """Open NAME@ALIAS, NAME/VERSION or the checkpoint of a RUN_ID; without a name, the registry's only champion."""
     chosen = pick_device(device)
     tracker = MlflowTracker(tracking_uri)
-    with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as temporary:
-        scratch = Path(temporary)
-        try:
-            if model and re.fullmatch("[0-9a-f]{32}", model) and tracker.run_exists(model):
-                trained = _read_run(tracker, model, scratch, allow_pickle)
-                return Classifier(trained.spec, trained.weights, chosen)
-            found = _find_version(tracker, model.removeprefix("models:/")) if model else _default_model(tracker)
-            return Classifier(*_open_version(tracker, found, scratch), chosen)
-        except (MlflowException, OSError) as error:
-            raise StoreError(
-                f"the model cannot be read from {stores.hide_secrets(tracker.uri)}: {stores.reason(error, tracker.uri)}"
-            ) from None  # the cause may hold secrets
+    try:
+        if model and re.fullmatch("[0-9a-f]{32}", model) and tracker.run_exists(model):
+            trained = _read_run(tracker, model, allow_pickle)
+            return Classifier(trained.spec, trained.weights, chosen)
+        found = _find_version(tracker, model.removeprefix("models:/")) if model else _default_model(tracker)
+        return Classifier(*_open_version(tracker, found), chosen)
+    except (MlflowException, OSError) as error:
+        raise StoreError(
+            f"the model cannot be read from {tracker.store.shown}: {tracker.store.reason(error)}"
+        ) from None  # the cause may hold secrets

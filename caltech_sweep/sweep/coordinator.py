@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
@@ -24,6 +24,8 @@ from caltech_sweep.sweep.reconcile import survey
 from caltech_sweep.sweep.recorder import RecordedTrial, Recorder
 from caltech_sweep.tracking.records import FAILURES, PAUSED_AT, UNFINISHED, missing_artifacts, not_a_number
 
+TRACEBACK = "traceback.txt"
+INTERRUPTED = "waits for the next run of this study"
 MAX_RETRIES = 2  # of a trial whose worker died
 
 
@@ -123,7 +125,8 @@ class Coordinator:
     def _reconcile(self) -> None:
         """Settle what an earlier run left in the two stores."""
         queue, recorder = self.queue, self.recorder
-        for finding in list(survey(queue.study, recorder.tracker, recorder.records, queue.is_current)):
+        known = recorder.records
+        for finding in list(survey(queue.study, recorder.tracker, known, queue.is_current, ended=bool(known))):
             assert finding.fix is not None
             finding.fix()
             self.progress.note(finding.text)
@@ -131,10 +134,14 @@ class Coordinator:
     def _close(self) -> None:
         """Let what runs wait. What a store does not take any more is settled by the next run, or by a new owner."""
         self.executor.close()
-        with suppress(StoreError, LostStudyError, *STORE_ERRORS):
-            for running in list(self._running.values()):
-                self._end(running, "interrupted", "waits for the next run of this study")
-            self.recorder.close(self.summary.complete)
+        ends = [partial(self._end, running, "interrupted", INTERRUPTED) for running in self._running.values()]
+        for step in (*ends, partial(self.recorder.close, self.summary.complete)):
+            try:
+                step()
+            except (StoreError, LostStudyError, *STORE_ERRORS):
+                continue
+            except Exception as error:  # the others have their ends all the same
+                self.progress.note(f"the end of the study is not recorded ({reason(error)}); the next run settles it")
 
     def _run_all(self) -> None:
         while not self._stop and not self.ledger.over and (self._fill() or self._running):
@@ -252,8 +259,10 @@ class Coordinator:
             self._retry(running, f"{event.message}; retried with its device to itself")
             return
         if event.trace:
-            (running.job.folder / "traceback.txt").write_text(event.trace)
+            (running.job.folder / TRACEBACK).write_text(event.trace)
         self._end(running, event.outcome, event.message)
+        if event.trace:
+            self.progress.note(f"{running.queued.name}: its traceback is {TRACEBACK} of run {running.run.run_id}")
 
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
         code = event.exit_code or 0

@@ -11,27 +11,26 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from caltech_sweep import paths, stores
 from caltech_sweep.artifacts import artifact_problems
 from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
-from caltech_sweep.sweep.optuna_trials import RUNG, invalidate_trial, is_paused, mark_waiting
 from caltech_sweep.sweep.ownership import foreign_studies
 from caltech_sweep.sweep.queue import wanted_rows
-from caltech_sweep.sweep.reconcile import Finding, survey
+from caltech_sweep.sweep.reconcile import Finding, give_up, key_of, survey
 from caltech_sweep.text import counted, suggestion
+from caltech_sweep.tracking.client import local_path
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
-from caltech_sweep.tracking.records import OUTCOMES, PAUSED_AT, UNFINISHED, StudyRecord, TrialRecord
-from caltech_sweep.tracking.writer import MlflowTracker, is_outage
+from caltech_sweep.tracking.records import StudyRecord, TrialRecord, missing_artifacts, worth
+from caltech_sweep.tracking.writer import MlflowTracker
 
+T = TypeVar("T")
 Key = tuple[int, str]  # a trial's number and fingerprint
 
 
@@ -51,21 +50,21 @@ class Diagnosis:
 
 
 def examine(
-    name: str | None, tracking_uri: str | None, storage: str | None, fix: bool, say: Callable[[str], None]
+    name: str | None, tracking_uri: Address, storage: Address, fix: bool, say: Callable[[str], None]
 ) -> Diagnosis:
     """Compare the stores of one study, or of all, and fix what is found if asked; ``say`` gets every sentence.
 
     Raises UsageError for a study that is in neither store, StoreError when no store is there.
     """
     diagnosis = Diagnosis()
-    tracking, study_store = stores.tracking_uri(tracking_uri), stores.storage_uri(storage)
-    opened = _open(tracking, study_store, diagnosis, say)
+    tracking, store = tracking_store(tracking_uri), study_store(storage)
+    opened = _open(tracking, store, diagnosis, say)
     if opened is None:
         return diagnosis
     tracker, known = opened
     tracked = {record.name: record for record in tracker.studies()}
-    foreign = dict(foreign_studies(tracker, study_store, tracked))
-    incomplete = _replay(tracker, tracking, study_store, fix, diagnosis, say, tracked, foreign)
+    foreign = dict(foreign_studies(tracker, store, tracked))
+    incomplete = _replay(tracker, store, fix, diagnosis, say, tracked, foreign)
     names = list(dict.fromkeys([*tracked, *known]))
     if name is not None and name not in names:
         raise UsageError(f"there is no study {name!r} in either store{suggestion(name, names)}")
@@ -78,14 +77,14 @@ def examine(
             continue
         with ExitStack() as stack:
             try:
-                held = stack.enter_context(holding(study_store, chosen))
+                held = stack.enter_context(holding(store, chosen))
             except StoreError as error:
                 say(f"{chosen}: skipped, since {str(error).partition(';')[0]}")
                 diagnosis.skipped += 1
                 continue
             _guard(stack, tracker, known.get(chosen), held)
             diagnosis.studies += 1
-            findings = _findings(chosen, tracker, tracked.get(chosen), known.get(chosen), study_store)
+            findings = _findings(chosen, tracker, tracked.get(chosen), known.get(chosen), store)
             _treat(chosen, findings, fix, diagnosis, say)
     return diagnosis
 
@@ -99,11 +98,11 @@ def _guard(stack: ExitStack, tracker: MlflowTracker, study: optuna.Study | None,
 
 
 def _open(
-    tracking: str, study_store: str, diagnosis: Diagnosis, say: Callable[[str], None]
+    tracking: Store, store: Store, diagnosis: Diagnosis, say: Callable[[str], None]
 ) -> tuple[MlflowTracker, dict[str, optuna.Study]] | None:
     """Open both stores; one that cannot be opened, such as one of another version, is a finding of its own."""
-    stores.check_file(tracking, "tracking store", create=False)
-    stores.check_file(study_store, "study store", create=False)
+    tracking.check()
+    store.check()
     tracker: MlflowTracker | None = None
     known: dict[str, optuna.Study] | None = None
     try:
@@ -112,7 +111,7 @@ def _open(
         say(str(error))
         diagnosis.found += 1
     try:
-        known = stored_studies(open_storage(study_store))
+        known = stored_studies(open_storage(store))
     except StoreError as error:
         say(str(error))
         diagnosis.found += 1
@@ -121,8 +120,7 @@ def _open(
 
 def _replay(
     tracker: MlflowTracker,
-    tracking: str,
-    study_store: str,
+    store: Store,
     fix: bool,
     diagnosis: Diagnosis,
     say: Callable[[str], None],
@@ -134,13 +132,13 @@ def _replay(
     Returns the studies that still lack some.
     """
     incomplete = set()
-    for study, folder in journals(stores.journal_root(study_store), tracking, lambda: tracked):
+    for study, folder in journals(store.folder, tracker.store, lambda: tracked):
         if study in foreign:
             continue
         try:
-            with holding(study_store, study) as held:
+            with holding(store, study) as held:
                 tracker.guard(held.check)
-                journaling = JournalingTracker(tracker, Journal(folder), is_outage, say, held.check)
+                journaling = JournalingTracker(tracker, Journal(folder), say, held.check)
                 text = f"{counted(journaling.waiting, 'write')} in {folder}, not in the tracking store: replayed"
                 if journaling.waiting:
                     _treat(study, [Finding(text, partial(_bring, journaling))], fix, diagnosis, say)
@@ -171,13 +169,13 @@ def _treat(name: str, findings: Iterable[Finding], fix: bool, diagnosis: Diagnos
 
 
 def _findings(
-    name: str, tracker: MlflowTracker, record: StudyRecord | None, study: optuna.Study | None, study_store: str
+    name: str, tracker: MlflowTracker, record: StudyRecord | None, study: optuna.Study | None, store: Store
 ) -> Iterator[Finding]:
     """Yield what is wrong with a study, in an order in which each fix leaves the later ones true."""
     if record is None:
         yield Finding(
             "is only in the study store; name its tracking store with --tracking-uri, or remove it with "
-            f"`optuna delete-study --study-name {name} --storage {stores.hide_secrets(study_store)}`",
+            f"`optuna delete-study --study-name {name} --storage {store.shown}`",
             None,
         )
         return
@@ -188,25 +186,16 @@ def _findings(
     runs: dict[Key, list[TrialRecord]] = defaultdict(list)
     for run in tracker.trials(record):
         runs[run.number, run.fingerprint].append(run)
-    chosen = {key: max(same, key=_worth) for key, same in runs.items()}
+    chosen = {key: max(same, key=worth) for key, same in runs.items()}
     yield from _surplus(tracker, study, runs, chosen)
-    numbers = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    numbers = {key_of(trial) for trial in study.get_trials(deepcopy=False)}
     chosen = {key: run for key, run in chosen.items() if key in numbers}
     yield from survey(study, tracker, chosen, partial(_is_wanted, _wanted(record)))
-    for trial in study.get_trials(deepcopy=False):
-        yield from _compare(tracker, record, study, trial, chosen.get(_key(trial)))
+    yield from _damaged(tracker, record, study, chosen)
     if tracker.status(record.run_id) == "RUNNING":
         yield Finding(
             "is shown as running, but no process is running it: stopped", partial(tracker.finish, record.run_id)
         )
-
-
-def _key(trial: FrozenTrial) -> Key:
-    return trial.number, trial.user_attrs.get("fingerprint", "")
-
-
-def _worth(run: TrialRecord) -> tuple[bool, int]:
-    return run.outcome == "complete", run.start_time
 
 
 def _wanted(record: StudyRecord) -> set[tuple[str, str]] | None:
@@ -222,20 +211,10 @@ def _is_wanted(wanted: set[tuple[str, str]] | None, trial: FrozenTrial) -> bool:
     return wanted is None or row is None or (row, trial.user_attrs.get("fingerprint")) in wanted
 
 
-def _local(uri: str) -> Path | None:
-    parts = urlsplit(uri)
-    return Path(url2pathname(parts.path)) if parts.scheme in ("", "file") else None
-
-
-def _beside(tracker: MlflowTracker, study: str) -> Path | None:
-    file = stores.sqlite_file(tracker.uri)
-    return None if file is None else file.parent / paths.ARTIFACTS.name / study
-
-
 def _moved(tracker: MlflowTracker, record: StudyRecord) -> Iterator[Finding]:
     """Artifact locations are absolute: find those that point nowhere while the artifacts lie next to the database."""
     location = tracker.client.get_experiment(record.experiment_id).artifact_location
-    named, beside = _local(location), _beside(tracker, record.name)
+    named, beside = local_path(location), tracker.artifacts.moved(record.name)
     if named is None or named.exists():
         return
     if beside is not None and beside.is_dir():
@@ -252,7 +231,7 @@ def _surplus(
     chosen: Mapping[Key, TrialRecord],
 ) -> Iterator[Finding]:
     """Runs that no trial of the study store has, and all but one of those that share a trial."""
-    keys = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    keys = {key_of(trial) for trial in study.get_trials(deepcopy=False)}
     for key, same in runs.items():
         for run in same:
             if key not in keys:
@@ -266,74 +245,26 @@ def _surplus(
             yield Finding(text, partial(tracker.discard, run.run_id))
 
 
-def _compare(
-    tracker: MlflowTracker, record: StudyRecord, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None
+def _damaged(
+    tracker: MlflowTracker, record: StudyRecord, study: optuna.Study, runs: Mapping[Key, TrialRecord]
 ) -> Iterator[Finding]:
-    """Yield what is wrong with one trial that ended in the study store."""
-    name, counted = f"trial {trial.number}", trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    if is_paused(trial):
-        yield from _compare_paused(tracker, study, trial, run)
-    if not trial.state.is_finished():
-        return
-    if run is None:
-        if counted:
-            fix = partial(invalidate_trial, study, trial._trial_id)
-            yield Finding(f"{name} ended but has no run in the tracking store: the next run trains it again", fix)
-        return
-    ended = _ended(trial)
-    if trial.state == TrialState.COMPLETE and run.outcome == "complete":
-        problems = list(_damage(tracker, record, run))
-        if problems:
-            text = f"{name} ({run.name}): {'; '.join(problems)}: the next run trains it again"
-            yield Finding(text, partial(_give_up, tracker, study, trial, run, problems[0]))
-            return
-    if run.status == "RUNNING" and run.outcome in ("running", ended):
-        return  # the survey has it
-    if run.outcome != ended and counted:
-        text = f"{name} is {ended} in the study store, but its run {run.name} is {run.outcome}"
-        fix = partial(_give_up, tracker, study, trial, run, "the stores disagreed about its end")
-        yield Finding(f"{text}: the next run trains it again", fix)
-    elif run.status != OUTCOMES[ended].mlflow or run.outcome != ended:
-        text = f"run {run.name} is {run.outcome} and {run.status}, but its trial is {ended}: copied"
-        yield Finding(text, partial(tracker.finish_trial, run.run_id, ended, {}, {}, None))
-
-
-def _compare_paused(
-    tracker: MlflowTracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None
-) -> Iterator[Finding]:
-    """Yield what is wrong with one trial that is paused in the study store."""
-    name, again = f"trial {trial.number} is paused", "the next run goes on with it"
-    go_on = partial(mark_waiting, study, trial, RUNG, 0)
-    if run is None:
-        yield Finding(f"{name} but has no run in the tracking store: {again}", go_on)
-    elif run.status == "RUNNING":
-        return  # the survey has it
-    elif run.outcome not in UNFINISHED:
-        yield Finding(f"{name} in the study store, but its run {run.name} is {run.outcome}: {again}", go_on)
-    elif run.outcome != "paused" or run.status != OUTCOMES["paused"].mlflow:
-        tags = {PAUSED_AT: str(trial.user_attrs[RUNG])}
-        fix = partial(tracker.finish_trial, run.run_id, "paused", {}, tags, None)
-        yield Finding(f"run {run.name} is {run.outcome} and {run.status}, but its trial is paused: copied", fix)
-
-
-def _ended(trial: FrozenTrial) -> str:
-    """Return the outcome of a trial that ended."""
-    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
-    return names.get(trial.state) or str(trial.user_attrs.get("outcome", "crashed"))
+    """Yield the trials that are complete in both stores and whose artifacts are not what was written."""
+    for trial in study.get_trials(deepcopy=False):
+        run = runs.get(key_of(trial))
+        if run is not None and trial.state == TrialState.COMPLETE and run.outcome == "complete":
+            problems = list(_damage(tracker, record, run))
+            if problems:
+                text = f"trial {trial.number} ({run.name}): {'; '.join(problems)}: the next run trains it again"
+                yield Finding(text, partial(give_up, tracker, study, trial, run, problems[0]))
 
 
 def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> Iterator[str]:
-    """Yield what is wrong with a run's artifacts, where they lie in a folder."""
-    root = _local(run.artifact_uri)
-    if root is None:
-        return
-    beside = _beside(tracker, record.name)
-    if not root.exists() and beside is not None:
-        root = beside / run.run_id / "artifacts"
-    yield from artifact_problems(run, root, record.images)
+    """Yield what is wrong with a run's artifacts, but for those that are known to be missing."""
+    place = (run.artifact_uri, record.name)
+    read = partial(_of_run, tracker.artifacts.text, *place)
+    find = partial(_of_run, tracker.artifacts.file, *place)
+    yield from artifact_problems(run.metrics, read, find, record.images, missing_artifacts(run.tags))
 
 
-def _give_up(tracker: MlflowTracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord, reason: str) -> None:
-    """Let a trial count for nothing in both stores."""
-    tracker.finish_trial(run.run_id, "crashed", {}, {"reason": reason}, None)
-    invalidate_trial(study, trial._trial_id)
+def _of_run(get: Callable[[str, str, str], T], uri: str, study: str, path: str) -> T:
+    return get(uri, path, study)

@@ -133,7 +133,7 @@ def _within(definition: StudyDefinition, records: Sequence[TrialRecord], rows_le
 def _enough(definition: StudyDefinition, records: Sequence[TrialRecord], left: float, rows_left: int) -> str:
     if left < rows_left:
         return f"that is not enough for the rows, which have {rows_left:,} epochs to train"
-    ended = sum(r.row is None and "confirms" not in r.tags and r.outcome in ("complete", "pruned") for r in records)
+    ended = sum(r.row is None and "confirms" not in r.tags and r.state in ("complete", "pruned") for r in records)
     sampled = max(0, definition.trials - len(definition.rows) - ended) if definition.space else 0
     fit = min(sampled, int((left - rows_left) // most_epochs(definition)))
     if fit == sampled:

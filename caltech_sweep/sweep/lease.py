@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from caltech_sweep import stores
 from caltech_sweep.errors import LostStudyError, StoreError
-from caltech_sweep.stores import cannot_open, reason, sqlite_file, study_lock
+from caltech_sweep.stores import Store, reason, study_lock
 
 LEASE_SECONDS = 120.0  # after which a study whose process gives no sign may be run by another
 _MARGIN = 0.25  # of the lease, kept for a write that is on its way
@@ -209,33 +209,25 @@ def _who() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"[:512]
 
 
-def check_free(uri: str, study: str) -> None:
+def check_free(store: Store, study: str) -> None:
     """Raise the StoreError of :func:`holding` while another process has a study; nothing is written."""
-    if sqlite_file(uri) is not None:
-        stores.check_free(uri, study)
+    if store.is_local:
+        stores.check_free(store, study)
         return
-    try:
-        Lease(sa.create_engine(uri, poolclass=sa.NullPool), study).check_free()
-    except StoreError:
-        raise
-    except Exception as error:  # of SQLAlchemy, of a driver, or a driver that is not there
-        raise cannot_open("study store", uri, error) from None  # the cause may hold secrets
+    with store.opening():
+        Lease(store.engine(), study).check_free()
 
 
 @contextmanager
-def holding(uri: str, study: str) -> Iterator[Held]:
+def holding(store: Store, study: str) -> Iterator[Held]:
     """Hold a study for one process while it runs; raise StoreError while another one has it."""
-    if sqlite_file(uri) is not None:
-        with study_lock(uri, study):
+    if store.is_local:
+        with study_lock(store, study):
             yield _Lock()
         return
-    try:
-        lease = Lease(sa.create_engine(uri, poolclass=sa.NullPool), study)
+    with store.opening():
+        lease = Lease(store.engine(), study)
         lease.acquire()
-    except StoreError:
-        raise
-    except Exception as error:  # of SQLAlchemy, of a driver, or a driver that is not there
-        raise cannot_open("study store", uri, error) from None  # the cause may hold secrets
     try:
         yield lease
     finally:

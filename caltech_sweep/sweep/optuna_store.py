@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from typing import Any
 
 import optuna
@@ -13,25 +12,17 @@ import sqlalchemy as sa
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.storages._rdb.models import TrialModel
 
+from caltech_sweep.addresses import STUDIES
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.stores import (
-    await_server,
-    cannot_open,
-    check_file,
-    is_missing,
-    make_tables,
-    make_whole,
-    sqlite_file,
-    tune_sqlite,
-)
+from caltech_sweep.stores import Address, Store, await_server, study_store, tune_sqlite
 from caltech_sweep.study.components import make_pruner
 from caltech_sweep.study.definition import StudyDefinition, identity_difference
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.tracking.records import STORE_TAG, InitialWeights
 
 PATIENCE = 600  # seconds that a write waits for a database that is held or away; workers train on meanwhile
-MEMORY = "memory"  # the address of a store that ends with the process, for tests
+MEMORY = Store("memory", STUDIES)  # ends with the process, for tests
 
 SEARCH = ("sampler", "pruner", "early_stopping")  # parts of a study's identity that may change while it goes on
 # Weights that older versions of this package trained from in another way than torchvision.
@@ -42,20 +33,19 @@ STORE_ERRORS = (optuna.exceptions.StorageInternalError, sa.exc.SQLAlchemyError)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _open_storage(uri: str) -> BaseStorage:
-    if uri == MEMORY:
+def _open_storage(store: Store) -> BaseStorage:
+    if store is MEMORY:
         return InMemoryStorage()
-    make_whole(uri, lambda place: RDBStorage(place).engine.dispose())
-    local = sqlite_file(uri) is not None
-    storage = make_tables(uri, lambda: RDBStorage(uri, {"pool_pre_ping": not local}))
-    if local:
+    store.make_whole(lambda place: RDBStorage(place).engine.dispose())
+    storage = store.make_tables(lambda: RDBStorage(store.uri, {"pool_pre_ping": not store.is_local}))
+    if store.is_local:
         tune_sqlite(storage.engine, PATIENCE)
     return storage
 
 
 def open_study(
     definition: StudyDefinition,
-    uri: str,
+    storage: Address,
     identity: Mapping[str, Any],
     weights: Mapping[str, InitialWeights] | None = None,
     attributes: Mapping[str, Any] | None = None,
@@ -68,18 +58,16 @@ def open_study(
     ``attributes`` are set before that.
     Raises UsageError with the difference when its identity has changed, StoreError when the store cannot be used.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(
-                storage=_open_storage(uri),
-                study_name=definition.name,
-                direction=definition.objective.direction,
-                load_if_exists=True,
-                pruner=make_pruner(definition.pruner),
-            )
-    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
-        raise cannot_open("study store", uri, error) from None  # the cause may hold secrets
+    store = study_store(storage)
+    with store.opening(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=_open_storage(store),
+            study_name=definition.name,
+            direction=definition.objective.direction,
+            load_if_exists=True,
+            pruner=make_pruner(definition.pruner),
+        )
     for key, value in (attributes or {}).items():
         study.set_user_attr(key, value)
     check_identity(study, definition.name, identity, weights, note)
@@ -101,13 +89,12 @@ def await_outages(study: optuna.Study, note: Callable[[str], None]) -> None:
         await_server(engine, PATIENCE, note)
 
 
-def open_storage(uri: str, create: bool = False) -> BaseStorage:
+def open_storage(storage: Address, create: bool = False) -> BaseStorage:
     """Open a store that is there, or create it; raise StoreError when it cannot be used."""
-    check_file(uri, "study store", create)
-    try:
-        return _open_storage(uri)
-    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
-        raise cannot_open("study store", uri, error) from None
+    store = study_store(storage)
+    store.check(create)
+    with store.opening():
+        return _open_storage(store)
 
 
 def stored_studies(storage: BaseStorage) -> dict[str, optuna.Study]:
@@ -206,22 +193,22 @@ def _say_what_is_new(
 
 
 def check_stored(
-    name: str, uri: str, identity: Mapping[str, Any] | None, weights: Mapping[str, InitialWeights] | None
+    name: str, store: Store, identity: Mapping[str, Any] | None, weights: Mapping[str, InitialWeights] | None
 ) -> None:
     """Raise the error that :func:`open_study` would, with nothing written.
 
     Without an ``identity``, which cannot be known while images or weights are missing, it is not compared.
     """
-    study = _read_study(name, uri)
+    study = _read_study(name, store)
     if study is not None:
         stored = study.user_attrs.get("identity")
         if stored is not None and identity is not None:
             compared(stored, name, identity, weights or {})
 
 
-def check_resumable(name: str, uri: str, numbers: Sequence[int]) -> None:
+def check_resumable(name: str, store: Store, numbers: Sequence[int]) -> None:
     """Raise UsageError for a trial that is not there or has ended for good; nothing is written."""
-    study = _read_study(name, uri) if numbers else None
+    study = _read_study(name, store) if numbers else None
     trials = study.get_trials(deepcopy=False) if study is not None else []
     for number in numbers:
         if number >= len(trials):
@@ -231,20 +218,15 @@ def check_resumable(name: str, uri: str, numbers: Sequence[int]) -> None:
             raise UsageError(f"--resume-trial: trial {number} is {outcome}; only paused and interrupted ones can go on")
 
 
-def _read_study(name: str, uri: str) -> optuna.Study | None:
+def _read_study(name: str, store: Store) -> optuna.Study | None:
     """Return a study of a store, or None where there is none; nothing is written."""
-    if is_missing(uri):
+    if store.is_missing:
         return None
-    try:
-        with closing(sa.create_engine(uri, poolclass=sa.NullPool).connect()) as connection:
-            if not sa.inspect(connection).has_table(TrialModel.__tablename__):  # Optuna would make its tables
-                return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = RDBStorage(uri, {"poolclass": sa.NullPool})
-        return stored_studies(storage).get(name)
-    except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
-        raise cannot_open("study store", uri, error) from None
+    with store.opening(), warnings.catch_warnings():
+        if not sa.inspect(store.engine()).has_table(TrialModel.__tablename__):  # Optuna would make its tables
+            return None
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return stored_studies(RDBStorage(store.uri, {"poolclass": sa.NullPool})).get(name)
 
 
 def other_identity(name: str, differences: Sequence[str]) -> UsageError:

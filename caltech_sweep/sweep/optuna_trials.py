@@ -237,4 +237,5 @@ def invalidate_trial(study: optuna.Study, trial_id: int) -> None:
             connection.execute(sa.update(table).where(table.c.trial_id == trial_id).values(state=TrialState.FAIL))
     else:
         study._storage._get_trial(trial_id).state = TrialState.FAIL  # type: ignore[attr-defined]
+    getattr(study._storage, "_studies", {}).pop(study._study_id, None)  # what Optuna keeps of trials that ended
     _refresh(study)

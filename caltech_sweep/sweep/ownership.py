@@ -7,7 +7,7 @@ study store that runs it: several people may share a tracking store without trai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -18,15 +18,16 @@ import sqlalchemy as sa
 from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel, TrialModel, TrialUserAttributeModel
 from optuna.trial import FixedTrial, TrialState
 
-from caltech_sweep import stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ForeignStudyError, StoreError, UsageError
+from caltech_sweep.stores import Store
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.grid import reachable
 from caltech_sweep.sweep.optuna_store import compared, open_storage, open_study, stored_studies
 from caltech_sweep.sweep.optuna_trials import RUNG
 from caltech_sweep.sweep.space import enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
+from caltech_sweep.tracking.journal import journals
 from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, SUGGESTED_BY, InitialWeights, StudyRecord, TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 
@@ -43,26 +44,17 @@ class Known:
     store: str | None
     identity: Mapping[str, Any]
     trials: frozenset[tuple[int, str]]  # number and fingerprint
+    ended: frozenset[tuple[int, str]]  # those that are complete or pruned
     adopting: bool
 
 
-def find_known(uri: str, name: str) -> Known | None:
+def find_known(store: Store, name: str) -> Known | None:
     """Return what a study store has of a study, or None; raise StoreError when the store cannot be read."""
-    file = stores.sqlite_file(uri)
-    if file is not None and not file.exists():
+    if store.is_missing:
         return None
-    stores.check_file(uri, "study store", create=False)
-    try:
-        connect = stores.connect_read_only(uri)
-        engine = sa.create_engine(uri, poolclass=sa.NullPool, **({"creator": connect} if connect else {}))
-        if not sa.inspect(engine).has_table(StudyModel.__tablename__):
-            return None
-        with engine.connect() as connection:
-            return _read_known(connection, name)
-    except StoreError:
-        raise
-    except Exception as error:  # of SQLAlchemy, of a driver, or a driver that is not there
-        raise stores.cannot_open("study store", uri, error) from None
+    store.check()
+    with store.opening(), store.engine().connect() as connection:
+        return _read_known(connection, name) if sa.inspect(connection).has_table(StudyModel.__tablename__) else None
 
 
 def _read_known(connection: sa.Connection, name: str) -> Known | None:
@@ -74,13 +66,14 @@ def _read_known(connection: sa.Connection, name: str) -> Known | None:
     own = connection.execute(sa.select(of_study.key, of_study.value_json).where(of_study.study_id == number))
     attributes = {key: json.loads(value) for key, value in own}
     trained: Any = (
-        sa.select(trial.number, of_trial.value_json)
+        sa.select(trial.number, trial.state, of_trial.value_json)
         .join_from(TrialModel.__table__, TrialUserAttributeModel.__table__, trial.trial_id == of_trial.trial_id)
         .where(trial.study_id == number, of_trial.key == "fingerprint")
     )
-    trials = frozenset((found, json.loads(value)) for found, value in connection.execute(trained))
+    trials = {(found, json.loads(value)): state for found, state, value in connection.execute(trained)}
+    ended = frozenset(key for key, state in trials.items() if state in (TrialState.COMPLETE, TrialState.PRUNED))
     adopting = bool(attributes.get(_ADOPTING))
-    return Known(attributes.get(STORE_TAG), attributes.get("identity") or {}, trials, adopting)
+    return Known(attributes.get(STORE_TAG), attributes.get("identity") or {}, frozenset(trials), ended, adopting)
 
 
 def is_own(record: StudyRecord, known: Known | None, trials: Callable[[], list[TrialRecord]]) -> bool:
@@ -97,22 +90,48 @@ def is_own(record: StudyRecord, known: Known | None, trials: Callable[[], list[T
     return not runs or (known is not None and bool(known.trials) and complete <= known.trials)
 
 
-def check_own(name: str, tracker: MlflowTracker, storage: str) -> StudyRecord | None:
+def check_own(name: str, tracker: MlflowTracker, storage: Store) -> StudyRecord | None:
     """Return the tracking store's study of a name, or None; raise ForeignStudyError when another study store has it."""
     record = tracker.study(name)
     if record is not None:
-        check_record(record, partial(tracker.trials, record), tracker.uri, storage)
+        check_record(record, partial(tracker.trials, record), tracker.store, storage)
     return record
 
 
-def check_record(record: StudyRecord, trials: Callable[[], list[TrialRecord]], tracking: str, storage: str) -> None:
+def check_runs(
+    name: str,
+    runs: Iterable[TrialRecord],
+    tracking: Store,
+    storage: Store,
+    studies: Callable[[], Iterable[StudyRecord]],
+) -> None:
+    """Raise UsageError where a study store has trials that ended and the tracking store has no run of any of them.
+
+    A few that lack their run are trained again; where all do, it is another tracking store, or the experiment has
+    another name now. ``studies`` tells those of the tracking store.
+    """
+    known = find_known(storage, name)
+    waits = any(study == name for study, _ in journals(storage.folder, tracking, lambda: [s.name for s in studies()]))
+    if known is None or known.adopting or not known.ended or waits:
+        return
+    if not known.ended.isdisjoint((run.number, run.fingerprint) for run in runs):
+        return
+    now = next((study.name for study in studies() if study.store == known.store and study.name != name), None)
+    how = f"rename its experiment, which is {now!r} now, back" if now else "name the one that has them (--tracking-uri)"
+    raise UsageError(
+        f"{counted(len(known.ended), 'trial')} of study {name!r} ended and left no run in the tracking store "
+        f"{tracking.shown}, so its report would lack them; {how}, or train them again under another --name"
+    )
+
+
+def check_record(record: StudyRecord, trials: Callable[[], list[TrialRecord]], tracking: Store, storage: Store) -> None:
     """Raise ForeignStudyError for a study in the tracking store that another study store has; nothing is written."""
     if not is_own(record, find_known(storage, record.name), trials):
-        raise ForeignStudyError(record.name, stores.hide_secrets(tracking))
+        raise ForeignStudyError(record.name, tracking.shown)
 
 
 def foreign_studies(
-    tracker: MlflowTracker, storage: str, tracked: Mapping[str, StudyRecord]
+    tracker: MlflowTracker, storage: Store, tracked: Mapping[str, StudyRecord]
 ) -> Iterator[tuple[str, str]]:
     """Yield every study of the tracking store that another study store runs, and what follows from that."""
     for name, record in tracked.items():
@@ -131,13 +150,13 @@ def check_adoptable(
     identity: Mapping[str, Any],
     weights: Mapping[str, InitialWeights],
     tracker: MlflowTracker,
-    storage: str,
+    storage: Store,
 ) -> StudyRecord | None:
     """Return the study to adopt, or None when it is this study store's already; nothing is written.
 
     Raises UsageError when there is none, when its settings differ, or when the study store has one of its name.
     """
-    name, where = definition.name, stores.hide_secrets(tracker.uri)
+    name, where = definition.name, tracker.store.shown
     record, known = tracker.study(name), find_known(storage, name)
     if record is None:
         raise UsageError(f"--adopt: there is no study {name!r} in {where}; leave the option out")
@@ -148,9 +167,9 @@ def check_adoptable(
         return None
     if known.trials:
         raise UsageError(
-            f"--adopt: {stores.hide_secrets(storage)} has a study {name!r} of its own with "
+            f"--adopt: {storage.shown} has a study {name!r} of its own with "
             f"{counted(len(known.trials), 'trial')}; name another study store with --storage, or remove that study "
-            f"with `optuna delete-study --study-name {name} --storage {stores.hide_secrets(storage)}`"
+            f"with `optuna delete-study --study-name {name} --storage {storage.shown}`"
         )
     return record
 
@@ -173,7 +192,11 @@ def _recorded(record: StudyRecord, tracker: MlflowTracker, identity: Mapping[str
 
 
 def adopt(
-    definition: StudyDefinition, identity: Mapping[str, Any], tracker: MlflowTracker, record: StudyRecord, storage: str
+    definition: StudyDefinition,
+    identity: Mapping[str, Any],
+    tracker: MlflowTracker,
+    record: StudyRecord,
+    storage: Store,
 ) -> str:
     """Make a study of the tracking store this study store's: rebuild it from its runs; return a sentence about it.
 

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from caltech_sweep import stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import CaltechSweepError, UsageError
+from caltech_sweep.stores import Store
 from caltech_sweep.study.definition import Dimension, Range, Row, StudyDefinition, variants
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_size
 from caltech_sweep.sweep.forecast import outlook
 from caltech_sweep.sweep.lease import check_free
 from caltech_sweep.sweep.optuna_store import check_stored
-from caltech_sweep.sweep.ownership import check_record
+from caltech_sweep.sweep.ownership import check_record, check_runs
 from caltech_sweep.sweep.preflight import (
     RunOptions,
     Weights,
@@ -39,7 +39,7 @@ from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
 from caltech_sweep.text import duration
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
-from caltech_sweep.tracking.records import UNFINISHED, InitialWeights, TrialRecord
+from caltech_sweep.tracking.records import UNFINISHED, InitialWeights, StudyRecord, TrialRecord
 
 Span = tuple[int, int]  # the least and the most
 T = TypeVar("T")
@@ -97,13 +97,21 @@ def _total(spans: Sequence[Span]) -> Span:
 # -- what is there -----------------------------------------------------------------------------------------------------
 
 
-def _recorded(definition: StudyDefinition, tracking: str) -> StoredStudy | None:
+def _recorded(definition: StudyDefinition, tracking: Store) -> StoredStudy | None:
     """Return what a tracking store has of a study; raise StoreError where no run could write."""
-    if stores.is_missing(tracking):
+    if tracking.is_missing:
         return None
     reader = open_reader(tracking)
     reader.check_study(definition.name)
     return reader.studies([definition.name])[0] if definition.name in reader.names() else None
+
+
+def _all(tracking: Store) -> list[StudyRecord]:
+    """Return every study of a tracking store, which may be yet to be made."""
+    if tracking.is_missing:
+        return []
+    reader = open_reader(tracking)
+    return [study.record for study in reader.studies(reader.names())]
 
 
 # -- what one trial costs ----------------------------------------------------------------------------------------------
@@ -134,7 +142,7 @@ def _trained(configs: Sequence[TrialConfig], data: LoadedData | None) -> Span | 
 
 
 def _state(row: Row, config: TrialConfig, records: Sequence[TrialRecord]) -> str:
-    outcomes = [r.outcome for r in records if r.row == row.name and r.fingerprint == config.fingerprint()]
+    outcomes = [r.state for r in records if r.row == row.name and r.fingerprint == config.fingerprint()]
     return "complete" if "complete" in outcomes else (outcomes[-1] if outcomes else "to train")
 
 
@@ -251,12 +259,12 @@ def _as_trained(definition: StudyDefinition, record: TrialRecord) -> TrialConfig
 
 def _begun(definition: StudyDefinition, family: Sequence[TrialRecord]) -> tuple[int, Span]:
     """Return the epochs that a family of which trials are known requests, and those that are left."""
-    ended = {_schedule(_as_trained(definition, record)) for record in family if record.outcome in ENDED}
+    ended = {_schedule(_as_trained(definition, record)) for record in family if record.state in ENDED}
     configs = _branches(definition, _as_trained(definition, family[0]))
     configs.sort(key=lambda config: _schedule(config) not in ended)
     new = new_epochs(configs, [config.epochs if _schedule(config) in ended else 0 for config in configs])
     left = sum(count for config, count in zip(configs, new, strict=True) if _schedule(config) not in ended)
-    interrupted = any(record.outcome not in ENDED for record in family)
+    interrupted = any(record.state not in ENDED for record in family)
     return sum(config.epochs for config in configs), (0 if interrupted or _may_be_less(definition) else left, left)
 
 
@@ -284,11 +292,11 @@ def _planned_sampled(
     total = math.ceil(number / size)  # families; each is trained as a whole
     groups: dict[str, dict[int, TrialRecord]] = defaultdict(dict)
     for record in records:  # a trial that failed is sampled again, so it does not count
-        if record.row is None and "confirms" not in record.tags and record.outcome in (*ENDED, *UNFINISHED, "running"):
+        if record.row is None and "confirms" not in record.tags and record.state in (*ENDED, *UNFINISHED, "running"):
             groups[record.tags.get("family", str(record.number))][record.number] = record
     begun = [_begun(definition, list(group.values())) for group in groups.values()]
-    outcomes = [record.outcome for group in groups.values() for record in group.values()]
-    done, paused = sum(outcome in ENDED for outcome in outcomes), outcomes.count("paused")
+    states = [record.state for group in groups.values() for record in group.values()]
+    done, paused = sum(state in ENDED for state in states), states.count("paused")
     families = list(_families(definition))
     asked = [sum(config.epochs for config in family) for family in families]
     left = [sum(new_epochs(family)) for family in families]
@@ -384,7 +392,9 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
         trials = list(recorded.trials)
         _attempt(problems, partial(check_record, recorded.record, lambda: trials, tracking, storage))
         records = () if problems else recorded.trials
-    weights = _attempt(problems, partial(_find_weights, definition, options.tracking_uri))
+    if not problems:
+        _attempt(problems, partial(check_runs, definition.name, records, tracking, storage, partial(_all, tracking)))
+    weights = _attempt(problems, partial(_find_weights, definition, tracking))
     data = _attempt(problems, partial(inspect_dataset, definition.config({}).dataset))
     identity = None
     if data is not None and weights is not None:
@@ -409,5 +419,5 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     return Plan(_text(definition, about, rows, sampled, records), tuple(problems))
 
 
-def _find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
-    return find_weights(definition, tracking_uri) | imagenet_weights(definition, None)
+def _find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
+    return find_weights(definition, tracking) | imagenet_weights(definition, None)

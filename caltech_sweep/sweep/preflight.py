@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep import addresses, paths, stores
+from caltech_sweep import paths
+from caltech_sweep.artifacts import CHECKPOINT
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS, Split
 from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError, UsageError
 from caltech_sweep.files import file_digest
+from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, variants
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.coordinator import Limits
@@ -33,8 +35,8 @@ Weights = dict[str, InitialWeights]  # by ``weights_key``
 class RunOptions:
     """What the command line says about where and how trials run; None leaves it to the machine."""
 
-    tracking_uri: str | None = None
-    storage: str | None = None
+    tracking_uri: Address = None
+    storage: Address = None
     workers: int | None = None  # processes; one a GPU, one on the CPU
     per_device: int = 1  # workers sharing a GPU
     device: str | None = None
@@ -50,10 +52,8 @@ class RunOptions:
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 
-def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
+def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
     """Resolve every ``file:``, ``run:`` and ``study:`` of a study to a file, its contents and the run it is of."""
-    from caltech_sweep.training.results import CHECKPOINT
-
     found: Weights = {}
     for config in variants(definition, ("weights",)):
         kind, _, name = config.weights.partition(":")
@@ -62,7 +62,7 @@ def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weigh
         if kind == "file":
             found[config.weights] = _digested(Path(name))
             continue
-        tracker = MlflowTracker(tracking_uri)
+        tracker = MlflowTracker(tracking)
         run_id = tracker.best_trial(name).run_id if kind == "study" else name
         found[config.weights] = _digested(tracker.checked_artifact(run_id, CHECKPOINT), run_id)
     return found
@@ -157,15 +157,15 @@ def _check_rows(definition: StudyDefinition, rows: tuple[str, ...]) -> None:
 class _Checked:
     """What a run starts from, once nothing that can be known before is wrong."""
 
-    tracking: str
-    storage: str
+    tracking: Store
+    storage: Store
     weights: Weights
     data: LoadedData
     images: DatasetInfo
 
 
-def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[str, str]:
-    """Return the addresses of the tracking and the study store.
+def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[Store, Store]:
+    """Return the tracking and the study store.
 
     Raises UsageError for options that no run takes, StoreError for a store that cannot be written.
     """
@@ -173,11 +173,11 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[str
 
     _check_rows(definition, options.rows)
     pick_device(options.device)
-    tracking, storage = stores.tracking_uri(options.tracking_uri), stores.storage_uri(options.storage)
-    if addresses.is_same(tracking, storage):
+    tracking, storage = tracking_store(options.tracking_uri), study_store(options.storage)
+    if tracking.is_same(storage):
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
-    stores.check_writable(tracking, "tracking store")
-    stores.check_writable(storage, "study store")
+    tracking.check_writable()
+    storage.check_writable()
     if options.resume_trials and (options.rows or options.confirm):
         raise UsageError("--resume-trial: runs nothing but the trials it names; leave --row and --confirm out")
     check_resumable(definition.name, storage, options.resume_trials)
@@ -243,7 +243,7 @@ def left_out(definition: StudyDefinition, split: Split) -> list[str]:
 def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> _Checked:
     """Raise the error of whatever is wrong with a study, its data or the options; nothing is written but caches."""
     tracking, storage = check_options(definition, options)
-    weights = find_weights(definition, options.tracking_uri)
+    weights = find_weights(definition, tracking)
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:
         data = load_dataset(dataset, progress)

@@ -12,8 +12,16 @@ from functools import partial
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from caltech_sweep.sweep.optuna_trials import RUNG, drop_waiting, end_trial, is_paused, requeue
-from caltech_sweep.tracking.records import OUTCOMES, PAUSED_AT, Tracker, TrialRecord
+from caltech_sweep.sweep.optuna_trials import (
+    RUNG,
+    drop_waiting,
+    end_trial,
+    invalidate_trial,
+    is_paused,
+    mark_waiting,
+    requeue,
+)
+from caltech_sweep.tracking.records import OUTCOMES, PAUSED_AT, UNFINISHED, Tracker, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -21,10 +29,11 @@ class Finding:
     """One thing that is wrong between the stores: a sentence, and what puts it right, if it can be put right."""
 
     text: str
-    fix: Callable[[], None] | None
+    fix: Callable[[], object] | None
 
 
-def _key(trial: FrozenTrial) -> tuple[int, str]:
+def key_of(trial: FrozenTrial) -> tuple[int, str]:
+    """Return what a trial and its run have in common: number and fingerprint."""
     return trial.number, trial.user_attrs.get("fingerprint", "")
 
 
@@ -53,18 +62,26 @@ def survey(
     tracker: Tracker,
     records: Mapping[tuple[int, str], TrialRecord],
     is_current: Callable[[FrozenTrial], bool],
+    ended: bool = True,
 ) -> Iterator[Finding]:
-    """Yield what is wrong in the two stores of a study that no process is running; nothing is changed."""
+    """Yield what is wrong in the two stores of a study that no process is running; nothing is changed.
+
+    Trials that have ``ended`` in the study store, or are paused in it, are compared with their runs, too.
+    """
     trials = study.get_trials(deepcopy=False)
-    paused = {_key(trial): trial.user_attrs[RUNG] for trial in trials if is_paused(trial)}
+    paused = {key_of(trial): trial.user_attrs[RUNG] for trial in trials if is_paused(trial)}
     for trial in trials:
         if trial.state == TrialState.RUNNING:
-            yield Finding(*_running_trial(study, trial, records.get(_key(trial)), is_current(trial)))
+            yield Finding(*_running_trial(study, trial, records.get(key_of(trial)), is_current(trial)))
         elif trial.state == TrialState.WAITING and not is_current(trial):
             yield Finding(
                 f"trial {trial.number} waits with settings that its row no longer has: it failed",
                 partial(drop_waiting, study, trial),
             )
+        elif ended and is_paused(trial):
+            yield from _compare_paused(tracker, study, trial, records.get(key_of(trial)))
+        elif ended:
+            yield from _compare(tracker, study, trial, records.get(key_of(trial)))
     for key, record in records.items():
         if record.status == "RUNNING":
             # Killed between its last two calls, a run has its outcome but not yet the status that goes with it.
@@ -74,3 +91,60 @@ def survey(
                 f"run {record.name} is shown as running, but no process is running it: {outcome}",
                 partial(tracker.finish_trial, record.run_id, outcome, {}, tags, None),
             )
+
+
+def _compare(tracker: Tracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None) -> Iterator[Finding]:
+    """Yield what is wrong between a trial that ended in the study store and its run."""
+    name, counts = f"trial {trial.number}", trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    if not trial.state.is_finished() or (run is None and not counts):
+        return
+    if run is None:
+        yield Finding(
+            f"{name} ended but has no run in the tracking store: the next run trains it again",
+            partial(invalidate_trial, study, trial._trial_id),
+        )
+        return
+    ended = _ended(trial)
+    if run.status == "RUNNING" and run.outcome in ("", ended):
+        return  # it is shown as running, which is a finding of its own
+    if run.outcome != ended and counts:
+        yield Finding(
+            f"{name} is {ended} in the study store, but its run {run.name} is {run.state}: the next run trains it "
+            "again",
+            partial(give_up, tracker, study, trial, run, "the stores disagreed about its end"),
+        )
+    elif run.status != OUTCOMES[ended].mlflow or run.outcome != ended:
+        yield Finding(
+            f"run {run.name} is {run.state} and {run.status}, but its trial is {ended}: copied",
+            partial(tracker.finish_trial, run.run_id, ended, {}, {}, None),
+        )
+
+
+def _compare_paused(
+    tracker: Tracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None
+) -> Iterator[Finding]:
+    """Yield what is wrong between a trial that is paused in the study store and its run."""
+    name, again = f"trial {trial.number} is paused", "the next run goes on with it"
+    go_on = partial(mark_waiting, study, trial, RUNG, 0)
+    if run is None:
+        yield Finding(f"{name} but has no run in the tracking store: {again}", go_on)
+    elif run.status == "RUNNING":
+        return  # it is shown as running, which is a finding of its own
+    elif run.state not in UNFINISHED:
+        yield Finding(f"{name} in the study store, but its run {run.name} is {run.state}: {again}", go_on)
+    elif run.outcome != "paused" or run.status != OUTCOMES["paused"].mlflow:
+        tags = {PAUSED_AT: str(trial.user_attrs[RUNG])}
+        fix = partial(tracker.finish_trial, run.run_id, "paused", {}, tags, None)
+        yield Finding(f"run {run.name} is {run.state} and {run.status}, but its trial is paused: copied", fix)
+
+
+def _ended(trial: FrozenTrial) -> str:
+    """Return the outcome of a trial that ended."""
+    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
+    return names.get(trial.state) or str(trial.user_attrs.get("outcome", "crashed"))
+
+
+def give_up(tracker: Tracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord, reason: str) -> None:
+    """Let a trial count for nothing in both stores."""
+    tracker.finish_trial(run.run_id, "crashed", {}, {"reason": reason}, None)
+    invalidate_trial(study, trial._trial_id)

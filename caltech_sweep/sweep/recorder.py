@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Spent
 from caltech_sweep.sweep.queue import QueuedTrial
+from caltech_sweep.tracking.background import Background
 from caltech_sweep.tracking.records import STORE_TAG, EpochLog, InitialWeights, Tracker, TrialRecord, records_by_trial
 
 DESCRIBE_SECONDS = 60.0  # at most so often the table in the tracking store is renewed while trials run
@@ -69,6 +71,8 @@ class Recorder:
         self.records: dict[tuple[int, str], TrialRecord] = {}  # as they were when this process began
         self._opened: dict[tuple[int, str], str] = {}  # the ids of the runs that it has opened
         self._described, self._undescribed = 0.0, False  # when last; whether a trial has ended since
+        self._table: Future[str] | None = None  # that is being made
+        self._thread = Background("description")
 
     def start(self, attributes: Mapping[str, Any]) -> None:
         """Open the study's run, and look which trials have one.
@@ -157,23 +161,32 @@ class Recorder:
     def keep_up(self) -> None:
         """Do now and then what need not be done at once."""
         self.tracker.keep_up()
-        if self._undescribed and time.monotonic() - self._described > DESCRIBE_SECONDS:
-            self._describe()
+        if self._table is not None and self._table.done():
+            self._describe(0.0)
+        elif self._undescribed and time.monotonic() - self._described > DESCRIBE_SECONDS:
+            self._make_table()
 
     def close(self, complete: bool) -> None:
         """Close the study's run: complete when it has all its trials."""
         self.tracker.finish_study(self.definition.name, complete)
-        self._describe()
+        self._make_table()
+        self._describe(DESCRIBE_SECONDS)
 
-    def _describe(self) -> None:
-        """Keep the table that is the study's description in the tracking store current."""
+    def _make_table(self) -> None:
+        """Begin to make the table that is the study's description; it reads the tracking store, which may take long."""
+        if self.describe is not None and not self._thread.is_busy:
+            self._table = self._thread.submit(self.describe)
+        self._described, self._undescribed = time.monotonic(), False
+
+    def _describe(self, patience: float) -> None:
+        """Write the table to the tracking store, once it is there."""
+        table, self._table = self._table, None
         try:
-            if self.describe is not None:
-                self.tracker.describe_study(self.definition.name, self.describe())
-        except StoreError:  # a store that is unavailable has no table either
+            if table is not None:
+                self.tracker.describe_study(self.definition.name, table.result(patience))
+        except (StoreError, TimeoutError):  # a store that is unavailable has no table either
             pass
         except LostStudyError:
             raise
         except Exception as error:  # no table is worth a study
             self.note(f"the study's description cannot be written: {reason(error)}")
-        self._described, self._undescribed = time.monotonic(), False

@@ -15,9 +15,10 @@ from typing import Any
 
 import optuna
 
-from caltech_sweep import paths, stores
+from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
+from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Ledger
@@ -28,7 +29,7 @@ from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
-from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own
+from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
 from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of, kept_epochs
 from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
@@ -36,7 +37,7 @@ from caltech_sweep.sweep.recorder import Recorder
 from caltech_sweep.sweep.sharing import branch_epochs
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals, own_folder
 from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
-from caltech_sweep.tracking.writer import MlflowTracker, Owner, git_state, is_outage
+from caltech_sweep.tracking.writer import MlflowTracker, Owner, provenance
 from caltech_sweep.training.keys import CacheOptions
 
 _SCRATCH = "caltech-sweep-run-"  # the folder of what trials leave, until the tracking store has it
@@ -71,11 +72,11 @@ def job_of(
     )
 
 
-def table_of(study: str, tracking_uri: str) -> str:
+def table_of(study: str, tracking: Store) -> str:
     """Return the table of a study as Markdown, with the best three sampled trials."""
     from caltech_sweep.report.build import build_report
 
-    return build_report([study], "markdown", 3, tracking_uri)
+    return build_report([study], "markdown", 3, tracking)
 
 
 def make_executor(options: RunOptions) -> Executor:
@@ -140,7 +141,7 @@ class _Opening:
     identity: Mapping[str, Any]
     weights: Weights
     tracker: MlflowTracker
-    storage: str
+    storage: Store
     adopting: bool
 
     def check_owner(self) -> StudyRecord | None:
@@ -150,7 +151,10 @@ class _Opening:
         """
         if self.adopting:
             return check_adoptable(self.definition, self.identity, self.weights, self.tracker, self.storage)
-        record = check_own(self.definition.name, self.tracker, self.storage)
+        name, tracker = self.definition.name, self.tracker
+        record = check_own(name, tracker, self.storage)
+        runs = tracker.trials(record) if record is not None else []
+        check_runs(name, runs, tracker.store, self.storage, tracker.studies)
         return record if record is not None and record.store is None else None
 
     def open(self, write: Callable[[str], None]) -> optuna.Study:
@@ -185,16 +189,16 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
     identity = identity_of(definition, checked.data, checked.weights)
     opening = _Opening(definition, identity, checked.weights, tracker, checked.storage, options.adopt)
     opening.check_owner()
-    stores.check_file(checked.storage, "study store", create=True)
+    checked.storage.check(create=True)
     with ExitStack() as stack:
         held = stack.enter_context(holding(checked.storage, definition.name))
         study = opening.open(write)
         _guard(stack, study, tracker, held)
         watcher = _progress(stack, write)
         await_outages(study, watcher.note)
-        root = stores.journal_root(checked.storage)
-        journal = Journal(own_folder(root, definition.name, checked.tracking, lambda: _names(tracker)))
-        journaling = JournalingTracker(tracker, journal, is_outage, watcher.note, held.check)
+        names = partial(_names, tracker)
+        journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
+        journaling = JournalingTracker(tracker, journal, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
         executor = make_executor(options)
         stack.callback(executor.close)
@@ -203,7 +207,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             definition,
             checked.images,
             watcher.note,
-            tags=git_state(),
+            tags=provenance(),
             weights=checked.weights,
             describe=partial(table_of, definition.name, checked.tracking),
         )
@@ -221,10 +225,10 @@ def _names(tracker: MlflowTracker) -> list[str]:
     return [record.name for record in tracker.studies()]
 
 
-def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[str], None]) -> bool:
+def replay(tracking_uri: Address, storage_uri: Address, write: Callable[[str], None]) -> bool:
     """Bring to a tracking store what waits for it in journals; return whether all of it is there."""
-    tracking, storage = stores.tracking_uri(tracking_uri), stores.storage_uri(storage_uri)
-    found = journals(stores.journal_root(storage), tracking, lambda: _names(MlflowTracker(tracking)))
+    tracking, storage = tracking_store(tracking_uri), study_store(storage_uri)
+    found = journals(storage.folder, tracking, lambda: _names(MlflowTracker(tracking)))
     if not found:
         write("nothing waits to be replayed")
         return True
@@ -234,7 +238,7 @@ def replay(tracking_uri: str | None, storage_uri: str | None, write: Callable[[s
             check_own(study, tracker, storage)
             with holding(storage, study) as held:
                 tracker.guard(held.check)
-                journaling = JournalingTracker(tracker, Journal(folder), is_outage, write, held.check)
+                journaling = JournalingTracker(tracker, Journal(folder), write, held.check)
                 complete = journaling.replay() and complete
                 journaling.say_what_waits(study, write)
         except (ForeignStudyError, LostStudyError) as error:

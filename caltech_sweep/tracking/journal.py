@@ -13,22 +13,31 @@ import json
 import re
 import shutil
 import sqlite3
+import tempfile
+import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caltech_sweep import addresses, paths, stores
+from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
+from caltech_sweep.stores import Store, reason
 from caltech_sweep.text import counted
-from caltech_sweep.tracking.records import EpochLog, Tracker
+from caltech_sweep.tracking.answers import Answer, advice, meaning
+from caltech_sweep.tracking.background import Background
+from caltech_sweep.tracking.records import STRIKES, EpochLog, Tracker
 
 LOCAL = "local-"  # what the id of a run begins with that the store does not know yet
 ID_TAG = "journal.id"  # on a run that was replayed: its local id, by which it is found again
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
+PATIENCE = 5.0  # seconds that a write may take before it becomes an entry and training goes on
 _OF_ITS_COURSE = ("resume_trial", "log_epochs", "finish_trial")  # what a trial that has ended needs no more
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS entries (n INTEGER PRIMARY KEY AUTOINCREMENT, operation TEXT NOT NULL, "
@@ -55,6 +64,7 @@ class Journal:
         """Read a folder's journal, if there is one; nothing is written. Raises StoreError when it cannot be read."""
         self.folder, self.file = folder, folder / "journal.db"
         self._former = folder / "entries.jsonl"  # of earlier versions; the first change takes it over
+        self._guard = threading.RLock()  # one thread writes results while another brings them to the store
         self.pending: dict[int, Entry] = {}
         self.runs: dict[str, str] = {}  # run ids by local id
         try:
@@ -98,25 +108,39 @@ class Journal:
         """Return the folder with the artifacts of an entry, or None where it has none."""
         return self.folder / "artifacts" / entry.artifacts if entry.artifacts else None
 
-    def add(self, operation: str, arguments: Mapping[str, Any], folder: Path | None = None) -> None:
-        """Add an entry, and a copy of the artifacts in ``folder``; it is on the disk when this returns."""
+    def add(
+        self, operation: str, arguments: Mapping[str, Any], folder: Path | None = None, rejected: str | None = None
+    ) -> None:
+        """Add an entry, and a copy of the artifacts in ``folder``; it is on the disk when this returns.
+
+        One that was ``rejected``, for which this is the reason, does not wait for the store.
+        """
+        with self._guard:
+            self._add(operation, arguments, folder, rejected)
+
+    def _add(self, operation: str, arguments: Mapping[str, Any], folder: Path | None, rejected: str | None) -> None:
         text, has_some = json.dumps(dict(arguments)), folder is not None and folder.is_dir()
         entry = Entry(operation, json.loads(text), uuid.uuid4().hex if has_some else None)
         try:
             if folder is not None and (target := self.artifacts(entry)):
                 shutil.copytree(folder, target)
             with self._change() as database:
-                columns = "INSERT INTO entries (operation, arguments, artifacts) VALUES (?, ?, ?)"
-                number = database.execute(columns, (operation, text, entry.artifacts)).lastrowid
+                columns = "INSERT INTO entries (operation, arguments, artifacts, rejected) VALUES (?, ?, ?, ?)"
+                number = database.execute(columns, (operation, text, entry.artifacts, rejected)).lastrowid
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"the tracking store takes no results, and its journal {self.file} cannot be written "
                 f"({_reason(error)}); free some disk space and run the study again"
             ) from error
-        self.pending[number or 0] = entry
+        if rejected is None:
+            self.pending[number or 0] = entry
 
     def done(self, number: int, runs: Mapping[str, str]) -> None:
         """Remove an entry that is in the store; ``runs`` holds the run ids that it gave to local ids."""
+        with self._guard:
+            self._done(number, runs)
+
+    def _done(self, number: int, runs: Mapping[str, str]) -> None:
         with self._change() as database:
             database.execute("DELETE FROM entries WHERE n = ?", (number,))
             database.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?)", runs.items())
@@ -131,7 +155,7 @@ class Journal:
 
     def reject(self, number: int, why: str) -> None:
         """Set an entry aside, with its artifacts and the reason, that the store will never take."""
-        with self._change() as database:
+        with self._guard, self._change() as database:
             database.execute("UPDATE entries SET rejected = ? WHERE n = ?", (why, number))
         del self.pending[number]
 
@@ -141,18 +165,18 @@ def _reason(error: Exception) -> str:
     return number[1] if number else str(error)
 
 
-def journal_folder(root: Path, study: str, uri: str) -> Path:
+def journal_folder(root: Path, study: str, store: Store) -> Path:
     """Return the folder of a study's journal for one tracking store, however the store's address is written."""
-    return root / "journal" / f"{paths.file_name(study)}-{_digest(addresses.identity(uri), 16)}"
+    return root / "journal" / f"{paths.file_name(study)}-{_digest(store.identity, 16)}"
 
 
-def own_folder(root: Path, study: str, uri: str, names: Callable[[], Iterable[str]]) -> Path:
+def own_folder(root: Path, study: str, store: Store, names: Callable[[], Iterable[str]]) -> Path:
     """Return :func:`journal_folder`, to which the study's journal of an earlier version is moved, if there is one.
 
     ``names`` tells the names of the studies in the tracking store.
     """
-    place = journal_folder(root, study, uri)
-    for folder in _former(root, uri):
+    place = journal_folder(root, study, store)
+    for folder in _former(root, store.uri):
         if not place.exists() and _study_of(folder, names()) == study:
             try:
                 folder.rename(place)
@@ -161,14 +185,14 @@ def own_folder(root: Path, study: str, uri: str, names: Callable[[], Iterable[st
     return place
 
 
-def journals(root: Path, uri: str, names: Callable[[], Iterable[str]]) -> list[tuple[str, Path]]:
+def journals(root: Path, store: Store, names: Callable[[], Iterable[str]]) -> list[tuple[str, Path]]:
     """Return the studies and folders of the journals below ``root`` whose writes are for a tracking store."""
-    ending = f"-{_digest(addresses.identity(uri), 16)}"
+    ending = f"-{_digest(store.identity, 16)}"
     found = [
         (paths.study_name(folder.name.removesuffix(ending)), folder)
         for folder in sorted((root / "journal").glob(f"*{ending}"))
     ]
-    return found + [(_study_of(folder, names()), folder) for folder in _former(root, uri)]
+    return found + [(_study_of(folder, names()), folder) for folder in _former(root, store.uri)]
 
 
 def _digest(text: str, length: int) -> str:
@@ -192,8 +216,30 @@ def _study_of(folder: Path, names: Iterable[str]) -> str:
     return written if written in alike or not alike else alike[0]
 
 
+class _NoRoomError(Exception):
+    """The journal cannot say what has become of an entry."""
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise _NoRoomError from error
+
+
+def _runs_of(entry: Entry) -> set[str]:
+    """Return the runs that an entry is about."""
+    return {str(entry.arguments.get("run_id") or entry.arguments.get("tags", {}).get(ID_TAG, ""))} - {""}
+
+
+def _check_run(arguments: Mapping[str, Any]) -> None:
+    if str(arguments.get("run_id", "")).startswith(LOCAL):
+        raise LookupError("the run of its trial was not taken either")
+
+
 class JournalingTracker:
-    """A tracker that never loses a write: see the module. ``is_outage`` tells an unavailable store from a wrong call.
+    """A tracker that never loses a write, and never waits long for one: see the module.
 
     ``fence`` raises LostStudyError once another process has the study: nothing goes to the store or the journal then.
     """
@@ -202,14 +248,18 @@ class JournalingTracker:
         self,
         inner: Tracker,
         journal: Journal,
-        is_outage: Callable[[Exception], bool],
         note: Callable[[str], None],
         fence: Callable[[], None] = lambda: None,
+        patience: float = PATIENCE,
     ) -> None:
         self.inner, self.journal, self._fence = inner, journal, fence
-        self._is_outage, self._note = is_outage, note
+        self._note, self._patience = note, patience
         self._wait, self._next = FIRST_WAIT, 0.0
         self._last_epoch: dict[str, int] = {}
+        self._failures: Counter[int] = Counter()  # of entries at which the store failed while it took others
+        self._said: Answer | None = None  # why it takes nothing, which people know by now
+        self._thread = Background("tracking store")
+        self._replaying: Future[bool] | None = None
         self.study, self.trials = inner.study, inner.trials
 
     @property
@@ -217,41 +267,119 @@ class JournalingTracker:
         """How many writes the store does not have yet."""
         return len(self.journal.pending)
 
+    # -- bringing it to the store ----------------------------------------------------------------------------------
+
     def keep_up(self) -> None:
-        """Bring what waits to the store, if there is any and it is time to try again."""
+        """Begin to bring what waits to the store, if there is any and it is time to try again; wait for nothing."""
         self._fence()
+        if self._thread.is_busy:
+            return
+        if self._replaying is not None:
+            ended, self._replaying = self._replaying, None
+            ended.result()  # raises what says that another process has the study
         if self.waiting and time.monotonic() >= self._next:
-            self.replay()
+            self._replaying = self._thread.submit(self._replay)
 
     def replay(self) -> bool:
-        """Bring what waits to the store, in order; return whether all of it is there."""
-        count = self.waiting
+        """Bring what waits to the store, in order; return whether all of it is there, or set aside for good."""
+        self._replaying = None
+        for attempt in range(STRIKES):
+            complete = self._thread.submit(self._replay).result()
+            if complete or not self._failures:
+                return complete
+            if attempt + 1 < STRIKES:
+                time.sleep(self._wait)
+        return complete
+
+    def _replay(self) -> bool:
+        try:
+            return self._bring_all()
+        except _NoRoomError:  # what is done is done again, to no effect
+            return self._later()
+
+    def _bring_all(self) -> bool:
+        failed: dict[int, Exception] = {}
+        again = True
+        while again:  # what belongs to a run that was set aside is seen in the next pass
+            taken, failed, away = self._pass()
+            if away:
+                return self._later()
+            again = self._strike(failed, taken)
+            if taken and not self.waiting:
+                self._note(f"the tracking store is back: {counted(taken, 'write')} replayed")
+        self._said = None
+        if failed:
+            return self._later()
+        self._wait = FIRST_WAIT
+        return not self.waiting
+
+    def _pass(self) -> tuple[int, dict[int, Exception], bool]:
+        """Bring each entry once; return how many the store took, at which it failed, and whether it takes none now."""
+        taken, failed = 0, dict[int, Exception]()
+        blocked: set[str] = set()  # runs that miss a write, so that those after it have to wait
         for number, entry in list(self.journal.pending.items()):
             self._fence()
-            refused = None
+            if blocked & _runs_of(entry):
+                continue
             try:
                 self.inner.keep_up()
-                mark = partial(self.journal.done, number, self._apply(entry))
-            except (LostStudyError, ForeignStudyError):
+                self._bring(number, entry)
+                taken += 1
+            except (LostStudyError, ForeignStudyError, _NoRoomError):
                 raise
             except Exception as error:
-                if self._is_outage(error):
-                    return self._later()
-                refused = stores.reason(error)
-                mark = partial(self.journal.reject, number, refused)
-            try:
-                mark()
-            except (OSError, sqlite3.Error):  # a disk without room for it: the entry is replayed again, to no effect
-                return self._later()
-            if refused is not None:
-                self._note(
-                    f"the tracking store refuses a write ({entry.operation}: {refused}); "
-                    f"it is kept in {self.journal.file}, in the table entries"
-                )
-        if count:
-            self._note(f"the tracking store is back: {counted(count, 'write')} replayed")
-        self._wait = FIRST_WAIT
-        return True
+                answer = meaning(error)
+                if answer is Answer.NEVER:
+                    self._set_aside(number, error)
+                elif answer is Answer.UNSURE:
+                    failed[number] = error
+                    blocked |= _runs_of(entry)
+                else:
+                    self._say(answer, error)
+                    return taken, failed, True
+        return taken, failed, False
+
+    def _strike(self, failed: Mapping[int, Exception], taken: int) -> bool:
+        """Count a failure against each write that failed while the store took others; return whether any was too much.
+
+        Once it has taken others, it is known that it is there, and any further failure counts.
+        """
+        before = self.waiting
+        for number, error in failed.items():
+            if taken or self._failures[number]:
+                self._failures[number] += 1
+            if self._failures[number] >= STRIKES:
+                self._set_aside(number, error)
+        return self.waiting < before
+
+    def _bring(self, number: int, entry: Entry) -> None:
+        runs = self._apply(entry)
+        with _room():
+            self.journal.done(number, runs)
+
+    def _set_aside(self, number: int, error: Exception) -> None:
+        entry, why = self.journal.pending[number], reason(error)
+        self._failures.pop(number, None)
+        with _room():
+            self.journal.reject(number, why)
+        self._note(self._refused(entry.operation, why))
+
+    def _refused(self, operation: str, why: str) -> str:
+        return (
+            f"the tracking store refuses a write ({operation}: {why}); it is kept in {self.journal.file}, in the table "
+            "entries, and the rest goes on"
+        )
+
+    def _say(self, answer: Answer, error: Exception) -> None:
+        """Say why the store takes nothing, and what to do, unless that has been said."""
+        if answer is self._said:
+            return
+        self._said = answer
+        text = f"the tracking store {answer.value} ({reason(error)}): results are buffered in {self.journal.folder}"
+        if answer is Answer.OURS:
+            self._note(f"{text}; training continues; {advice(error)}, then run: caltech-sweep replay")
+        else:
+            self._note(f"{text} until it is back; training continues")
 
     def _later(self) -> bool:
         self._next = time.monotonic() + self._wait
@@ -266,6 +394,7 @@ class JournalingTracker:
         arguments, operation = dict(entry.arguments), entry.operation
         if "run_id" in arguments:
             arguments["run_id"] = self._real(arguments["run_id"])
+            _check_run(arguments)
             if operation in _OF_ITS_COURSE and self.inner.has_ended(arguments["run_id"]):
                 return {}
         if operation == "start_trial":
@@ -280,7 +409,11 @@ class JournalingTracker:
             last = self.inner.last_epoch(arguments["run_id"])
             arguments["epochs"] = [epoch for epoch in arguments["epochs"] if epoch[0] > last]
         if operation == "finish_trial":
-            arguments["folder"] = self.journal.artifacts(entry)
+            folder = self.journal.artifacts(entry)
+            if refused := self.inner.finish_trial(**arguments, folder=folder):
+                assert folder is not None
+                self._keep_refused(arguments["run_id"], folder, refused)
+            return {}
         getattr(self.inner, operation)(**arguments)
         return {}
 
@@ -297,32 +430,60 @@ class JournalingTracker:
     def _real(self, run_id: str) -> str:
         return self.journal.runs.get(run_id, run_id)
 
+    # -- writing ---------------------------------------------------------------------------------------------------
+
     def _write(self, operation: str, **arguments: Any) -> Any:
         """Write to the store, or else to the journal; return what the store answered, None of the journal."""
         self._fence()
         own = {**arguments, "run_id": self._real(arguments["run_id"])} if "run_id" in arguments else arguments
-        if not self.waiting:
+        rejected = None
+        if not self.waiting and not self._thread.is_busy:
             try:
-                return getattr(self.inner, operation)(**own)
+                return self._directly(operation, own)
+            except (LostStudyError, ForeignStudyError):
+                raise
             except Exception as error:
-                if not self._is_outage(error):
-                    raise
                 self._fence()
-                self._next = time.monotonic() + self._wait
-                self._note(
-                    f"the tracking store is unavailable ({stores.reason(error)}): results are buffered in "
-                    f"{self.journal.folder} until it is back; training continues"
-                )
-        folder = arguments.pop("folder", None)
-        self.journal.add(operation, arguments, folder)
+                answer = meaning(error)
+                if answer is Answer.NEVER:
+                    rejected = reason(error)
+                    self._note(self._refused(operation, rejected))
+                else:
+                    self._next = time.monotonic() + self._wait
+                    self._say(answer, error)
+        self.journal.add(operation, {k: v for k, v in arguments.items() if k != "folder"}, own.get("folder"), rejected)
         return None
+
+    def _directly(self, operation: str, arguments: Mapping[str, Any]) -> Any:
+        """Return what the store answers within the patience that training has; raises what it raises."""
+        _check_run(arguments)
+        future = self._thread.submit(partial(getattr(self.inner, operation), **arguments))
+        try:
+            answer = future.result(self._patience)
+        except FutureTimeoutError as error:
+            if future.done():  # the store's own
+                raise
+            # What still happens to this call does not matter: its entry does what it has not done.
+            raise StoreError(f"no answer within {self._patience:g} s") from error
+        if operation == "finish_trial" and answer:
+            self._keep_refused(arguments["run_id"], arguments["folder"], answer)
+        return answer
+
+    def _keep_refused(self, run_id: str, folder: Path, refused: Mapping[str, str]) -> None:
+        """Keep the artifacts that the store will never take."""
+        with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as temporary:
+            for path, why in refused.items():
+                (Path(temporary) / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / path, Path(temporary) / path)
+                self._note(self._refused(f"the artifact {path} of run {run_id}", why))
+            self.journal.add("log_artifacts", {"run_id": run_id}, Path(temporary), "; ".join(refused.values()))
 
     def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
         """Bring what an earlier run left to the store, then create the study there, or go on with it."""
         if not self.replay():
+            how = "start it, then run the study again" if self._said is Answer.LATER else "see above, then run it again"
             raise StoreError(
-                f"the tracking store does not take the {self.waiting} results that wait in {self.journal.folder}; "
-                "start it, then run the study again"
+                f"the tracking store does not take the {self.waiting} results that wait in {self.journal.folder}; {how}"
             )
         return self.inner.start_study(name, title, document)
 
@@ -370,10 +531,10 @@ class JournalingTracker:
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
-    ) -> None:
+    ) -> Mapping[str, str]:
         """Keep a trial's artifacts and its end."""
         end = {"outcome": outcome, "metrics": dict(metrics), "tags": dict(tags)}
-        self._write("finish_trial", run_id=run_id, **end, folder=folder)
+        return self._write("finish_trial", run_id=run_id, **end, folder=folder) or {}
 
     def say_what_waits(self, study: str, write: Callable[[str], None]) -> None:
         """Try once more, then say what the store does not have and how it gets there."""

@@ -8,39 +8,32 @@ give the same records.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sa
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Run
 
-from caltech_sweep import paths, stores
 from caltech_sweep.errors import StoreError
-from caltech_sweep.tracking.records import FORMER_TAG, STORE_TAG, StudyRecord, TrialRecord, sound_outcome
-from caltech_sweep.tracking.writer import STUDY_FILE, MlflowTracker, deleted, study_record
-
-_ALIVE = ("RUNNING", "SCHEDULED")
-
-# The import of caltech_sweep.tracking above sets MLflow up, so these must come after it.
-from mlflow.entities import Run  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.store.db.db_types import DATABASE_ENGINES  # noqa: E402
-from mlflow.store.db.utils import _verify_schema  # noqa: E402
-from mlflow.store.tracking.dbmodels.models import (  # noqa: E402
-    SqlExperiment,
-    SqlLatestMetric,
-    SqlParam,
-    SqlRun,
-    SqlTag,
+from caltech_sweep.stores import Address, Store, tracking_store
+from caltech_sweep.tracking.client import (
+    EXPERIMENTS,
+    LATEST_METRICS,
+    PAGE,
+    PARAMS,
+    RUNS,
+    STUDY_FILE,
+    TAGS,
+    Artifacts,
+    check_schema,
+    deleted,
+    open_client,
+    pages,
 )
-from mlflow.utils.file_utils import local_file_uri_to_path  # noqa: E402
-
-# The bare tables: configuring MLflow's hundred mapped classes takes longer than reading a usual store.
-_EXPERIMENTS, _RUNS, _TAGS = SqlExperiment.__table__, SqlRun.__table__, SqlTag.__table__
-_PARAMS, _METRICS = SqlParam.__table__, SqlLatestMetric.__table__
+from caltech_sweep.tracking.records import FORMER_TAG, STORE_TAG, StudyRecord, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class StoredStudy:
 class Reader(Protocol):
     """A tracking store to read from."""
 
-    uri: str
+    store: Store
 
     def check_study(self, name: str) -> None:
         """Raise StoreError where no run of a study of this name could write, however well it is read."""
@@ -69,45 +62,17 @@ class Reader(Protocol):
         """Return the text of a trial's artifact; raise StoreError when it is not there."""
 
 
-def open_reader(uri: str | None = None) -> Reader:
+def open_reader(tracking: Address = None) -> Reader:
     """Open the named tracking store, or the default one; raise StoreError when it cannot be read."""
-    address = stores.tracking_uri(uri)
-    return SqlReader(address) if address.startswith(tuple(DATABASE_ENGINES)) else ClientReader(address)
+    store = tracking_store(tracking)
+    return ClientReader(store) if store.is_web else SqlReader(store)
 
 
-def _record(
-    study: str,
-    info: tuple[str, str | None, str, int | None, str | None],
-    params: Mapping[str, str],
-    metrics: Mapping[str, float],
-    tags: Mapping[str, str],
-) -> TrialRecord:
-    run_id, name, status, start_time, artifact_uri = info
-    # A run that goes on after an interruption may still carry the outcome it had before.
-    outcome = "running" if status in _ALIVE else sound_outcome(tags.get("outcome") or "interrupted", metrics)
-    number = tags.get("trial_number", "")
-    return TrialRecord(
-        run_id,
-        study,
-        name or tags.get("mlflow.runName", ""),
-        tags.get("row"),
-        int(number) if number.isdecimal() else -1,
-        outcome,
-        status,
-        tags.get("fingerprint", ""),
-        params,
-        metrics,
-        tags,
-        start_time or 0,
-        artifact_uri or "",
-    )
-
-
-def _document(text: str | None) -> Mapping[str, Any]:
+def _document(artifacts: Artifacts, uri: str, study: str) -> Mapping[str, Any]:
     """Return a study's document; an unreadable one is empty, and the report says so."""
     try:
-        loaded = json.loads(text or "")
-    except ValueError:
+        loaded = json.loads(artifacts.text(uri, STUDY_FILE, study))
+    except (StoreError, ValueError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
@@ -117,12 +82,12 @@ def _in_order(trials: Iterable[TrialRecord]) -> tuple[TrialRecord, ...]:
 
 
 class ClientReader:
-    """Reads a tracking server through MLflow's client, ``page`` runs at a time."""
+    """Reads a store through MLflow's client, ``page`` runs at a time; opens one where none is given."""
 
-    def __init__(self, uri: str, page: int = 1000) -> None:
-        self.uri, self._page = uri, page
-        self._tracker = MlflowTracker(uri)
-        self._client = self._tracker.client
+    def __init__(self, tracking: Address, page: int = PAGE, client: MlflowClient | None = None) -> None:
+        self.store, self._page = tracking_store(tracking), page
+        self._client = client or open_client(self.store, create=False)
+        self.artifacts = Artifacts(self.store)
         self._parents: dict[str, Run] = {}
 
     def check_study(self, name: str) -> None:
@@ -133,95 +98,73 @@ class ClientReader:
 
     def names(self) -> list[str]:
         """Return the name of every study, the oldest first."""
-        token = None
-        while True:
-            page = self._client.search_experiments(
-                max_results=self._page, page_token=token, order_by=["creation_time ASC", "experiment_id ASC"]
+        order = ["creation_time ASC", "experiment_id ASC"]
+        for experiment in pages(self._client.search_experiments, size=self._page, order_by=order):
+            run = self._parent(experiment)
+            if run is not None:
+                self._parents[experiment.name] = run
+        return list(self._parents)
+
+    def _parent(self, experiment: Experiment) -> Run | None:
+        return next(self._runs(experiment.experiment_id, "study", 1), None)
+
+    def record(self, name: str) -> StudyRecord | None:
+        """Return one study without its trials, or None; raises as MLflow's client does."""
+        experiment = self._client.get_experiment_by_name(name)
+        run = self._parent(experiment) if experiment is not None else None
+        return None if run is None else self._record(name, run)
+
+    def records(self) -> list[StudyRecord]:
+        """Return every study without its trials, the oldest first."""
+        return [self._record(name, self._parents[name]) for name in self.names()]
+
+    def _record(self, name: str, run: Run) -> StudyRecord:
+        document = _document(self.artifacts, run.info.artifact_uri, name)
+        return StudyRecord.from_tags(name, run.info.run_id, run.info.experiment_id, document, run.data.tags)
+
+    def trials(self, record: StudyRecord) -> tuple[TrialRecord, ...]:
+        """Return every trial of a study, the oldest first; those of another study of its name are none of it."""
+        return _in_order(
+            TrialRecord(
+                run.info.run_id,
+                record.name,
+                run.info.run_name or "",
+                run.info.status,
+                dict(run.data.params),
+                dict(run.data.metrics),
+                dict(run.data.tags),
+                run.info.start_time or 0,
+                run.info.artifact_uri or "",
             )
-            for experiment in page:
-                found = self._runs(experiment.experiment_id, "study", pages=False)
-                if found:
-                    self._parents[experiment.name] = found[0]
-            token = page.token
-            if not token:
-                return list(self._parents)
+            for run in self._runs(record.experiment_id, "trial", self._page)
+            if record.has(run.data.tags)
+        )
 
     def studies(self, names: Sequence[str]) -> list[StoredStudy]:
         """Return some studies in the order of their names."""
-        found = []
-        for name in names:
-            info = self._parents[name].info
-            document = _document(self._read(info.run_id, STUDY_FILE))
-            record = study_record(name, info.run_id, info.experiment_id, document, self._parents[name].data.tags)
-            runs = self._runs(info.experiment_id, "trial")
-            trials = (
-                _record(
-                    name,
-                    (r.info.run_id, r.info.run_name, r.info.status, r.info.start_time, r.info.artifact_uri),
-                    dict(r.data.params),
-                    dict(r.data.metrics),
-                    dict(r.data.tags),
-                )
-                for r in runs
-                if record.has(r.data.tags)
-            )
-            found.append(StoredStudy(record, _in_order(trials)))
-        return found
+        records = [self._record(name, self._parents[name]) for name in names]
+        return [StoredStudy(record, self.trials(record)) for record in records]
 
     def text(self, trial: TrialRecord, path: str) -> str:
         """Return the text of a trial's artifact; raise StoreError when it is not there."""
-        text = self._read(trial.run_id, path)
-        if text is None:
-            raise StoreError(f"run {trial.run_id} has no artifact {path}; was the store moved?")
-        return text
+        return self.artifacts.text(trial.artifact_uri, path, trial.study)
 
-    def _runs(self, experiment_id: str, kind: str, pages: bool = True) -> list[Run]:
-        """Return an experiment's runs of a kind, the newest first; without ``pages``, only the first one."""
-        runs: list[Run] = []
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [experiment_id],
-                f"tags.kind = '{kind}'",
-                max_results=self._page if pages else 1,
-                page_token=token,
-                order_by=["attributes.start_time DESC", "attributes.run_id ASC"],
-            )
-            runs += page
-            token = page.token
-            if not token or not pages:
-                return runs
-
-    def _read(self, run_id: str, path: str) -> str | None:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                return Path(self._client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
-            except (MlflowException, OSError, UnicodeDecodeError):
-                return None
+    def _runs(self, experiment_id: str, kind: str, size: int) -> Iterator[Run]:
+        """Yield an experiment's runs of a kind, the newest first."""
+        order = ["attributes.start_time DESC", "attributes.run_id ASC"]
+        return pages(self._client.search_runs, [experiment_id], f"tags.kind = '{kind}'", size=size, order_by=order)
 
 
 class SqlReader:
     """Reads a tracking database with SQLAlchemy, through MLflow's table models."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        stores.check_file(uri, "tracking store", create=False)
-        try:
-            connect = stores.connect_read_only(uri)
-            creator = {"creator": connect} if connect is not None else {}
-            self._engine = sa.create_engine(uri, poolclass=sa.NullPool, **creator)
-        except (sa.exc.SQLAlchemyError, ImportError, ValueError) as error:  # no address, or no driver for it
-            raise StoreError(
-                f"the tracking store {stores.hide_secrets(uri)} cannot be opened: {stores.reason(error, uri)}; "
-                "correct its address, or install the database's driver"
-            ) from None  # the cause may hold secrets
+    def __init__(self, tracking: Address) -> None:
+        self.store = tracking_store(tracking)
+        self.store.check()
+        with self.store.opening():
+            self._engine = self.store.engine()
+        self._artifacts = Artifacts(self.store)
         self._parents: dict[str, tuple[str, str, str | None]] = {}  # name: experiment id, run id, artifact location
-
-    def _unreadable(self, error: Exception) -> StoreError:
-        return StoreError(
-            f"the tracking store {stores.hide_secrets(self.uri)} cannot be read ({stores.reason(error, self.uri)}); "
-            "name one that MLflow made, and bring an older one up to date with `mlflow db upgrade`"
-        )
 
     def _rows(self, query: sa.Executable) -> Iterator[Any]:
         """Yield a query's rows; none is kept, which would cost more than reading it."""
@@ -229,28 +172,25 @@ class SqlReader:
             with self._engine.connect() as connection:
                 yield from connection.execute(query)
         except sa.exc.SQLAlchemyError as error:
-            raise self._unreadable(error) from None  # the cause may hold secrets
+            raise self.store.unreadable(error) from None  # the cause may hold secrets
 
     def check_study(self, name: str) -> None:
         """Raise StoreError for a study that was deleted, and for a store of another version of MLflow."""
-        query: Any = sa.select(_EXPERIMENTS.c.lifecycle_stage).where(_EXPERIMENTS.c.name == name)
+        query: Any = sa.select(EXPERIMENTS.c.lifecycle_stage).where(EXPERIMENTS.c.name == name)
         if [stage for (stage,) in self._rows(query)] == ["deleted"]:
             raise deleted(name)
-        try:
-            _verify_schema(self._engine)
-        except MlflowException as error:
-            raise stores.cannot_open("tracking store", self.uri, error) from error
+        check_schema(self.store, self._engine)
 
     def names(self) -> list[str]:
         """Return the name of every study, the oldest first."""
         query: Any = (
-            sa.select(_EXPERIMENTS.c.name, _EXPERIMENTS.c.experiment_id, _RUNS.c.run_uuid, _RUNS.c.artifact_uri)
-            .join(_RUNS, _RUNS.c.experiment_id == _EXPERIMENTS.c.experiment_id)
-            .join(_TAGS, _TAGS.c.run_uuid == _RUNS.c.run_uuid)
-            .where(_EXPERIMENTS.c.lifecycle_stage == "active", _RUNS.c.lifecycle_stage == "active")
-            .where(_TAGS.c.key == "kind", _TAGS.c.value == "study")
+            sa.select(EXPERIMENTS.c.name, EXPERIMENTS.c.experiment_id, RUNS.c.run_uuid, RUNS.c.artifact_uri)
+            .join(RUNS, RUNS.c.experiment_id == EXPERIMENTS.c.experiment_id)
+            .join(TAGS, TAGS.c.run_uuid == RUNS.c.run_uuid)
+            .where(EXPERIMENTS.c.lifecycle_stage == "active", RUNS.c.lifecycle_stage == "active")
+            .where(TAGS.c.key == "kind", TAGS.c.value == "study")
             .order_by(
-                _EXPERIMENTS.c.creation_time, _EXPERIMENTS.c.experiment_id, _RUNS.c.start_time.desc(), _RUNS.c.run_uuid
+                EXPERIMENTS.c.creation_time, EXPERIMENTS.c.experiment_id, RUNS.c.start_time.desc(), RUNS.c.run_uuid
             )
         )
         for name, experiment_id, run_id, location in self._rows(query):
@@ -264,42 +204,42 @@ class SqlReader:
         found = []
         for name in names:
             experiment_id, run_id, location = self._parents[name]
-            document = _document(self._read(name, run_id, location or "", STUDY_FILE))
-            record = study_record(name, run_id, experiment_id, document, self._owner(run_id))
+            document = _document(self._artifacts, location or "", name)
+            record = StudyRecord.from_tags(name, run_id, experiment_id, document, self._owner(run_id))
             own = (trial for trial in trials[name] if record.has(trial.tags))
             found.append(StoredStudy(record, _in_order(own)))
         return found
 
     def _owner(self, run_id: str) -> dict[str, str]:
         """Return the tags that say whose a study is."""
-        query = sa.select(_TAGS.c.key, _TAGS.c.value)
-        mine = (_TAGS.c.run_uuid == run_id) & _TAGS.c.key.in_((STORE_TAG, FORMER_TAG))
+        query = sa.select(TAGS.c.key, TAGS.c.value)
+        mine = (TAGS.c.run_uuid == run_id) & TAGS.c.key.in_((STORE_TAG, FORMER_TAG))
         return {str(key): value for key, value in self._rows(query.where(mine))}
 
     def _trials(self, experiments: Mapping[int, str]) -> Mapping[str, list[TrialRecord]]:
-        chosen: Any = sa.select(_RUNS.c.run_uuid).where(
-            _RUNS.c.experiment_id.in_(experiments), _RUNS.c.lifecycle_stage == "active"
+        chosen: Any = sa.select(RUNS.c.run_uuid).where(
+            RUNS.c.experiment_id.in_(experiments), RUNS.c.lifecycle_stage == "active"
         )
-        columns = (_RUNS.c.experiment_id, _RUNS.c.run_uuid, _RUNS.c.name, _RUNS.c.status, _RUNS.c.start_time)
-        runs = list(self._rows(sa.select(*columns, _RUNS.c.artifact_uri).where(_RUNS.c.run_uuid.in_(chosen))))
-        params = self._values(_PARAMS, chosen)
-        tags = self._values(_TAGS, chosen)
-        metrics = self._values(_METRICS, chosen)
+        columns = (RUNS.c.experiment_id, RUNS.c.run_uuid, RUNS.c.name, RUNS.c.status, RUNS.c.start_time)
+        runs = list(self._rows(sa.select(*columns, RUNS.c.artifact_uri).where(RUNS.c.run_uuid.in_(chosen))))
+        params = self._values(PARAMS, chosen)
+        tags = self._values(TAGS, chosen)
+        metrics = self._values(LATEST_METRICS, chosen)
         found: dict[str, list[TrialRecord]] = defaultdict(list)
-        for experiment_id, *info in runs:
-            study, run_id = experiments[experiment_id], info[0]
-            if tags.get(run_id, {}).get("kind") == "trial":
-                found[study].append(
-                    _record(study, tuple(info), params.get(run_id, {}), metrics.get(run_id, {}), tags[run_id])
-                )
+        for experiment_id, run_id, name, status, start, location in runs:
+            own, study = tags.get(run_id, {}), experiments[experiment_id]
+            if own.get("kind") == "trial":
+                name = name or own.get("mlflow.runName", "")
+                values = params.get(run_id, {}), metrics.get(run_id, {}), own
+                found[study].append(TrialRecord(run_id, study, name, status, *values, start or 0, location or ""))
         return found
 
     def _values(self, table: Any, chosen: Any) -> dict[str, dict[str, Any]]:
         """Return key and value of params, tags or latest metrics by run."""
         value = table.c.value
-        if table is _METRICS:
+        if table is LATEST_METRICS:
             value = sa.case((table.c.is_nan == sa.true(), sa.null()), else_=value)
-        missing = float("nan") if table is _METRICS else ""
+        missing = float("nan") if table is LATEST_METRICS else ""
         values: dict[str, dict[str, Any]] = defaultdict(dict)
         query = sa.select(table.c.run_uuid, table.c.key, value).where(table.c.run_uuid.in_(chosen))
         for run_id, key, stored in self._rows(query):
@@ -308,31 +248,4 @@ class SqlReader:
 
     def text(self, trial: TrialRecord, path: str) -> str:
         """Return the text of a trial's artifact; raise StoreError when it is not there."""
-        text = self._read(trial.study, trial.run_id, trial.artifact_uri, path)
-        if text is None:
-            raise StoreError(f"run {trial.run_id} has no artifact {path}; was the store moved?")
-        return text
-
-    def _read(self, study: str, run_id: str, location: str, path: str) -> str | None:
-        """Read an artifact where its run says it is, or next to the store, where it may have moved."""
-        if "://" in location and not location.startswith("file:"):
-            return self._download(f"{location}/{path}")
-        files = [Path(local_file_uri_to_path(location), path)]
-        store = stores.sqlite_file(self.uri)
-        if store is not None:
-            files.append(store.parent / paths.ARTIFACTS.name / study / run_id / "artifacts" / path)
-        for file in files:
-            try:
-                return file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                continue
-        return None
-
-    def _download(self, uri: str) -> str | None:
-        from mlflow.artifacts import download_artifacts
-
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                return Path(download_artifacts(uri, dst_path=folder, tracking_uri=self.uri)).read_text(encoding="utf-8")
-            except Exception:  # each kind of artifact store raises errors of its own
-                return None
+        return self._artifacts.text(trial.artifact_uri, path, trial.study)

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
 from caltech_sweep.study.definition import StudyDefinition
 
+STRIKES = 3  # failures at one write, of a store that takes others, after which it is set aside
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
-MISSING_TAG = "artifacts.missing"  # of a trial: a JSON object from each artifact that was not made to the reason
+MISSING_TAG = "artifacts.missing"  # of a trial: as JSON, each artifact that was not made or taken, with the reason
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
 
 
@@ -61,7 +62,7 @@ def sound_outcome(outcome: str, metrics: Mapping[str, float]) -> str:
 
 
 def missing_artifacts(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the artifacts that a trial has not made, with the reasons."""
+    """Return the artifacts that a trial has not made, or the store not taken, with the reasons."""
     try:
         found = json.loads(tags.get(MISSING_TAG, "{}"))
     except ValueError:
@@ -80,21 +81,49 @@ class InitialWeights:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial's run as the store has it; ``outcome`` is "running" until it ends."""
+    """One trial's run as the store has it; what the trial is, and how it ended, is in its tags."""
 
     run_id: str
     study: str
     name: str
-    row: str | None
-    number: int
-    outcome: str
     status: str
-    fingerprint: str
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
-    start_time: int  # milliseconds since 1970
-    artifact_uri: str
+    start_time: int = 0  # milliseconds since 1970
+    artifact_uri: str = ""
+
+    @property
+    def row(self) -> str | None:
+        """The row of the study that it trains, or None of a sampled trial."""
+        return self.tags.get("row")
+
+    @property
+    def number(self) -> int:
+        """The trial's number, or -1 of a run that is no trial's."""
+        number = self.tags.get("trial_number", "")
+        return int(number) if number.isdecimal() else -1
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the trial's config."""
+        return self.tags.get("fingerprint", "")
+
+    @cached_property
+    def outcome(self) -> str:
+        """The end that the run has recorded, or "" before it.
+
+        A run that is RUNNING may have one: it was killed between the last two calls of its end.
+        """
+        return sound_outcome(self.tags.get("outcome", ""), self.metrics)
+
+    @property
+    def state(self) -> str:
+        """What people are told: "running" until the run has ended, then its outcome.
+
+        A run that was stopped from outside has none, and was interrupted.
+        """
+        return "running" if self.status in ("RUNNING", "SCHEDULED") else self.outcome or "interrupted"
 
     @property
     def objective(self) -> Objective:
@@ -135,6 +164,14 @@ class StudyRecord:
     def images(self) -> Mapping[str, int]:
         """How many images each part has, and how many ``classes`` there are, as far as that is recorded."""
         return self.document.get("images") or {}
+
+    @classmethod
+    def from_tags(
+        cls, name: str, run_id: str, experiment_id: str, document: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> StudyRecord:
+        """Return the record of a study from its parent run's file and tags."""
+        former = tuple(filter(None, tags.get(FORMER_TAG, "").split(",")))
+        return cls(name, run_id, experiment_id, document, tags.get(STORE_TAG), former)
 
     def has(self, tags: Mapping[str, str]) -> bool:
         """Tell whether a trial's run is this study's, by its tags, rather than of another study of its name."""
@@ -195,8 +232,11 @@ class Tracker(Protocol):
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
-    ) -> None:
-        """Keep a trial's artifacts, log what is known only at its end, and set its final status."""
+    ) -> Mapping[str, str]:
+        """Keep a trial's artifacts, log what is known only at its end, and set its final status.
+
+        Returns the artifacts that will never be taken, with the reasons.
+        """
 
     def study(self, name: str) -> StudyRecord | None:
         """Return a study, or None."""
@@ -206,7 +246,12 @@ class Tracker(Protocol):
 
 
 def records_by_trial(tracker: Tracker, name: str) -> dict[tuple[int, str], TrialRecord]:
-    """Return the tracking store's runs of a study by trial number and fingerprint, the latest of equals."""
+    """Return the tracking store's runs of a study by trial number and fingerprint, the best of equals."""
     study = tracker.study(name)
     trials = tracker.trials(study) if study else []
-    return {(record.number, record.fingerprint): record for record in trials}
+    return {(record.number, record.fingerprint): record for record in sorted(trials, key=worth)}
+
+
+def worth(run: TrialRecord) -> tuple[bool, int]:
+    """Return what orders the runs of one trial: the last one counts."""
+    return run.outcome == "complete", run.start_time

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from caltech_sweep.files import NEW, create_atomically, locked, remove_abandoned
-from caltech_sweep.training.heartbeat import beat
 
 FORMAT = 1
 KINDS = ("stage", "features")
@@ -161,7 +160,7 @@ class Cache:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to wait for
                 place.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(place / name, math.inf, beat))  # computing it may take long
+                stack.enter_context(locked(place / name, math.inf))  # computing it may take long
             yield
 
     def entries(self) -> list[Entry]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from caltech_sweep.errors import NotFiniteError
+from caltech_sweep.heartbeat import beat
 from caltech_sweep.metrics import METRICS, Outputs
-from caltech_sweep.training.heartbeat import beat
 
 Views = Callable[[torch.Tensor], torch.Tensor]
 

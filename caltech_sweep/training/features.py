@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from caltech_sweep.heartbeat import beat
 from caltech_sweep.training.augment import Draws
 from caltech_sweep.training.cache import Cache
-from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.keys import digest
 
 CHUNK = 32  # images that the frozen layers see at once, the last chunk filled up with zeros

@@ -17,13 +17,13 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import DatasetError, DivergedError, NotFiniteError
+from caltech_sweep.heartbeat import beat
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training import augment
 from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
-from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.models import train_mode
 from caltech_sweep.training.networks import NORMALIZE, normalization, source_of
 from caltech_sweep.training.schedule import epoch_rates

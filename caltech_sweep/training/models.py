@@ -19,8 +19,8 @@ from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
+from caltech_sweep.heartbeat import beat
 from caltech_sweep.seeds import derive_seed
-from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.networks import is_in, last_layer, source_of
 
 

@@ -14,6 +14,7 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
+from caltech_sweep.artifacts import CHECKPOINT, CONFIG, ENVIRONMENT, PER_CLASS, confusion_path, predictions_path
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import CaltechSweepError
@@ -25,11 +26,10 @@ from caltech_sweep.training.figure import draw_confusion_matrix
 from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.trial import TrialOutcome
 
-CHECKPOINT = "checkpoints/best.safetensors"
 MOST_CLASSES = 3000  # of a confusion matrix: 9 million cells, 20 MB as text
 
 
-class ArtifactError(CaltechSweepError):
+class _NotMadeError(CaltechSweepError):
     """An artifact that is not made."""
 
 
@@ -75,7 +75,7 @@ class _Part:
 
     def matrix(self) -> np.ndarray:
         if len(self.classes) > MOST_CLASSES:
-            raise ArtifactError(
+            raise _NotMadeError(
                 f"confusion matrices are made for {MOST_CLASSES:,} classes at most, not for {len(self.classes):,}; "
                 "the predictions list every image"
             )
@@ -146,14 +146,14 @@ def _artifacts(
     }
     found: dict[str, Callable[[Path], object]] = {
         CHECKPOINT: lambda path: _write_checkpoint(path, config, data.split.classes, outcome),
-        "config.yaml": lambda path: _write_config(path, config),
-        "environment.json": lambda path: path.write_text(json.dumps(environment(device), indent=2) + "\n"),
-        "per_class.csv": lambda path: _write_classes(path, parts["val"], parts.get("test")),
+        CONFIG: lambda path: _write_config(path, config),
+        ENVIRONMENT: lambda path: path.write_text(json.dumps(environment(device), indent=2) + "\n"),
+        PER_CLASS: lambda path: _write_classes(path, parts["val"], parts.get("test")),
     }
     for name, part in parts.items():
-        found[f"predictions/{name}.csv"] = part.write_predictions
-        found[f"confusion_matrix/{name}.csv"] = part.write_matrix
-        found[f"confusion_matrix/{name}.png"] = part.draw_matrix
+        found[predictions_path(name)] = part.write_predictions
+        found[confusion_path(name)] = part.write_matrix
+        found[confusion_path(name, "png")] = part.draw_matrix
     return found
 
 

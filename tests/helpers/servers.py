@@ -6,16 +6,21 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
+
+import pytest
 
 
 @dataclass
@@ -142,3 +147,82 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path
 def mlflow_server(store: str, log: Path) -> AbstractContextManager[str]:
     """Serve a tracking store with MLflow, and yield its address."""
     return answering([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"], log)
+
+
+Rule = Callable[[str, str, int], int | None]  # from method, path and body's length to a status; None lets it through
+HANG, HANG_UP = 0, -1  # in place of a status: never answer, or close the connection
+
+
+@dataclass
+class Gate:
+    """MLflow's own server in this process, behind a proxy that answers some requests itself, by a rule."""
+
+    address: str
+    rule: Rule = field(default=lambda method, path, length: None)
+    both_sides: bool = False  # clients need a certificate, too
+    wants: str | None = None  # the Authorization that every request must have
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    opened: threading.Event = field(default_factory=threading.Event)  # lets go what hangs
+
+    def close_after(self, requests: int, status: int) -> None:
+        """Answer everything but the first few requests with a status."""
+        left = iter(range(requests))
+        self.rule = lambda method, path, length: None if next(left, None) is not None else status
+
+    def open(self) -> None:
+        """Let everything through."""
+        self.rule = lambda method, path, length: None
+        self.opened.set()
+        self.opened = threading.Event()
+
+
+@contextmanager
+def gated_mlflow(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Gate]:
+    """Serve an MLflow store in ``folder`` from this process, through a gate, over HTTPS where ``tls`` is given."""
+    server_only = {
+        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder}/mlflow.db",
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server_only.items():
+            patch.setenv(name, value)
+        with warnings.catch_warnings():  # of its web frameworks, about one another
+            warnings.simplefilter("ignore")
+            import mlflow.server.fastapi_app
+            from mlflow.server import handlers
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        for name in ("_tracking_store", "_artifact_repo", "_model_registry_store"):
+            patch.setattr(handlers, name, None)
+        gate = Gate("")
+
+        def answer(environ: dict[str, Any], start_response: Any) -> Any:
+            method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+            gate.asked.append((method, path))
+            environ["HTTP_HOST"] = "localhost"  # whoever was meant: a gate may be a proxy
+            status = gate.rule(method, path, int(environ.get("CONTENT_LENGTH") or 0))
+            if gate.wants is not None and environ.get("HTTP_AUTHORIZATION") != gate.wants:
+                status = 401
+            if status is None:
+                return mlflow.server.app(environ, start_response)
+            if status == HANG:
+                gate.opened.wait(60)
+            if status == HANG_UP:
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            start_response(f"{status if status > 0 else 503} Refused", [("Content-Type", "text/plain")])
+            return [b"not so"]
+
+        quiet = type("Quiet", (WSGIRequestHandler,), {"log": lambda *_: None})
+        server = make_server("127.0.0.1", 0, answer, threaded=True, request_handler=quiet, ssl_context=tls)
+        gate.address = f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield gate
+        finally:
+            gate.open()
+            server.shutdown()
+            thread.join()
+            server.server_close()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caltech_sweep import stores
 from caltech_sweep.report.build import choose
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import Table
@@ -21,6 +20,7 @@ from caltech_sweep.report.page.comparison import Comparison, _comparison
 from caltech_sweep.report.page.section import POINTS, Curves, Options, Section, _across, _named, _section
 from caltech_sweep.report.render import anchors
 from caltech_sweep.report.tables import build_table, told_apart
+from caltech_sweep.stores import Address, Store
 from caltech_sweep.tracking.history import read_histories, read_moments
 from caltech_sweep.tracking.reader import open_reader
 
@@ -44,38 +44,37 @@ class Page:
 # -- all studies -------------------------------------------------------------------------------------------------------
 
 
-def _link(uri: str, experiment_id: str) -> Callable[[str], str]:
-    served = uri.startswith(("http://", "https://"))
-    base = stores.hide_secrets(uri).replace("***@", "").rstrip("/") if served else LOCAL_UI
+def _link(store: Store, experiment_id: str) -> Callable[[str], str]:
+    base = store.page or LOCAL_UI
     return lambda run_id: f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def build_page(studies: Sequence[str], options: Options, tracking_uri: str | None) -> Page:
+def build_page(studies: Sequence[str], options: Options, tracking_uri: Address) -> Page:
     """Return the page of some studies, or of all, from the tracking store and, for thumbnails, the dataset's folder.
 
     Raises UsageError for a study or a row that is not there, StoreError for a store that cannot be read or is empty.
     """
     reader = open_reader(tracking_uri)
-    stored = reader.studies(choose(studies, reader.names(), reader.uri))
+    stored = reader.studies(choose(studies, reader.names(), reader.store))
     runs = [run.run_id for study in stored for _, _, run in curves.drawn(study)]
-    histories = read_histories(reader.uri, runs, list(curves.METRICS))
-    most = POINTS_OF_A_SERVER if reader.uri.startswith("http") else POINTS
+    histories = read_histories(reader.store, runs, list(curves.METRICS))
+    most = POINTS_OF_A_SERVER if reader.store.is_web else POINTS
     searches = [run for found in map(curves.sampled, stored) if len(found) <= most for run in found]
     names = {run.objective.each_epoch for run in searches}
     moments = [
         moment
         for name in sorted(names)
-        for moment in read_moments(reader.uri, [r.run_id for r in searches if r.objective.each_epoch == name], name)
+        for moment in read_moments(reader.store, [r.run_id for r in searches if r.objective.each_epoch == name], name)
     ]
     tables = told_apart(
-        [build_table(s, options.best, reader.text, _link(reader.uri, s.record.experiment_id)) for s in stored]
+        [build_table(s, options.best, reader.text, _link(reader.store, s.record.experiment_id)) for s in stored]
     )
     sections, everything = [], []
     for index, (study, table, anchor) in enumerate(zip(stored, tables, anchors(tables), strict=True)):
         named = _named(study, options.best, reader)
         sections.append(_section(index, study, table, anchor, named, histories, moments, reader, options))
         everything += named
-    html = _render(sections, _comparison(everything, options.compare), _across(sections), reader.uri)
+    html = _render(sections, _comparison(everything, options.compare), _across(sections), reader.store)
     return Page(html, tuple(section.table for section in sections))
 
 
@@ -88,7 +87,7 @@ def _data(sections: Sequence[Section], comparison: Comparison | None) -> dict[st
     }
 
 
-def _render(sections: Sequence[Section], comparison: Comparison | None, across: Curves | None, uri: str) -> str:
+def _render(sections: Sequence[Section], comparison: Comparison | None, across: Curves | None, store: Store) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -114,7 +113,7 @@ def _render(sections: Sequence[Section], comparison: Comparison | None, across: 
         comparison=comparison,
         across=across,
         styles=range(curves.STYLES),
-        local_ui=None if uri.startswith("http") else LOCAL_UI,
+        local_ui=None if store.is_web else LOCAL_UI,
         style=source("page.css"),
         script=script,
         digest=digest,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
+from functools import partial
 
+from caltech_sweep import artifacts
 from caltech_sweep.errors import StoreError
-from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY, logged
-from caltech_sweep.report.tables import ReadText
+from caltech_sweep.metrics import BEST_ACCURACY, logged
+from caltech_sweep.report.tables import ReadText, reported_part, run_predictions
 from caltech_sweep.tracking.records import TrialRecord
 
 
@@ -54,30 +54,11 @@ class Wrong:
     confidence: float
 
 
-def reported_part(run: TrialRecord) -> str:
-    """Return the part whose files hold a run's reported predictions: val where the dataset has no test images."""
-    if TEST_ACCURACY not in run.metrics:
-        return "val"
-    return "test_tencrop" if run.params.get("test_views") == "tencrop" else "test"
-
-
-def _table(read: ReadText, run: TrialRecord, folder: str) -> list[list[str]]:
-    """Return a file's lines as cells, or none when it is lost or no table."""
-    try:
-        return [line for line in csv.reader(io.StringIO(read(run, f"{folder}/{reported_part(run)}.csv"))) if line]
-    except (StoreError, csv.Error):
-        return []
-
-
 def read_confusion(read: ReadText, run: TrialRecord) -> Confusion | None:
     """Return a run's confusion matrix of the test images, or None when it is lost or damaged."""
-    lines = _table(read, run, "confusion_matrix")
     try:
-        classes = tuple(lines[0][1:])
-        counts = [[int(number) for number in line[1:]] for line in lines[1:]]
-    except (IndexError, ValueError):
-        return None
-    if not classes or [len(row) for row in counts] != [len(classes)] * len(classes):
+        classes, counts = artifacts.read_confusion(partial(read, run), reported_part(run))
+    except StoreError:
         return None
     right, images = sum(row[i] for i, row in enumerate(counts)), sum(map(sum, counts))
     part = reported_part(run)
@@ -100,16 +81,9 @@ def confused_pairs(matrix: Confusion, most: int) -> list[Pair]:
 
 def most_confidently_wrong(read: ReadText, run: TrialRecord, most: int) -> list[Wrong] | None:
     """Return the wrongly classified test images, the most confident first; None when the predictions are lost."""
-    lines = _table(read, run, "predictions")
-    try:
-        columns = [lines[0].index(name) for name in ("image", "label", "prediction", "confidence")]
-        found = [_wrong([line[column] for column in columns]) for line in lines[1:]]
-    except (IndexError, ValueError):
+    found = run_predictions(read, run)
+    if found is None or not found.confidences:
         return None
-    wrong = [item for item in found if item.label != item.prediction]
+    images = zip(found.images, found.labels, found.predictions, found.confidences, strict=True)
+    wrong = [item for item in itertools.starmap(Wrong, images) if item.label != item.prediction]
     return sorted(wrong, key=lambda item: (-item.confidence, item.image))[:most]
-
-
-def _wrong(cells: Sequence[str]) -> Wrong:
-    image, label, prediction, confidence = cells
-    return Wrong(image, label, prediction, float(confidence))

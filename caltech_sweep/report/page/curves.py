@@ -84,20 +84,20 @@ def sampled(study: StoredStudy) -> list[TrialRecord]:
     for trial in study.trials:
         if trial.row is None and "confirms" not in trial.tags:
             known = by_number.get(trial.number)
-            if known is None or known.outcome != "complete" or trial.outcome == "complete":
+            if known is None or known.state != "complete" or trial.state == "complete":
                 by_number[trial.number] = trial
     return [by_number[number] for number in sorted(by_number)]
 
 
 def best_sampled(study: StoredStudy) -> list[TrialRecord]:
     """Return the sampled trials, those first that are complete and the best on validation."""
-    return sorted(sampled(study), key=lambda trial: (trial.outcome != "complete", trial.rank))
+    return sorted(sampled(study), key=lambda trial: (trial.state != "complete", trial.rank))
 
 
 def lines(study: StoredStudy, histories: Histories) -> list[Line]:
     """Return the curves of the trials that have any."""
     return [
-        Line(one_line(name), kind, study.record.name, run.outcome, run.params, histories[run.run_id])
+        Line(one_line(name), kind, study.record.name, run.state, run.params, histories[run.run_id])
         for name, kind, run in drawn(study)
         if histories.get(run.run_id)
     ]

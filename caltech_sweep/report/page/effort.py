@@ -54,7 +54,7 @@ def effort_of(
     rungs: dict[int, list[tuple[float, bool]]] = {}
     for spent, moment in enumerate(in_order, 1):
         trial = by_run[moment.run_id]
-        if trial.outcome == "complete" and (best is None or trial.objective.better(moment.value, best)):
+        if trial.state == "complete" and (best is None or trial.objective.better(moment.value, best)):
             best = moment.value
         line += [] if best is None else [(spent, best)]
         if moment.epoch in _rungs_of(trial, pausing):

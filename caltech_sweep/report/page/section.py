@@ -140,10 +140,10 @@ def _history_points(study: StoredStudy) -> list[charts.SearchPoint]:
     """Return the sampled trials that have ended, or paused, with an accuracy."""
     points = []
     for trial in curves.sampled(study):
-        value = trial.score if trial.outcome == "complete" else metric(trial, trial.objective.each_epoch)
-        if value is not None and trial.outcome in ("complete", "pruned", "paused"):
+        value = trial.score if trial.state == "complete" else metric(trial, trial.objective.each_epoch)
+        if value is not None and trial.state in ("complete", "pruned", "paused"):
             random = trial.tags.get(SUGGESTED_BY) == "random"
-            points.append(charts.SearchPoint(trial.number, value, trial.outcome, random))
+            points.append(charts.SearchPoint(trial.number, value, trial.state, random))
     return points
 
 
@@ -184,7 +184,7 @@ def _search(
     moments: Sequence[Moment] = (),
 ) -> Search:
     points, trials, definition = _history_points(study), curves.sampled(study), study.record.definition
-    complete = [trial for trial in trials if trial.outcome == "complete"]
+    complete = [trial for trial in trials if trial.state == "complete"]
     if not points:
         return Search("No sampled trial has ended yet, so there is no search to show.")
     drawn, earlier = points[-POINTS:], points[:-POINTS]
@@ -193,7 +193,7 @@ def _search(
     sentence = f"{counted(len(points), 'sampled trial')}: {', '.join(f'{counts[name]} {name}' for name in shown)}."
     label = f"Validation accuracy by trial number. {sentence}"
     label += f" The last {len(drawn):,} are drawn." if earlier else ""
-    others = Counter(trial.outcome for trial in trials)
+    others = Counter(trial.state for trial in trials)
     others.subtract(counts)
     names = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(others.items()) if number)
     accuracies = [point.value for point in points if point.outcome == "complete"]
@@ -229,7 +229,7 @@ def _paused_places(trials: Sequence[TrialRecord]) -> str:
     places = Counter(
         (int(trial.tags.get(PAUSED_AT, 0)), trial.params.get("epochs", "?"))
         for trial in trials
-        if trial.outcome == "paused"
+        if trial.state == "paused"
     )
     texts = [f"{number} at epoch {epoch} of {epochs}" for (epoch, epochs), number in sorted(places.items())]
     return f" Paused: {', '.join(texts)}." if texts else ""
@@ -298,7 +298,7 @@ def _counts(study: StoredStudy) -> str:
     trials: dict[tuple[int, str], list[TrialRecord]] = {}
     for run in study.trials:
         trials.setdefault((run.number, run.fingerprint), []).append(run)
-    counts = Counter(pick(attempts).outcome.replace("_", " ") for attempts in trials.values())
+    counts = Counter(pick(attempts).state.replace("_", " ") for attempts in trials.values())
     return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) or "none yet"
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from caltech_sweep.heartbeat import beating
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Epoch, Event, Job, Runner, Stopped, WorkerDied, _advance
-from caltech_sweep.training.heartbeat import beating
 
 
 def _die_with_parent() -> None:
