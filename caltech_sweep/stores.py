@@ -19,6 +19,7 @@ from caltech_sweep.addresses import hide_secrets as hide_secrets
 from caltech_sweep.addresses import sqlite_file as sqlite_file
 from caltech_sweep.errors import StoreError
 from caltech_sweep.files import create_atomically, locked
+from caltech_sweep.machine import log_problem
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -156,12 +157,16 @@ def make_whole(uri: str, make: Callable[[str], None]) -> None:
     """Let ``make`` create a missing SQLite store under a name of its own, then put it in its place in one step.
 
     A process that is killed while it creates tables would leave a store that cannot be opened. Where another process
-    was faster, its store is as good.
+    was faster, its store is as good. One that is there is made usable where it lies, see :func:`without_log`.
     """
     file = sqlite_file(uri)
-    if file is not None and not file.exists():
-        with create_atomically(file, replace=False) as made:
-            make(f"{SQLITE}{made}")
+    if file is None:
+        return
+    if file.exists():
+        _leave_log(file)
+        return
+    with create_atomically(file, replace=False) as made:
+        make(f"{SQLITE}{made}")
 
 
 def make_tables(uri: str, make: Callable[[], T]) -> T:
@@ -185,16 +190,45 @@ def tune_sqlite(engine: Engine, patience: int) -> None:
     A write waits ``patience`` seconds for a database that another process holds.
 
     A write-ahead log survives the death of any process; a power cut may lose the last moments, never the file
-    (SQLite, "Write-Ahead Logging").
+    (SQLite, "Write-Ahead Logging"). Where there can be none, see :func:`without_log`, each commit waits for the disk.
     """
     from sqlalchemy import event
 
+    logged = not log_problem(Path(str(engine.url.database)).parent)
+
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={patience * 1000}"):
-            connection.execute(f"PRAGMA {pragma}")
+        connection.execute(f"PRAGMA busy_timeout={patience * 1000}")
+        (mode,) = connection.execute(f"PRAGMA journal_mode={'WAL' if logged else 'DELETE'}").fetchone()
+        connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
 
     engine.dispose()  # connections that are open already lack the settings
+
+
+def without_log(*uris: str) -> str:
+    """Return the sentence about stores that can have no write-ahead log: what is lost, and what helps; or ""."""
+    files = [file for uri in uris if (file := sqlite_file(uri)) is not None]
+    for file in files:
+        if problem := log_problem(file.parent):
+            return (
+                f"the store {file} lies on {problem}, where SQLite can keep no write-ahead log: a write waits while "
+                "another process reads, each commit waits for the disk, and two machines must not use it at once; "
+                "faster and safer: --local-stores FOLDER, with a folder on this machine's own disk"
+            )
+    return ""
+
+
+def _leave_log(file: Path) -> None:
+    """Turn a store with a write-ahead log into one without, where its file system can have none.
+
+    Only a connection that keeps the file for itself can do that there, since it shares no memory.
+    """
+    with file.open("rb") as opened:
+        if opened.read(20)[18:] != b"\2\2" or not log_problem(file.parent):
+            return
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=DELETE"):
+            database.execute(f"PRAGMA {pragma}").fetchone()
 
 
 def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep import addresses, paths, stores
+from caltech_sweep import addresses, machine, paths, stores
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
@@ -59,7 +59,7 @@ def find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weigh
         if kind not in ("file", "run", "study") or config.weights in found:
             continue
         if kind == "file":
-            found[config.weights] = _digested(Path(name))
+            found[config.weights] = _digested(paths.expanded(name))
             continue
         tracker = MlflowTracker(tracking_uri)
         run_id = tracker.best_trial(name).run_id if kind == "study" else name
@@ -197,7 +197,7 @@ def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights |
     from caltech_sweep.training.device import pick_device
     from caltech_sweep.training.keys import CacheOptions
 
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or machine.threads())
     device, use = pick_device(options.device), CacheOptions(paths.cache_folder().resolve(), 0)
 
     def kept(config: TrialConfig) -> int:

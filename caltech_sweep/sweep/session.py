@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any, cast
 
 import optuna
 
-from caltech_sweep import paths, stores
+from caltech_sweep import machine, paths, stores
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
 from caltech_sweep.study.definition import StudyDefinition
@@ -24,7 +25,7 @@ from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
 from caltech_sweep.sweep.executors.base import Executor, Job
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
-from caltech_sweep.sweep.executors.processes import ProcessExecutor
+from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
@@ -83,27 +84,32 @@ def make_executor(options: RunOptions) -> Executor:
     import torch
 
     devices = [options.device] if options.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    cores = os.cpu_count() or 1
-    threads = options.threads or cores
+    threads = options.threads or machine.threads()
     if options.in_process:
         torch.set_num_threads(threads)
         return InProcessExecutor(train, devices[0])
     workers = options.workers or len(devices) * options.per_device
-    if workers * threads > cores:  # threads that spin while they wait would hold the others up
+    if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return ProcessExecutor(train, workers, devices, threads, options.hang_timeout)
 
 
 @contextmanager
 def _stoppable(coordinator: Coordinator, watcher: Progress) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM stop cleanly, and a second one at once."""
+    """Let the first Ctrl-C, SIGTERM or closed terminal stop cleanly, and a second Ctrl-C at once.
+
+    A signal that the shell has this process ignore, as nohup does, stays ignored.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         watcher.note("Stopping: running trials will resume on the next run. Press Ctrl-C again to stop at once.")
         coordinator.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
@@ -115,8 +121,9 @@ def _progress(stack: ExitStack, write: Callable[[str], None]) -> Progress:
     """Return a live table on a terminal, and plain lines elsewhere."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    return stack.enter_context(LiveProgress(console)) if console.is_terminal else PlainProgress(write)
+    if not machine.rewrites_lines(sys.stderr):
+        return PlainProgress(write)
+    return stack.enter_context(LiveProgress(Console(file=cast(IO[str], machine.Lasting(sys.stderr)))))
 
 
 def _scratch(stack: ExitStack) -> Path:
@@ -182,6 +189,8 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
     """Check a study, then run it to its total; ``write`` prints a line."""
     checked = _checked(definition, options, write)
     tracker = MlflowTracker(checked.tracking, create=True)
+    if notice := stores.without_log(checked.tracking, checked.storage):
+        write(notice)
     identity = identity_of(definition, checked.data, checked.weights)
     opening = _Opening(definition, identity, checked.weights, tracker, checked.storage, options.adopt)
     opening.check_owner()
