@@ -169,6 +169,13 @@ def main() -> None:
     help="Disk for what is shared.",
 )
 @click.option(
+    "--local-stores",
+    type=_Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep the stores in FOLDER, on this machine's own disk, and copy them to their place after every trial: for "
+    "stores on a network mount, such as Drive on Colab.",
+)
+@click.option(
     "--hang-timeout",
     type=_Number(30),
     default=600,
@@ -402,7 +409,6 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
     """
     import csv
     import io
-    import os
 
     from caltech_sweep.data import dataset_root, load_split
     from caltech_sweep.study.file import dataset_of
@@ -413,7 +419,8 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
     writer = csv.writer(lines, lineterminator="\n")
     for item in split.part(part):
         writer.writerow([(item.path.relative_to(root) if root else item.path).as_posix(), item.class_name])
-    sys.stdout.buffer.write(os.fsencode(lines.getvalue()))  # names as the file system has them
+    # names as the file system has them, whatever the locale is
+    sys.stdout.buffer.write(lines.getvalue().encode("utf-8", "surrogateescape"))
     if split.passed_over:
         _say(f"passed over: {split.passed_over}")
 

@@ -163,7 +163,7 @@ def make_whole(uri: str, make: Callable[[str], None]) -> None:
     if file is None:
         return
     if file.exists():
-        _leave_log(file)
+        leave_log(file)
         return
     with create_atomically(file, replace=False) as made:
         make(f"{SQLITE}{made}")
@@ -218,7 +218,7 @@ def without_log(*uris: str) -> str:
     return ""
 
 
-def _leave_log(file: Path) -> None:
+def leave_log(file: Path) -> None:
     """Turn a store with a write-ahead log into one without, where its file system can have none.
 
     Only a connection that keeps the file for itself can do that there, since it shares no memory.

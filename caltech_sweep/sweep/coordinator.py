@@ -65,7 +65,10 @@ def _broken(metrics: Mapping[str, float], when: str) -> str:
 
 
 class Coordinator:
-    """Runs one study to its total; ``make_job`` returns the job of a trial that was handed out."""
+    """Runs one study to its total; ``make_job`` returns the job of a trial that was handed out.
+
+    ``ended`` is called when a trial's end is in both stores.
+    """
 
     def __init__(
         self,
@@ -76,9 +79,10 @@ class Coordinator:
         make_job: Callable[[QueuedTrial], Job],
         limits: Limits = Limits(),
         ledger: Ledger | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue, self.recorder, self.executor, self.progress = queue, recorder, executor, progress
-        self.make_job, self.limits, self.ledger = make_job, limits, ledger or Ledger({})
+        self.make_job, self.limits, self.ledger, self._ended = make_job, limits, ledger or Ledger({}), ended
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
@@ -275,6 +279,8 @@ class Coordinator:
         self.summary.outcomes[outcome] = self.summary.outcomes.get(outcome, 0) + 1
         self.progress.trial_ended(queued.number, queued.name, outcome, text)
         self._count_failures(outcome, queued.name, text)
+        if outcome != "interrupted":
+            self._ended()
 
     def _count_failures(self, outcome: str, name: str, text: str) -> None:
         """Stop the study when one trial after the other fails for another reason than its settings."""

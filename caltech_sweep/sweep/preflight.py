@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ class RunOptions:
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
     hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
     max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
+    local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 

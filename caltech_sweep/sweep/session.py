@@ -28,9 +28,10 @@ from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.lease import Held, fencing, holding
+from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own
-from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of, kept_epochs
+from caltech_sweep.sweep.preflight import RunOptions, Weights, _Checked, _checked, identity_of, kept_epochs
 from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
@@ -185,18 +186,46 @@ def _guard(stack: ExitStack, study: optuna.Study, tracker: MlflowTracker, held: 
         stack.enter_context(fencing(engine, held))
 
 
+@dataclass(frozen=True)
+class _InUse:
+    """The stores that a run works on: those that were named, or copies on this machine's disk; ``save`` copies back."""
+
+    tracking: str
+    storage: str
+    artifacts: Path | None = None
+    save: Callable[[Callable[[str], None]], None] = lambda note: None
+
+
+@contextmanager
+def _stores_in_use(
+    checked: _Checked, options: RunOptions, study: str, write: Callable[[str], None]
+) -> Iterator[_InUse]:
+    if options.local_stores is None:
+        if notice := stores.without_log(checked.tracking, checked.storage):
+            write(notice)
+        yield _InUse(checked.tracking, checked.storage)
+        return
+    local = LocalStores(checked.tracking, checked.storage, options.local_stores)
+    with ExitStack() as stack:
+        if local.storage != checked.storage:
+            stores.check_file(checked.storage, "study store", create=True)
+            stack.enter_context(holding(checked.storage, study))
+        local.restore(write)
+        stack.callback(local.save, write)
+        yield _InUse(local.tracking, local.storage, local.artifacts, local.save)
+
+
 def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
     """Check a study, then run it to its total; ``write`` prints a line."""
     checked = _checked(definition, options, write)
-    tracker = MlflowTracker(checked.tracking, create=True)
-    if notice := stores.without_log(checked.tracking, checked.storage):
-        write(notice)
     identity = identity_of(definition, checked.data, checked.weights)
-    opening = _Opening(definition, identity, checked.weights, tracker, checked.storage, options.adopt)
-    opening.check_owner()
-    stores.check_file(checked.storage, "study store", create=True)
     with ExitStack() as stack:
-        held = stack.enter_context(holding(checked.storage, definition.name))
+        used = stack.enter_context(_stores_in_use(checked, options, definition.name, write))
+        tracker = MlflowTracker(used.tracking, used.artifacts, create=True)
+        opening = _Opening(definition, identity, checked.weights, tracker, used.storage, options.adopt)
+        opening.check_owner()
+        stores.check_file(used.storage, "study store", create=True)
+        held = stack.enter_context(holding(used.storage, definition.name))
         study = opening.open(write)
         _guard(stack, study, tracker, held)
         watcher = _progress(stack, write)
@@ -214,13 +243,13 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             watcher.note,
             tags=git_state(),
             weights=checked.weights,
-            describe=partial(table_of, definition.name, checked.tracking),
+            describe=partial(table_of, definition.name, used.tracking),
         )
         make_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
         queue, limits = TrialQueue(definition, study, options.rows), Limits(options.max_failures)
         kept = kept_epochs(options, checked.data, checked.weights) if definition.budget else (lambda config: 0)
-        ledger = Ledger(definition.budget, kept)
-        coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger)
+        ledger, ended = Ledger(definition.budget, kept), partial(used.save, watcher.note)
+        coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger, ended)
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run(options.confirm)
 

@@ -189,6 +189,8 @@ class Cache:
         aside = self.folder / f"{_DROPPED}{uuid.uuid4().hex}"
         with contextlib.suppress(OSError):  # not there, or another process was faster
             (self.folder / name).rename(aside)
+            if not aside.is_dir():
+                aside.unlink()  # rmtree would wait for the other end of a pipe
         shutil.rmtree(aside, ignore_errors=True)
 
     def _make_room(self, size: int) -> None:
