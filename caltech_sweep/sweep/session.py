@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, cast
+from typing import Any
 
 import optuna
 
@@ -32,7 +31,7 @@ from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own
 from caltech_sweep.sweep.preflight import RunOptions, Weights, _Checked, _checked, identity_of, kept_epochs
-from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
+from caltech_sweep.sweep.progress import Progress, showing
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
 from caltech_sweep.sweep.sharing import branch_epochs
@@ -116,15 +115,6 @@ def _stoppable(coordinator: Coordinator, watcher: Progress) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _progress(stack: ExitStack, write: Callable[[str], None]) -> Progress:
-    """Return a live table on a terminal, and plain lines elsewhere."""
-    from rich.console import Console
-
-    if not machine.rewrites_lines(sys.stderr):
-        return PlainProgress(write)
-    return stack.enter_context(LiveProgress(Console(file=cast(IO[str], machine.Lasting(sys.stderr)))))
 
 
 def _scratch(stack: ExitStack) -> Path:
@@ -228,7 +218,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         held = stack.enter_context(holding(used.storage, definition.name))
         study = opening.open(write)
         _guard(stack, study, tracker, held)
-        watcher = _progress(stack, write)
+        watcher = stack.enter_context(showing(write))
         await_outages(study, watcher.note)
         root = stores.journal_root(checked.storage)
         journal = Journal(own_folder(root, definition.name, checked.tracking, lambda: _names(tracker)))
