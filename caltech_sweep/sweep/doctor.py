@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep import paths, stores
 from caltech_sweep.artifacts import artifact_problems
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
