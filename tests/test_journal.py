@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,10 @@ def run(tracker: MemoryTracker, folder: Path) -> list[str]:
     return notes
 
 
+def untimed(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name != "spent/seconds"}
+
+
 def told(tracker: MemoryTracker) -> Any:
     """Return all that a tracker was told, without times and ids."""
     return [
@@ -53,8 +58,8 @@ def told(tracker: MemoryTracker) -> Any:
             run.params,
             {k: v for k, v in run.tags.items() if k != "journal.id"},
             run.status,
-            [(epoch, dict(metrics)) for epoch, metrics, _ in run.history],
-            run.metrics,
+            [(epoch, untimed(metrics)) for epoch, metrics, _ in run.history],
+            untimed(run.metrics),
             run.artifacts,
             tracker.datasets[run_id],
         )
