@@ -168,6 +168,12 @@ def test_a_study_on_local_stores_is_on_the_mount_and_goes_on_from_it_elsewhere(p
     assert "0.5" in invoke("report", "tiny").output
 
 
+def examined(*stores: str) -> str:
+    """Return what the doctor says in a new process: this one has had files open that were replaced since."""
+    command = [sys.executable, "-m", "caltech_sweep", "doctor", *stores]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 @pytest.mark.slow
 def test_a_study_that_is_killed_with_its_disk_goes_on_from_the_last_snapshot(place: Path) -> None:
     command = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", "--set", "epochs=40", *LOCAL]
@@ -181,7 +187,7 @@ def test_a_study_that_is_killed_with_its_disk_goes_on_from_the_last_snapshot(pla
     assert study is not None and [t.outcome for t in tracker.trials(study) if t.name == "First"] == ["complete"]
     result = invoke(*RUN, "--set", "epochs=40", *LOCAL)
     assert result.exit_code == 0 and "study tiny: 2 complete" in result.output, result.output
-    assert invoke("doctor").exit_code == 0
+    assert examined() == "1 study examined: 0 found, 0 fixed\n"
 
 
 @pytest.mark.slow
@@ -192,5 +198,4 @@ def test_a_study_on_a_mount_without_shared_memory(place: Path) -> None:
         assert plain.exit_code == 0 and "no write-ahead log" in plain.output
         local = invoke(*RUN, *paths, *LOCAL)
         assert local.exit_code == 0 and "no write-ahead log" not in local.output and "2 complete" in local.output
-        assert invoke("report", "tiny", *paths[:2]).exit_code == 0
-        assert invoke("doctor", *paths).output == "1 study examined: 0 found, 0 fixed\n"
+        assert examined(*paths) == "1 study examined: 0 found, 0 fixed\n"
