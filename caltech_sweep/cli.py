@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +22,34 @@ MOST = 1_000_000  # of whatever is counted
 
 if TYPE_CHECKING:
     from caltech_sweep.stores import Store
+# Errors of files that no program can help, wherever they come up, and what a person can do.
+_OF_A_DISK = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask its owner for access to it, or name another place"),
+    errno.EROFS: "name another place",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space, or name another place"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "look whether its disk or server works, then run the command again"),
+}
+
+
+class _Path(click.Path):
+    """A path on the command line: a ~ that the shell has left, as in --data=~/photos, is the home folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from caltech_sweep.paths import expanded
+
+        try:
+            return super().convert(str(expanded(value)) if isinstance(value, str) else value, param, ctx)
+        except CaltechSweepError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Group(click.Group):
     """Turns every error that is written for the user into a sentence and an exit code."""
 
     def invoke(self, context: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is shown as \\u2265
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(context)
         except CaltechSweepError as error:
@@ -33,6 +58,14 @@ class _Group(click.Group):
         except MemoryError as error:
             click.echo(f"Error: out of memory ({error}); use fewer or smaller images, or more memory", err=True)
             context.exit(1)
+        except OSError as error:
+            if error.errno not in _OF_A_DISK or not error.filename:
+                raise
+            from caltech_sweep.text import readable
+
+            what = f"{readable(str(error.filename))} cannot be used ({error.strerror})"
+            _say(f"Error: {what}; {_OF_A_DISK[error.errno]}")
+            context.exit(CaltechSweepError.exit_code)
         except Exception as error:
             from caltech_sweep.stores import failure
 
@@ -44,7 +77,8 @@ class _Group(click.Group):
 
 
 def _say(line: str) -> None:
-    click.echo(line, err=True)
+    with suppress(OSError):  # a terminal or a pipe that was closed: a study goes on, or ends as it is to end
+        click.echo(line, err=True)
 
 
 def _emit(text: str, out: Path | None) -> None:
@@ -91,7 +125,7 @@ set_option = click.option(
 )
 trials_option = click.option("--trials", type=click.IntRange(1, MOST), help="Trials in total, rows included.")
 data_option = click.option(
-    "--data", metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/."
+    "--data", type=_Path(), metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/."
 )
 device_option = click.option(
     "--device", help="Device for all trials, such as cpu or cuda:1 (default: all GPUs, else the CPU)."
@@ -160,6 +194,13 @@ def main() -> None:
     type=_Number(0),
     metavar="GB",
     help="Disk for what is shared.",
+)
+@click.option(
+    "--local-stores",
+    type=_Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep the stores in FOLDER, on this machine's own disk, and copy them to their place after every trial: for "
+    "stores on a network mount, such as Drive on Colab.",
 )
 @click.option(
     "--hang-timeout",
@@ -280,7 +321,7 @@ def studies() -> None:
     default="markdown",
     show_default=True,
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
+@click.option("--out", type=_Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
 @click.option(
     "--best", type=click.IntRange(0, MOST), default=3, show_default=True, help="Sampled trials below the rows."
 )
@@ -363,7 +404,7 @@ def cache(clear: bool) -> None:
 
 
 @main.group(invoke_without_command=True)
-@click.option("--from", "source", type=click.Path(path_type=Path), help="A folder, .tar.gz or .zip of your own.")
+@click.option("--from", "source", type=_Path(path_type=Path), help="A folder, .tar.gz or .zip of your own.")
 @click.option("--url", help="Where to download from instead of the public archive.")
 @click.pass_context
 def data(context: click.Context, source: Path | None, url: str | None) -> None:
@@ -397,7 +438,6 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
     """
     import csv
     import io
-    import os
 
     from caltech_sweep.data import dataset_root, load_split
     from caltech_sweep.study.file import dataset_of
@@ -408,7 +448,8 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
     writer = csv.writer(lines, lineterminator="\n")
     for item in split.part(part):
         writer.writerow([(item.path.relative_to(root) if root else item.path).as_posix(), item.class_name])
-    sys.stdout.buffer.write(os.fsencode(lines.getvalue()))  # names as the file system has them
+    # names as the file system has them, whatever the locale is
+    sys.stdout.buffer.write(lines.getvalue().encode("utf-8", "surrogateescape"))
     if split.passed_over:
         _say(f"passed over: {split.passed_over}")
 
@@ -436,7 +477,7 @@ def promote(study: str, run_id: str | None, name: str | None, alias: str, tracki
 
 
 @main.command()
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=_Path(path_type=Path))
 @click.option(
     "--model", metavar="MODEL", help="NAME@ALIAS, NAME/VERSION or a RUN_ID; default the store's only champion."
 )

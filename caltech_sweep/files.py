@@ -52,10 +52,11 @@ def _open(place: Path) -> int | None:
     """Open what is to be locked; None for a folder on a system that does not open them."""
     if place.is_dir():
         return os.open(place, os.O_RDONLY) if os.name == "posix" else None
+    at_once = getattr(os, "O_NONBLOCK", 0)  # a pipe of this name has no other end to wait for
     try:
-        return os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(place, os.O_RDWR | os.O_CREAT | at_once, 0o666)
     except PermissionError:
-        return os.open(place, os.O_RDONLY)  # of another user: enough for a lock on a local disk
+        return os.open(place, os.O_RDONLY | at_once)  # of another user: enough for a lock on a local disk
 
 
 def _try_lock(descriptor: int | None) -> bool | None:

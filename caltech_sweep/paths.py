@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from caltech_sweep.errors import UsageError
+
 STUDIES = Path("sweeps")
 STORES = Path("mlruns")
 MLFLOW_DB = STORES / "mlflow.db"
@@ -28,15 +30,26 @@ def closest(folder: Path) -> Path:
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
+def expanded(path: str) -> Path:
+    """Return a path whose ``~`` or ``~user`` is the home folder; raise UsageError for an unknown user."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UsageError(
+            f"{path!r} names the home folder of a user whom this machine does not know; write all of it, or ./ in "
+            "front of it if its name begins with a ~"
+        )
+    return Path(found)
+
+
 def data_home() -> Path:
     """Return where datasets and decoded caches live: ``CALTECH_SWEEP_DATA`` or ``./data``."""
-    return Path(os.environ.get("CALTECH_SWEEP_DATA", "data"))
+    return expanded(os.environ.get("CALTECH_SWEEP_DATA", "data"))
 
 
 def caltech_root() -> Path:
     """Return the Caltech-101 class-folder root: ``CALTECH101_ROOT`` or the downloaded copy."""
     named = os.environ.get("CALTECH101_ROOT")
-    return Path(named) if named else data_home() / CALTECH_FOLDER
+    return expanded(named) if named else data_home() / CALTECH_FOLDER
 
 
 def image_cache() -> Path:

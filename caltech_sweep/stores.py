@@ -19,6 +19,7 @@ from caltech_sweep.addresses import SQLITE
 from caltech_sweep.addresses import hide_secrets as hide_secrets
 from caltech_sweep.errors import StoreError
 from caltech_sweep.files import create_atomically, locked
+from caltech_sweep.machine import log_problem
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -207,11 +208,16 @@ class Store:
         """Let ``make`` create a missing SQLite store under an address of its own, then put it in its place in one step.
 
         A process that is killed while it creates tables would leave a store that cannot be opened. Where another
-        process was faster, its store is as good.
+        process was faster, its store is as good. One that is there is made usable where it lies, see
+        :func:`without_log`.
         """
-        if self.file is not None and not self.file.exists():
-            with create_atomically(self.file, replace=False) as made:
-                make(f"{SQLITE}{made}")
+        if self.file is None:
+            return
+        if self.file.exists():
+            leave_log(self.file)
+            return
+        with create_atomically(self.file, replace=False) as made:
+            make(f"{SQLITE}{made}")
 
     def make_tables(self, make: Callable[[], T]) -> T:
         """Return what ``make`` does, which creates a server's tables when they are missing.
@@ -277,16 +283,45 @@ def tune_sqlite(engine: Engine, patience: int) -> None:
     A write waits ``patience`` seconds for a database that another process holds.
 
     A write-ahead log survives the death of any process; a power cut may lose the last moments, never the file
-    (SQLite, "Write-Ahead Logging").
+    (SQLite, "Write-Ahead Logging"). Where there can be none, see :func:`without_log`, each commit waits for the disk.
     """
     from sqlalchemy import event
 
+    logged = not log_problem(Path(str(engine.url.database)).parent)
+
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={patience * 1000}"):
-            connection.execute(f"PRAGMA {pragma}")
+        connection.execute(f"PRAGMA busy_timeout={patience * 1000}")
+        (mode,) = connection.execute(f"PRAGMA journal_mode={'WAL' if logged else 'DELETE'}").fetchone()
+        connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
 
     engine.dispose()  # connections that are open already lack the settings
+
+
+def without_log(*stores: Store) -> str:
+    """Return the sentence about stores that can have no write-ahead log: what is lost, and what helps; or ""."""
+    for store in stores:
+        file = store.file
+        if file is not None and (problem := log_problem(file.parent)):
+            return (
+                f"the store {file} lies on {problem}, where SQLite can keep no write-ahead log: a write waits while "
+                "another process reads, each commit waits for the disk, and two machines must not use it at once; "
+                "faster and safer: --local-stores FOLDER, with a folder on this machine's own disk"
+            )
+    return ""
+
+
+def leave_log(file: Path) -> None:
+    """Turn a store with a write-ahead log into one without, where its file system can have none.
+
+    Only a connection that keeps the file for itself can do that there, since it shares no memory.
+    """
+    with file.open("rb") as opened:
+        if opened.read(20)[18:] != b"\2\2" or not log_problem(file.parent):
+            return
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=DELETE"):
+            database.execute(f"PRAGMA {pragma}").fetchone()
 
 
 def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -> None:

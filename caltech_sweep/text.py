@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from caltech_sweep.machine import rewrites_lines
+
 
 def counted(number: int, one: str, many: str = "") -> str:
     """Return "1 study" or "3 studies"; ``many`` is for plurals that are not made with an s."""
@@ -72,12 +74,13 @@ def progress_line(
     knows it, are divided by ``scale`` and shown in ``unit``.
     """
     last, width = -1, 0  # width: characters of the line that has not ended
+    rewritten = rewrites_lines(sys.stderr)
 
     def show(done: int, total: int) -> None:
         nonlocal last, width
         step = done * 10 // total if total else int(done / scale).bit_length()
         text = f"{what}: {done / scale:,.0f}{f' of {total / scale:,.0f}' if total else ''}{unit}"
-        if sys.stderr.isatty():
+        if rewritten:
             whole = 0 < total == done
             sys.stderr.write(f"\r{text:{width}}" + ("\n" if whole else ""))
             sys.stderr.flush()

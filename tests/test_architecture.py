@@ -56,7 +56,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("addresses", "files"),
     ("config",),
     ("training.schedule", "training.augment", "metrics", "rules"),  # the registries that a config's rules name
-    ("heartbeat", "seeds", "text", "paths", "errors", "__version__"),
+    ("heartbeat", "seeds", "text", "paths"),
+    ("errors", "machine", "__version__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

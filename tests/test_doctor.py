@@ -263,3 +263,49 @@ def test_a_trial_whose_run_was_deleted_is_trained_again_by_the_next_run(copied: 
     assert invoke("doctor").exit_code == 0
     report = json.loads(invoke("report", "tiny", "--format", "json").output)
     assert [row["state"] for row in report[0]["rows"]] == ["complete"] * 3
+
+
+def a_finished_stray(place: Path, outcome: str = "complete") -> str:
+    tracker = MlflowTracker()
+    tracker.start_study("tiny", "A tiny study", dict(tracker.study("tiny").document))  # type: ignore[union-attr]
+    run_id = tracker.start_trial("tiny", "stray", {}, {"trial_number": "9", "fingerprint": "none"})
+    tracker.finish_trial(run_id, outcome, {"best/val_accuracy": 0.5}, {}, None)
+    tracker.finish_study("tiny", True)
+    return run_id
+
+
+@pytest.mark.parametrize("outcome", ["complete", "pruned", "diverged"])
+def test_a_run_whose_result_no_other_has_is_kept_and_named(copied: Path, outcome: str) -> None:
+    run_id = a_finished_stray(copied, outcome)
+    for _ in range(2):
+        fixed = invoke("doctor", "--fix")
+        assert fixed.exit_code == 1 and f"run stray ({run_id}) is {outcome}, belongs to no trial" in fixed.output
+        assert "1 found, 0 fixed" in fixed.output
+    assert MlflowTracker().client.get_run(run_id).info.lifecycle_stage == "active"
+
+
+@pytest.mark.parametrize("in_store", ["tags", "trial"])
+def test_a_run_of_its_trial_in_another_spelling_is_its_own(copied: Path, in_store: str) -> None:
+    """Trials and runs of earlier versions: a value was 1 in one store, 1.0 in the other, and so was the fingerprint."""
+    before = [(trial.run_id, trial.outcome) for trial in trials()]
+    if in_store == "tags":
+        sql(copied, "mlflow.db", "UPDATE tags SET value = 'spelt otherwise' || value WHERE key = 'fingerprint'")
+        sql(copied, "mlflow.db", "UPDATE params SET value = '1' WHERE value = '1.0'")
+    else:
+        table = "UPDATE trial_user_attributes SET value_json = '\"spelt otherwise\"' WHERE key = 'fingerprint'"
+        sql(copied, "optuna.db", table)
+    fixed = invoke("doctor", "--fix")
+    assert "belongs to no trial" not in fixed.output and "trains it again" not in fixed.output
+    assert [(trial.run_id, trial.outcome) for trial in trials()] == before
+
+
+def test_of_two_complete_runs_of_a_trial_the_sound_one_is_kept(copied: Path) -> None:
+    tracker, old = MlflowTracker(), trials()[2]
+    tracker.start_study("tiny", "A tiny study", dict(tracker.study("tiny").document))  # type: ignore[union-attr]
+    tags = {"trial_number": "2", "fingerprint": old.fingerprint}
+    later = tracker.start_trial("tiny", "later", dict(old.params), tags)
+    tracker.finish_trial(later, "complete", dict(old.metrics), {}, None)  # its artifacts are missing
+    tracker.finish_study("tiny", True)
+    fixed = invoke("doctor", "--fix")
+    assert fixed.exit_code == 0 and "run later" in fixed.output and "repeats another run" in fixed.output
+    assert old.run_id in [trial.run_id for trial in trials()] and "nothing to do" in invoke(*RUN).output

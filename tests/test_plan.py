@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.files import locked
@@ -28,6 +26,7 @@ from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.tracking.records import STORE_TAG
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.datasets import draw
 from helpers.places import Cli, invoke
 
 FOLDER = ("--set", "dataset.name=folder", "--set", "dataset.classes=null", "--set", "dataset.images_per_class=null")
@@ -49,16 +48,6 @@ REFUSALS = {
     "a folder with too little in it": (*FOLDER, "--data", "few"),
     "a folder with images that are none": (*FOLDER, "--data", "broken"),
 }
-
-
-def draw(folder: Path, classes: int = 3, images: int = 6) -> Path:
-    """Write a folder of class folders with noise in it."""
-    for label in range(classes):
-        (folder / f"class {label}").mkdir(parents=True)
-        for index in range(images):
-            noise = Image.frombytes("RGB", (40, 40), hashlib.sha512(bytes((label, index))).digest() * 75)
-            noise.save(folder / f"class {label}" / f"{index}.png")
-    return folder
 
 
 def counts(plan: str, group: str) -> tuple[str, str]:

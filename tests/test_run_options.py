@@ -142,6 +142,12 @@ def cache_size(place: Path) -> None:
     assert list(place.rglob("stage-*"))
 
 
+def local_stores(place: Path) -> None:
+    run(*FIRST, "--local-stores", "disk")
+    assert list((place / "disk").glob("mlflow-*/mlflow.db")) and list((place / "disk").glob("optuna-*/optuna.db"))
+    assert [trial.outcome for trial in trials()] == ["complete"]  # where the stores usually are
+
+
 def hang_timeout(place: Path) -> None:
     """A worker that was stopped is killed half a minute later, and its trial gets another one."""
     refused = invoke(*FIRST, "--hang-timeout", "5")
@@ -189,7 +195,7 @@ TESTS: dict[str, Callable[[Path], None]] = {
     **{"trials": trials_in_total},
     **{f.__name__: f for f in (overrides, data, name, tracking_uri, storage, adopt, workers, per_device, device)},
     **{f.__name__: f for f in (threads, rows, replicates, confirm, reuse, cache_size, hang_timeout, max_failures)},
-    **{"in_process": in_process, "resume_trials": resume_trials},
+    **{"in_process": in_process, "resume_trials": resume_trials, "local_stores": local_stores},
 }
 SLOW = {"workers", "per_device", "hang_timeout", "resume_trials"}  # these start workers, or train much
 

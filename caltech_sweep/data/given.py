@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden, list_classes
 from caltech_sweep.data.splits import SPLITS, Sample, Split, carve, carve_val
@@ -191,7 +192,7 @@ def csv_file(config: DatasetConfig) -> Path:
     """Return the file that a dataset named csv is; raise DatasetError when it is not there."""
     if config.root is None:
         raise DatasetError("dataset.root: a dataset named csv needs its file; name it with --data")
-    path = Path(config.root)
+    path = paths.expanded(config.root)
     if not path.is_file():
         raise DatasetError(f"there is no file {readable(str(path))}; name the csv file of the dataset with --data")
     return path

@@ -32,6 +32,7 @@ from caltech_sweep.data.splits import SPLITS, Sample, Split
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.files import create_atomically
 from caltech_sweep.heartbeat import beat
+from caltech_sweep.machine import cores
 from caltech_sweep.paths import closest
 from caltech_sweep.text import readable
 
@@ -94,7 +95,7 @@ def _each(
         except DatasetError as error:
             return None, f"{readable(str(path))} ({error})"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(paths), wave):
             results = pool.map(attempt, paths[start : start + wave])
             for done, (result, problem) in enumerate(results, start=start + 1):
@@ -179,8 +180,9 @@ class _Cache:
     base: Path
 
     def header(self) -> dict[str, Any]:
+        file = self.base.with_suffix(".json")
         try:
-            header = json.loads(self.base.with_suffix(".json").read_text())
+            header = json.loads(file.read_bytes()) if file.is_file() else {}  # a pipe would never end
         except (OSError, ValueError):
             return {}
         return header if isinstance(header, dict) else {}

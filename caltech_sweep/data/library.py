@@ -62,7 +62,7 @@ def _source(config: DatasetConfig) -> str:
 
 
 def _place(config: DatasetConfig) -> Path:
-    return Path(config.root) if config.root else paths.data_home() / "torchvision"
+    return paths.expanded(config.root) if config.root else paths.data_home() / "torchvision"
 
 
 def _make(source: str, place: Path, arguments: Arguments, download: bool) -> Any:

@@ -53,7 +53,7 @@ class Dataset:
 
 def caltech_root(config: DatasetConfig) -> Path:
     """Return the folder of Caltech-101's class folders; raise DatasetError when it is not there."""
-    root = Path(config.root) if config.root else paths.caltech_root()
+    root = paths.expanded(config.root) if config.root else paths.caltech_root()
     if (root / paths.CALTECH_FOLDER).is_dir():
         root = root / paths.CALTECH_FOLDER
     return _there(root, "fetch it with `caltech-sweep data`, or name your copy with --data or CALTECH101_ROOT")
@@ -62,7 +62,7 @@ def caltech_root(config: DatasetConfig) -> Path:
 def _folder_root(config: DatasetConfig) -> Path:
     if config.root is None:
         raise DatasetError("dataset.root: a dataset named folder needs the folder of its class folders")
-    return _there(Path(config.root), "name the folder with --data")
+    return _there(paths.expanded(config.root), "name the folder with --data")
 
 
 def _is_caltech(place: Path) -> bool:

@@ -474,13 +474,13 @@ def dataset_of(study: str | None, overrides: Sequence[str], data: str | None) ->
     values = {key[8:]: value for key, value in changes.items()}
     root = data if data is not None else values.get("root")
     if root is not None and "name" not in values:
-        values["name"] = name_for(Path(root))
+        values["name"] = name_for(paths.expanded(root))
     return TrialConfig.from_dict({"dataset": {**values, "root": root}}).dataset
 
 
 def find_study(study: str, folder: Path = paths.STUDIES) -> Path:
     """Return the file of a study given by name or by path; raise UsageError with a suggestion."""
-    as_path = Path(study)
+    as_path = paths.expanded(study)
     if as_path.suffix in (".yaml", ".yml"):
         if as_path.is_file():
             return as_path

@@ -70,7 +70,10 @@ def _broken(metrics: Mapping[str, float], when: str) -> str:
 
 
 class Coordinator:
-    """Runs one study to its total; ``make_job`` returns the job of a trial that was handed out."""
+    """Runs one study to its total; ``make_job`` returns the job of a trial that was handed out.
+
+    ``ended`` is called when a trial's end is in both stores.
+    """
 
     def __init__(
         self,
@@ -81,14 +84,15 @@ class Coordinator:
         make_job: Callable[[QueuedTrial], Job],
         limits: Limits = Limits(),
         ledger: Ledger | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue, self.recorder, self.executor, self.progress = queue, recorder, executor, progress
-        self.make_job, self.limits, self.ledger = make_job, limits, ledger or Ledger({})
+        self.make_job, self.limits, self.ledger, self._ended = make_job, limits, ledger or Ledger({}), ended
         self.summary = Summary()
         self._stop = False
         self._running: dict[int, _Running] = {}
         self._held: QueuedTrial | None = None  # the next trial, which does not fit into what is left of the budget
-        self._ended: dict[int, str] = {}  # how each trial of this run ended, the last time that it did
+        self._outcomes: dict[int, str] = {}  # how each trial of this run ended, the last time that it did
         self._failed_in_a_row = 0
 
     def request_stop(self) -> None:
@@ -302,10 +306,12 @@ class Coordinator:
         del self._running[queued.number]
         self.ledger.release(queued.number)
         shutil.rmtree(folder, ignore_errors=True)
-        self._ended[queued.number] = outcome
-        self.summary.outcomes = dict(Counter(self._ended.values()))
+        self._outcomes[queued.number] = outcome
+        self.summary.outcomes = dict(Counter(self._outcomes.values()))
         self.progress.trial_ended(queued.number, queued.name, outcome, text)
         self._count_failures(outcome, queued.name, text)
+        if outcome != "interrupted":
+            self._ended()
 
     def _count_failures(self, outcome: str, name: str, text: str) -> None:
         """Stop the study when one trial after the other fails for another reason than its settings."""

@@ -7,16 +7,17 @@ and what is fixed is not found again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.artifacts import artifact_problems
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.sweep.lease import Held, fencing, holding
@@ -27,11 +28,12 @@ from caltech_sweep.sweep.reconcile import Finding, give_up, key_of, survey
 from caltech_sweep.text import counted, suggestion
 from caltech_sweep.tracking.client import local_path
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
-from caltech_sweep.tracking.records import StudyRecord, TrialRecord, missing_artifacts, worth
+from caltech_sweep.tracking.records import StudyRecord, TrialRecord, missing_artifacts
 from caltech_sweep.tracking.writer import MlflowTracker
 
 T = TypeVar("T")
 Key = tuple[int, str]  # a trial's number and fingerprint
+_RESULTS = ("complete", "pruned", "diverged")  # outcomes that training again would only repeat
 
 
 @dataclass
@@ -183,10 +185,8 @@ def _findings(
     if study is None:
         yield Finding("is only in the tracking store; name its study store with --storage, or put its file back", None)
         return
-    runs: dict[Key, list[TrialRecord]] = defaultdict(list)
-    for run in tracker.trials(record):
-        runs[run.number, run.fingerprint].append(run)
-    chosen = {key: max(same, key=worth) for key, same in runs.items()}
+    runs = _runs_by_trial(tracker.trials(record), study)
+    chosen = {key: _best_of(same, partial(_damage, tracker, record)) for key, same in runs.items()}
     yield from _surplus(tracker, study, runs, chosen)
     numbers = {key_of(trial) for trial in study.get_trials(deepcopy=False)}
     chosen = {key: run for key, run in chosen.items() if key in numbers}
@@ -196,6 +196,43 @@ def _findings(
         yield Finding(
             "is shown as running, but no process is running it: stopped", partial(tracker.finish, record.run_id)
         )
+
+
+def _runs_by_trial(records: Iterable[TrialRecord], study: optuna.Study) -> dict[Key, list[TrialRecord]]:
+    """Return the runs by trial; one with its trial's settings in another spelling, 1 for 1.0, is its own."""
+    trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+    runs: dict[Key, list[TrialRecord]] = defaultdict(list)
+    for run in records:
+        trial = trials.get(run.number)
+        same = trial is not None and _has_settings(run, trial.user_attrs.get("config"))
+        runs[key_of(trial) if trial is not None and same else (run.number, run.fingerprint)].append(run)
+    return runs
+
+
+def _has_settings(run: TrialRecord, config: Mapping[str, Any] | None) -> bool:
+    """Tell whether a run's settings are those of a config, of which an older run may lack the later ones."""
+    if config is None or not run.params:
+        return False
+    wanted = TrialConfig.from_dict(config).to_params()
+    return all(_is_equal(run.params.get(name, text), text) for name, text in wanted.items() if name != "dataset.root")
+
+
+def _is_equal(one: str, other: str) -> bool:
+    try:
+        return one == other or float(one) == float(other)
+    except ValueError:
+        return False
+
+
+def _best_of(same: Sequence[TrialRecord], damage: Callable[[TrialRecord], Iterator[str]]) -> TrialRecord:
+    """Return the run of a trial that counts: one that has ended, complete and sound if there is such a one."""
+
+    def worth(run: TrialRecord) -> tuple[bool, bool, bool, int]:
+        complete = run.outcome == "complete"
+        sound = complete and len(same) > 1 and not any(damage(run))
+        return run.outcome in _RESULTS, complete, sound, run.start_time
+
+    return max(same, key=worth)
 
 
 def _wanted(record: StudyRecord) -> set[tuple[str, str]] | None:
@@ -230,18 +267,28 @@ def _surplus(
     runs: Mapping[Key, list[TrialRecord]],
     chosen: Mapping[Key, TrialRecord],
 ) -> Iterator[Finding]:
-    """Runs that no trial of the study store has, and all but one of those that share a trial."""
+    """Runs that no trial of the study store has, and all but one of those that share a trial.
+
+    A run with a result is discarded only where another one has the result of its trial.
+    """
     keys = {key_of(trial) for trial in study.get_trials(deepcopy=False)}
     for key, same in runs.items():
         for run in same:
-            if key not in keys:
-                text = (
-                    f"run {run.name} ({run.run_id}) belongs to no trial of the study store: moved to the deleted runs"
-                )
-            elif run is not chosen[key]:
-                text = f"run {run.name} ({run.run_id}) repeats another run of its trial: moved to the deleted runs"
-            else:
+            name, known = f"run {run.name} ({run.run_id})", key in keys
+            if known and run is chosen[key]:
                 continue
+            if known:
+                text = f"{name} repeats another run of its trial: moved to the deleted runs"
+            elif run.outcome in _RESULTS:
+                yield Finding(
+                    f"{name} is {run.outcome}, belongs to no trial of the study store, and is kept, since no other run "
+                    "has its result; delete it in MLflow, or rebuild the study store from all runs (move its file "
+                    "away, then `run --adopt`)",
+                    None,
+                )
+                continue
+            else:
+                text = f"{name} belongs to no trial of the study store: moved to the deleted runs"
             yield Finding(text, partial(tracker.discard, run.run_id))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep import paths
+from caltech_sweep import machine, paths
 from caltech_sweep.artifacts import CHECKPOINT
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
@@ -49,6 +48,7 @@ class RunOptions:
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
     hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
     max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
+    local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 
@@ -60,7 +60,7 @@ def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
         if kind not in ("file", "run", "study") or config.weights in found:
             continue
         if kind == "file":
-            found[config.weights] = _digested(Path(name))
+            found[config.weights] = _digested(paths.expanded(name))
             continue
         tracker = MlflowTracker(tracking)
         run_id = tracker.best_trial(name).run_id if kind == "study" else name
@@ -201,7 +201,7 @@ def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights |
     from caltech_sweep.training.device import pick_device
     from caltech_sweep.training.keys import CacheOptions
 
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or machine.threads())
     device, use = pick_device(options.device), CacheOptions(paths.cache_folder().resolve(), 0)
 
     def kept(config: TrialConfig) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from caltech_sweep.machine import Lasting, rewrites_lines
 from caltech_sweep.metrics import TRAIN_LOSS, VAL_ACCURACY
 from caltech_sweep.text import duration
 
@@ -165,3 +168,13 @@ class LiveProgress:
     def note(self, text: str) -> None:
         """Print a line above the table."""
         self._lines.note(text)
+
+
+@contextmanager
+def showing(write: Callable[[str], None]) -> Iterator[Progress]:
+    """Yield a live table on a terminal that can rewrite its lines, and plain lines elsewhere."""
+    if not rewrites_lines(sys.stderr):
+        yield PlainProgress(write)
+        return
+    with LiveProgress(Console(file=cast(IO[str], Lasting(sys.stderr)))) as progress:
+        yield progress

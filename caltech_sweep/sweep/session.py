@@ -15,23 +15,24 @@ from typing import Any
 
 import optuna
 
-from caltech_sweep import paths
+from caltech_sweep import machine, paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
-from caltech_sweep.stores import Address, Store, study_store, tracking_store
+from caltech_sweep.stores import Address, Store, study_store, tracking_store, without_log
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
 from caltech_sweep.sweep.executors.base import Executor, Job
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
-from caltech_sweep.sweep.executors.processes import ProcessExecutor
+from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.lease import Held, fencing, holding
+from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
-from caltech_sweep.sweep.preflight import RunOptions, Weights, _checked, identity_of, kept_epochs
-from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
+from caltech_sweep.sweep.preflight import RunOptions, Weights, _Checked, _checked, identity_of, kept_epochs
+from caltech_sweep.sweep.progress import Progress, showing
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
 from caltech_sweep.sweep.sharing import branch_epochs
@@ -84,40 +85,37 @@ def make_executor(options: RunOptions) -> Executor:
     import torch
 
     devices = [options.device] if options.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    cores = os.cpu_count() or 1
-    threads = options.threads or cores
+    threads = options.threads or machine.threads()
     if options.in_process:
         torch.set_num_threads(threads)
         return InProcessExecutor(train, devices[0])
     workers = options.workers or len(devices) * options.per_device
-    if workers * threads > cores:  # threads that spin while they wait would hold the others up
+    if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return ProcessExecutor(train, workers, devices, threads, options.hang_timeout)
 
 
 @contextmanager
 def _stoppable(coordinator: Coordinator, watcher: Progress) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM stop cleanly, and a second one at once."""
+    """Let the first Ctrl-C, SIGTERM or closed terminal stop cleanly, and a second Ctrl-C at once.
+
+    A signal that the shell has this process ignore, as nohup does, stays ignored.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         watcher.note("Stopping: running trials will resume on the next run. Press Ctrl-C again to stop at once.")
         coordinator.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _progress(stack: ExitStack, write: Callable[[str], None]) -> Progress:
-    """Return a live table on a terminal, and plain lines elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    return stack.enter_context(LiveProgress(console)) if console.is_terminal else PlainProgress(write)
 
 
 def _scratch(stack: ExitStack) -> Path:
@@ -182,19 +180,49 @@ def _guard(stack: ExitStack, study: optuna.Study, tracker: MlflowTracker, held: 
         stack.enter_context(fencing(engine, held))
 
 
+@dataclass(frozen=True)
+class _InUse:
+    """The stores that a run works on: those that were named, or copies on this machine's disk; ``save`` copies back."""
+
+    tracking: Store
+    storage: Store
+    artifacts: Path | None = None
+    save: Callable[[Callable[[str], None]], None] = lambda note: None
+
+
+@contextmanager
+def _stores_in_use(
+    checked: _Checked, options: RunOptions, study: str, write: Callable[[str], None]
+) -> Iterator[_InUse]:
+    if options.local_stores is None:
+        if notice := without_log(checked.tracking, checked.storage):
+            write(notice)
+        yield _InUse(checked.tracking, checked.storage)
+        return
+    local = LocalStores(checked.tracking, checked.storage, options.local_stores)
+    with ExitStack() as stack:
+        if local.storage != checked.storage:
+            checked.storage.check(create=True)
+            stack.enter_context(holding(checked.storage, study))
+        local.restore(write)
+        stack.callback(local.save, write)
+        yield _InUse(local.tracking, local.storage, local.artifacts, local.save)
+
+
 def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
     """Check a study, then run it to its total; ``write`` prints a line."""
     checked = _checked(definition, options, write)
-    tracker = MlflowTracker(checked.tracking, create=True)
     identity = identity_of(definition, checked.data, checked.weights)
-    opening = _Opening(definition, identity, checked.weights, tracker, checked.storage, options.adopt)
-    opening.check_owner()
-    checked.storage.check(create=True)
     with ExitStack() as stack:
-        held = stack.enter_context(holding(checked.storage, definition.name))
+        used = stack.enter_context(_stores_in_use(checked, options, definition.name, write))
+        tracker = MlflowTracker(used.tracking, used.artifacts, create=True)
+        opening = _Opening(definition, identity, checked.weights, tracker, used.storage, options.adopt)
+        opening.check_owner()
+        used.storage.check(create=True)
+        held = stack.enter_context(holding(used.storage, definition.name))
         study = opening.open(write)
         _guard(stack, study, tracker, held)
-        watcher = _progress(stack, write)
+        watcher = stack.enter_context(showing(write))
         await_outages(study, watcher.note)
         names = partial(_names, tracker)
         journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
@@ -209,14 +237,14 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             watcher.note,
             tags=provenance(),
             weights=checked.weights,
-            describe=partial(table_of, definition.name, checked.tracking),
+            describe=partial(table_of, definition.name, used.tracking),
         )
         make_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
         queue = TrialQueue(definition, study, options.rows, options.resume_trials)
         limits = Limits(options.max_failures)
         kept = kept_epochs(options, checked.data, checked.weights) if definition.budget else (lambda config: 0)
-        ledger = Ledger(definition.budget, kept)
-        coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger)
+        ledger, ended = Ledger(definition.budget, kept), partial(used.save, watcher.note)
+        coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger, ended)
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run(options.confirm)
 

@@ -80,7 +80,7 @@ class Cache:
 
     def has(self, name: str) -> bool:
         """Return whether an entry is there; whether it is sound shows when it is opened."""
-        return (self.folder / name / _HEADER).exists()
+        return os.path.isfile(self.folder / name / _HEADER)  # False of one that only its owner may read
 
     def open(self, name: str) -> tuple[dict[str, Any], Path] | None:
         """Return the header and the data file of an entry, or None; a damaged one is dropped with a warning."""
@@ -102,6 +102,8 @@ class Cache:
 
     def _verified(self, place: Path) -> dict[str, Any] | None:
         """Return the header of an entry, or None where a checksum is wrong."""
+        if (place / _HEADER).exists() and not self.has(place.name):
+            return None  # a pipe or the like, which would never end
         checksum, _, text = (place / _HEADER).read_bytes().partition(b"\n")
         if checksum != b"%08x" % zlib.crc32(text):
             return None
@@ -170,7 +172,7 @@ class Cache:
             kind = place.name.partition("-")[0]
             if kind not in KINDS:
                 continue
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(OSError):  # just dropped, or another user's own
                 files = list(place.iterdir())
                 size = sum(file.stat().st_size for file in files)
                 held = any(file.name.startswith(_HELD) for file in files)
@@ -194,6 +196,8 @@ class Cache:
         aside = self.folder / f"{_DROPPED}{uuid.uuid4().hex}"
         with contextlib.suppress(OSError):  # not there, or another process was faster
             (self.folder / name).rename(aside)
+            if not aside.is_dir():
+                aside.unlink()  # rmtree would wait for the other end of a pipe
         shutil.rmtree(aside, ignore_errors=True)
 
     def hold(self, name: str, holder: str) -> None:

@@ -24,6 +24,7 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
 from caltech_sweep.metrics import objective
+from caltech_sweep.paths import expanded
 from caltech_sweep.training.cache import Cache, open_store
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
@@ -78,7 +79,7 @@ def initial_weights(config: TrialConfig, weights_file: Path | None, known: str |
         return f"imagenet {source_of(config.arch).published_key(config.arch)}"
     if known is not None:
         return f"file {known}"
-    path = Path(config.weights[5:]) if config.weights.startswith("file:") else weights_file
+    path = expanded(config.weights[5:]) if config.weights.startswith("file:") else weights_file
     try:
         if path is None:
             raise FileNotFoundError

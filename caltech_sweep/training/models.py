@@ -20,6 +20,7 @@ from torch import nn
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.heartbeat import beat
+from caltech_sweep.paths import expanded
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training.networks import is_in, last_layer, source_of
 
@@ -165,7 +166,7 @@ def _initial(config: TrialConfig, weights_file: Path | None, digest: str | None)
         metadata = source.published_metadata(config.arch)
         return _Weights(read_weights(path, digest).state, metadata, "the ImageNet weights")
     if config.weights.startswith("file:"):
-        return read_weights(weights_file or Path(config.weights[5:]), digest)
+        return read_weights(weights_file or expanded(config.weights[5:]), digest)
     if weights_file is None:
         raise ModelError(f"weights: {config.weights} was not found in the tracking store")
     return replace(read_weights(weights_file, digest), source=config.weights)

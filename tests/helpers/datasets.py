@@ -1,6 +1,9 @@
 """Folders that look like a dataset."""
 
+import hashlib
 from pathlib import Path
+
+from PIL import Image
 
 
 def fake_caltech(root: Path) -> Path:
@@ -13,3 +16,13 @@ def fake_caltech(root: Path) -> Path:
             (root / name / f"image_{index + 1:04d}.jpg").touch()
     (root / "BACKGROUND_Google" / "tmp").touch()
     return root
+
+
+def draw(folder: Path, classes: int = 3, images: int = 6) -> Path:
+    """Write a folder of class folders with noise in it."""
+    for label in range(classes):
+        (folder / f"class {label}").mkdir(parents=True)
+        for index in range(images):
+            noise = Image.frombytes("RGB", (40, 40), hashlib.sha512(bytes((label, index))).digest() * 75)
+            noise.save(folder / f"class {label}" / f"{index}.png")
+    return folder

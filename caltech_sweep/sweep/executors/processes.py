@@ -16,6 +16,9 @@ from multiprocessing.process import BaseProcess
 from caltech_sweep.heartbeat import beating
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Epoch, Event, Job, Runner, Stopped, WorkerDied, _advance
 
+# What stops a run. A terminal, a shell or a batch system sends it to the whole group; only the coordinator decides.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
@@ -26,7 +29,8 @@ def _die_with_parent() -> None:
 
 def _work(connection: Connection, runner: Runner, threads: int | None) -> None:
     """Serve jobs until the coordinator closes the connection or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if threads is not None:
         import torch
