@@ -18,6 +18,7 @@ from caltech_sweep.rules import (
     BOOLEAN,
     CLASSES,
     COLOUR,
+    EPOCHS,
     FRACTION,
     LARGEST_SEED,
     NOT_NEGATIVE,
@@ -125,6 +126,14 @@ class TrialConfig:
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
+    warmup_epochs: int = setting(0, integer(0), "in which the learning rate rises from almost nothing, step by step")
+    warmup_steps: int = setting(0, integer(0), "the same in steps; they come on top")
+    milestones: tuple[int, ...] = setting((), EPOCHS, "of multistep: the epochs after which the learning rate drops")
+    min_lr: float = setting(0.0, NOT_NEGATIVE, "of cosine, linear and wsd: the learning rate that they end at")
+    cooldown_epochs: int = setting(5, integer(1), "of wsd: the last epochs, in which the learning rate falls")
+    pct_start: float = setting(0.3, FRACTION, "of one_cycle: the share of the steps in which the learning rate rises")
+    div_factor: float = setting(25.0, POSITIVE, "of one_cycle: lr by the first learning rate")
+    final_div_factor: float = setting(1e4, POSITIVE, "of one_cycle: the first learning rate by the last")
     objective: str = setting(DEFAULT_OBJECTIVE, OBJECTIVE, "which measure decides, for the whole study")
     patience: int | None = setting(
         None, optional(integer(1), "training every epoch"), "epochs without a better objective that end the training"

@@ -9,6 +9,7 @@ from, and the model a trial starts from has them.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -35,11 +36,12 @@ from caltech_sweep.training.keys import (
     CacheOptions,
     checkpoint_key,
     digest,
+    rate_mark,
     recipe,
 )
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
-from caltech_sweep.training.schedule import EpochRates, learning_rates
+from caltech_sweep.training.schedule import learning_rates
 from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
@@ -116,8 +118,12 @@ def identity(
     }
 
 
-def _name(base: str, rates: tuple[EpochRates, ...]) -> str:
-    return f"stage-{checkpoint_key(base, rates)}"
+def _marks(config: TrialConfig, steps: int) -> tuple[str, ...]:
+    return tuple(map(rate_mark, learning_rates(config, steps)))
+
+
+def _name(base: str, marks: Sequence[str]) -> str:
+    return f"stage-{checkpoint_key(base, marks)}"
 
 
 def stored_epochs(
@@ -128,7 +134,7 @@ def stored_epochs(
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
     base = digest(identity(config, data, device, weights_file, use.features))
-    rates = learning_rates(config, steps_of(config, len(data.split.part("train"))))
+    rates = _marks(config, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
     return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
 
@@ -200,7 +206,7 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), learning_rates(config, training.steps)
+        self._base, self._rates = digest(self._identity), _marks(config, training.steps)
         self._saved = time.monotonic()
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained
