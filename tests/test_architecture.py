@@ -56,6 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("addresses", "files"),
     ("config",),
     ("training.schedule", "training.augment", "metrics", "rules"),  # the registries that a config's rules name
+    ("training.image_ops",),
     ("seeds", "text", "paths", "errors", "__version__"),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
