@@ -120,7 +120,7 @@ class TrialConfig:
     batch_size: int = setting(256, integer(1, 100_000), "images in a training step")
     drop_last: bool = setting(True, BOOLEAN, "leave out an incomplete last batch")
     augment: tuple[str, ...] = setting((), some_of(AUGMENTATIONS), "applied in this order")
-    augment_probability: float = setting(0.5, PROBABILITY, "of each augmentation, for each image")
+    augment_probability: float = setting(0.5, PROBABILITY, "of an augmentation that does not change every image")
     rotation_degrees: float = setting(
         20.0, number("between 0 and 180", lambda v: 0 <= v <= 180), "angles lie in +- this"
     )
@@ -130,6 +130,14 @@ class TrialConfig:
     seed: int = setting(0, integer(0, LARGEST_SEED))
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
+    label_smoothing: float = setting(0.0, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of the targets")
+    mixup: float = setting(0.0, NOT_NEGATIVE, "alpha of mixup; 0: none")
+    cutmix: float = setting(0.0, NOT_NEGATIVE, "alpha of cutmix; 0: none; with mixup, each batch has one of the two")
+    class_weights: str = setting("none", one_of(("none", "balanced")), "balanced: rare classes count more in the loss")
+    clip_grad_norm: float | None = setting(None, optional(POSITIVE, "no limit"), "the largest norm of a gradient")
+    accumulate: int = setting(1, integer(1), "parts that a batch is trained in, one after the other, to save memory")
+    head_lr_factor: float = setting(1.0, POSITIVE, "of the learning rate, for the classifier")
+    layer_decay: float = setting(1.0, SHARE, "of the learning rate, from each block to the one before")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
     warmup_epochs: int = setting(0, integer(0), "in which the learning rate rises from almost nothing, step by step")
     warmup_steps: int = setting(0, integer(0), "the same in steps; they come on top")

@@ -211,7 +211,7 @@ def _rand_augment(generator: np.random.Generator, n: int, rand_augment_ops: int,
 
 def _batched(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def change(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        from caltech_sweep.training import image_ops
+        import caltech_sweep.training.image_ops as image_ops
 
         changed: torch.Tensor = getattr(image_ops, name)(images, params)
         return changed

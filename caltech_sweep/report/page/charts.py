@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from caltech_sweep.metrics import Objective
 from caltech_sweep.report.model import Share
 from caltech_sweep.report.page.confusion import Confusion
 from caltech_sweep.report.page.curves import Grouping, Line
@@ -196,11 +197,16 @@ def _curves_label(lines: Sequence[Line], key: str, title: str) -> str:
 
 
 def history_svg(
-    points: Sequence[tuple[int, float, bool]], before: float, row_best: float | None, label: str, figure_id: str
+    points: Sequence[tuple[int, float, bool]],
+    before: float | None,
+    row_best: float | None,
+    goal: Objective,
+    label: str,
+    figure_id: str,
 ) -> str:
-    """Return the search's history from (trial number, validation accuracy, whether complete), in order.
+    """Return the search's history from (trial number, score on validation, whether complete), in order.
 
-    ``before`` is the best accuracy of the trials before these, or 0.
+    ``before`` is the best score of the trials before these, if there are any.
     """
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
@@ -208,10 +214,10 @@ def history_svg(
     with mpl.rc_context(_unique(figure_id)):
         figure = _figure(330, 210)
         axes = figure.add_axes((0.115, 0.15, 0.87, 0.82))
-        best, steps = before, []
+        best, steps = before, list[tuple[int, float]]()
         for number, value, complete in points:
-            best = max(best, value if complete else 0.0)
-            steps += [(number, best)] if best else []
+            best = goal.best([*([] if best is None else [best]), *([value] if complete else [])])
+            steps += [] if best is None else [(number, best)]
         if row_best is not None:
             axes.axhline(row_best, color=WRONG, linewidth=1, linestyle=(0, (5, 3)))
         if steps:
