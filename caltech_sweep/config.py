@@ -136,6 +136,11 @@ class TrialConfig:
     class_weights: str = setting("none", one_of(("none", "balanced")), "balanced: rare classes count more in the loss")
     clip_grad_norm: float | None = setting(None, optional(POSITIVE, "no limit"), "the largest norm of a gradient")
     accumulate: int = setting(1, integer(1), "parts that a batch is trained in, one after the other, to save memory")
+    ema_decay: float | None = setting(
+        None,
+        optional(FRACTION, "no average"),
+        "of the average of the weights over the steps, which is what is evaluated",
+    )
     head_lr_factor: float = setting(1.0, POSITIVE, "of the learning rate, for the classifier")
     layer_decay: float = setting(1.0, SHARE, "of the learning rate, from each block to the one before")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from caltech_sweep.config import DatasetConfig, TrialConfig
@@ -106,6 +107,21 @@ def test_an_epoch_is_that_of_a_plain_loop(changes: dict[str, Any], data: LoadedD
     assert_near(training.model, model)
 
 
+def test_what_is_evaluated_is_torch_s_average_of_the_weights(data: LoadedData) -> None:
+    config = replace(CONFIG, arch="resnet18", ema_decay=0.6, epochs=1)
+    averaged, plain = (Training(c, data, build_model(c, 3), CPU) for c in (config, replace(config, ema_decay=None)))
+    oracle = AveragedModel(plain.model, multi_avg_fn=get_ema_multi_avg_fn(0.6), use_buffers=True)
+    plain.optimizer.register_step_post_hook(lambda *_: oracle.update_parameters(plain.model))
+    plain.train_epoch(1)
+    result = averaged.run_epoch()
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(averaged.model.state_dict()[name], value), name  # training goes on from its own weights
+        if value.is_floating_point():
+            torch.testing.assert_close(averaged.best_weights[name], oracle.module.state_dict()[name])
+    plain.model.load_state_dict(averaged.best_weights)
+    assert plain.evaluate("val").scores == result.val.scores
+
+
 def test_class_weights_are_scikit_learn_s() -> None:
     labels = torch.tensor([0] * 7 + [1] * 2 + [3] * 9)
     got = class_weights(replace(CONFIG, class_weights="balanced"), labels, 6)
@@ -190,6 +206,8 @@ def cases() -> Iterator[dict[str, Any]]:
     yield from ({"objective": name} for name in objective_names())
     yield from ({"optimizer": name, "lr": 0.001, "layer_decay": 0.7} for name in ("sgd", "adam", "adamw"))
     yield from ({name: 0.5} for name in ("label_smoothing", "mixup", "cutmix", "clip_grad_norm", "head_lr_factor"))
+    yield from ({"ema_decay": 0.5, "arch": arch} for arch in ("squeezenet1_1", "resnet18"))
+    yield {"ema_decay": 0.5, "freeze": "conv"}
     yield from ({"class_weights": "balanced"}, {"accumulate": 2}, {"freeze": "conv", "augment": ("hflip", "vflip")})
 
 

@@ -41,7 +41,7 @@ from caltech_sweep.training.keys import (
 )
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
-from caltech_sweep.training.schedule import learning_rates
+from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
@@ -119,7 +119,7 @@ def identity(
 
 
 def _marks(config: TrialConfig, steps: int) -> tuple[str, ...]:
-    return tuple(map(rate_mark, learning_rates(config, steps)))
+    return tuple(rate_mark(epoch_rates(config, epoch, steps)) for epoch in range(1, config.epochs + 1))
 
 
 def _name(base: str, marks: Sequence[str]) -> str:
@@ -147,8 +147,8 @@ def capture(training: Training) -> Checkpoint:
     """Return the state of a training after at least one epoch; the tensors may be the training's own."""
     assert training.best is not None
     frozen = _frozen(training.model)
-    states = {"model": training.model.state_dict()}
-    if training.best.epoch != training.epoch:  # otherwise the best weights are these
+    states = {"model": training.model.state_dict(), "average": training.average}
+    if training.best.epoch != training.epoch or training.average:  # otherwise the best weights are these
         states["best"] = training.best_weights
     tensors = {f"{k}.{name}": v for k, state in states.items() for name, v in state.items() if name not in frozen}
     for index, values in training.optimizer.state_dict()["state"].items():
@@ -178,6 +178,7 @@ def restore(training: Training, stage: Checkpoint, end: int | None = None) -> No
         index, _, key = name.partition(".")
         states.setdefault(int(index), {})[key] = _laid_out_like(parameters[int(index)], value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    training.average = {name: value.to(training.device) for name, value in stage.group("average").items()}
     by_epoch = (stage.tensors[f"val.{name}"].clone() for name in ("predictions", "confidences"))
     values = zip(stage.header["history"], *by_epoch, strict=True)
     training.history = [

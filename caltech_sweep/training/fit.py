@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from caltech_sweep import metrics
 from caltech_sweep.config import TrialConfig
@@ -82,6 +83,7 @@ class Training:
     best: EpochResult | None = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # sentences for the user
+    average: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights over the steps, where it is kept
 
     def __post_init__(self) -> None:
         config = self.config
@@ -216,7 +218,35 @@ class Training:
         if self.config.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()
+        self._update_average()
         return found
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Add the weights after a step, and the statistics of its layers, to their moving average."""
+        decay = self.config.ema_decay
+        if decay is None:
+            return
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        state = self.model.state_dict()
+        own = {name: v for name, v in state.items() if v.is_floating_point() and name not in frozen}
+        if not self.average:
+            self.average = {name: value.clone() for name, value in own.items()}
+            return
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), [own[name] for name in self.average], 1)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Let the model have its averaged weights meanwhile, where these are kept."""
+        state = self.model.state_dict()
+        own = {name: state[name].clone() for name in self.average}
+        for name, value in self.average.items():
+            state[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                state[name].copy_(value)
 
     def _accumulate(
         self, inputs: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor, part: torch.Tensor
@@ -271,19 +301,20 @@ class Training:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
         epoch, start = self.epoch + 1, time.perf_counter()
         loss, accuracy, seen = self.train_epoch(epoch)
-        try:
-            val = self.evaluate("val")
-        except NotFiniteError as error:
-            raise NotFiniteError(f"epoch {epoch}, {error}") from error
-        seconds = time.perf_counter() - start
-        lr = epoch_rates(self.config, epoch, self.steps)[0]
-        result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
+        with self._averaged():
+            try:
+                val = self.evaluate("val")
+            except NotFiniteError as error:
+                raise NotFiniteError(f"epoch {epoch}, {error}") from error
+            seconds = time.perf_counter() - start
+            lr = epoch_rates(self.config, epoch, self.steps)[0]
+            result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
+            goal = metrics.objective(self.config.objective)
+            if self.best is None or goal.better(val.scores[goal.name], self.best.val.scores[goal.name]):
+                self.best = result
+                self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.epoch = epoch
         self.history.append(result)
-        goal = metrics.objective(self.config.objective)
-        if self.best is None or goal.better(val.scores[goal.name], self.best.val.scores[goal.name]):
-            self.best = result
-            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         return result
 
 
