@@ -186,6 +186,7 @@ def values_of(name: str, field: object) -> st.SearchStrategy:
         "weights": st.sampled_from(["none", "imagenet", "file:a+b.pt", "run:12", "study:none"]),
         "channels_last": st.one_of(st.none(), st.booleans()),
         "augment": st.sets(st.sampled_from(list(AUGMENTATIONS))).map(tuple),
+        "milestones": st.sampled_from([(), (3,), (1, 20)]),
         "arch": st.sampled_from(["alexnet", "1", "resnet18"]),
         "dataset.root": st.one_of(st.none(), st.sampled_from(["a+b", "/x y", "12", "[x"])),
         "dataset.classes": st.one_of(
@@ -193,22 +194,16 @@ def values_of(name: str, field: object) -> st.SearchStrategy:
         ),
         "dataset.background": st.sampled_from(["white", "#ff8800"]),
     }
-    default = field.default  # type: ignore[attr-defined]
+    default, rule = field.default, field.metadata["rule"]  # type: ignore[attr-defined]
     if name in special:
         return special[name]
     if isinstance(default, bool):
         return st.booleans()
-    if isinstance(default, (int, float)):
-        return (
-            st.one_of(st.just(default), st.sampled_from([0.125, 0.1 + 0.2, 1e-7]))
-            if isinstance(default, float)
-            else st.integers(8, 99)
-        )
-    rule = field.metadata["rule"]  # type: ignore[attr-defined]
     if rule.kind == "integer":
-        return st.one_of(st.none(), st.integers(8, 99))
-    words = rule.words
-    return st.sampled_from(words.removeprefix("one of ").split(", "))
+        return st.one_of(st.just(default), st.integers(0, 99).filter(rule.accepts))
+    if rule.kind == "number":
+        return st.sampled_from([default, *filter(rule.accepts, (0.125, 0.1 + 0.2, 1e-7, 3.5))])
+    return st.sampled_from(rule.words.removeprefix("one of ").split(", "))
 
 
 trials = st.fixed_dictionaries({k: values_of(k, f) for k, f in TRIAL_FIELDS.items() if k != "dataset"})
