@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import sklearn.metrics as oracle
 import torch
@@ -15,6 +17,8 @@ from scipy.stats import permutation_test
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, METRICS, Outputs, objective, objective_names
 from caltech_sweep.report.statistics import mcnemar_exact, paired_permutation
+from caltech_sweep.study.definition import Choices, Component, StudyDefinition
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.training.evaluate import evaluate
 
 ORACLES = {
@@ -90,6 +94,17 @@ def test_an_objective_knows_which_way_is_better(name: str) -> None:
     assert counted == (name != DEFAULT_OBJECTIVE)
 
 
+def test_a_mocked_study_is_searched_and_pruned_by_its_objective(tmp_path: Path) -> None:
+    study = StudyDefinition(
+        "mocked", "Mocked", 3, {}, {"epochs": 2, "objective": "val/loss"}, {"lr": Choices((0.1, 0.2, 0.3))}, ()
+    )
+    by_rate = {0.1: 0.2, 0.2: 0.9, 0.3: 0.4}
+    executor = ScriptedExecutor(lambda config: Script([0.1, by_rate[config.lr]]))
+    own = optuna.create_study(direction=study.objective.direction)
+    run_scripted(replace(study, sampler=Component("grid", {"seed": 0})), executor, MemoryTracker(), own)
+    assert own.best_trial.params == {"lr": 0.2} and own.best_value == pytest.approx(0.1)
+
+
 OBJECTIVE_STUDY = """\
 title: By another measure
 objective: val/%s
@@ -131,4 +146,6 @@ def test_one_measure_decides_in_every_place(name: str, cli, place: Path) -> None
     shown = cli("report", "other").output
     assert f"{goal.label[0].upper()}{goal.label[1:]} on Validation Set" in shown
     assert cli("promote", "other").exit_code == 0
+    (version,) = tracker.client.search_model_versions("name = 'other'")
+    assert f"by its {goal.label} of {best.score:.4f}" in version.description
     assert cli("report", "other", "--format", "html", "--out", "page.html").exit_code == 0
