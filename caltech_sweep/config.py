@@ -15,14 +15,20 @@ from typing import Any, Literal
 
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, objective_names
 from caltech_sweep.rules import (
+    AT_LEAST_1,
     BOOLEAN,
     CLASSES,
     COLOUR,
+    EPOCHS,
     FRACTION,
     LARGEST_SEED,
+    LEVEL,
     NOT_NEGATIVE,
+    ODD,
     POSITIVE,
     PROBABILITY,
+    SHARE,
+    SIGMA,
     TEXT,
     WEIGHTS,
     Rule,
@@ -109,12 +115,12 @@ class TrialConfig:
     momentum: float = setting(0.9, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of sgd")
     weight_decay: float = setting(5e-5, NOT_NEGATIVE)
     step_size: int = setting(20, integer(1), "epochs between two drops of the learning rate")
-    gamma: float = setting(0.1, number("above 0 and at most 1", lambda v: 0 < v <= 1), "factor of each drop")
+    gamma: float = setting(0.1, SHARE, "factor of each drop")
     epochs: int = setting(30, integer(1, 100_000))
     batch_size: int = setting(256, integer(1, 100_000), "images in a training step")
     drop_last: bool = setting(True, BOOLEAN, "leave out an incomplete last batch")
     augment: tuple[str, ...] = setting((), some_of(AUGMENTATIONS), "applied in this order")
-    augment_probability: float = setting(0.5, PROBABILITY, "of each augmentation, for each image")
+    augment_probability: float = setting(0.5, PROBABILITY, "of an augmentation that does not change every image")
     rotation_degrees: float = setting(
         20.0, number("between 0 and 180", lambda v: 0 <= v <= 180), "angles lie in +- this"
     )
@@ -124,7 +130,35 @@ class TrialConfig:
     seed: int = setting(0, integer(0, LARGEST_SEED))
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
+    label_smoothing: float = setting(0.0, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of the targets")
+    mixup: float = setting(0.0, NOT_NEGATIVE, "alpha of mixup; 0: none")
+    cutmix: float = setting(0.0, NOT_NEGATIVE, "alpha of cutmix; 0: none; with mixup, each batch has one of the two")
+    class_weights: str = setting("none", one_of(("none", "balanced")), "balanced: rare classes count more in the loss")
+    clip_grad_norm: float | None = setting(None, optional(POSITIVE, "no limit"), "the largest norm of a gradient")
+    accumulate: int = setting(1, integer(1), "parts that a batch is trained in, one after the other, to save memory")
+    ema_decay: float | None = setting(
+        None,
+        optional(FRACTION, "no average"),
+        "of the average of the weights over the steps, which is what is evaluated",
+    )
+    head_lr_factor: float = setting(1.0, POSITIVE, "of the learning rate, for the classifier")
+    layer_decay: float = setting(1.0, SHARE, "of the learning rate, from each block to the one before")
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
+    warmup_epochs: int = setting(0, integer(0), "in which the learning rate rises from almost nothing, step by step")
+    warmup_steps: int = setting(0, integer(0), "the same in steps; they come on top")
+    milestones: tuple[int, ...] = setting((), EPOCHS, "of multistep: the epochs after which the learning rate drops")
+    min_lr: float = setting(0.0, NOT_NEGATIVE, "of cosine, linear and wsd: the learning rate that they end at")
+    cooldown_epochs: int = setting(5, integer(1), "of wsd: the last epochs, in which the learning rate falls")
+    resized_crop_scale: float = setting(0.08, SHARE, "of random_resized_crop: the least share of the area")
+    resized_crop_ratio: float = setting(4 / 3, AT_LEAST_1, "of random_resized_crop: the largest ratio of the sides")
+    rand_augment_ops: int = setting(2, integer(1), "of rand_augment: how many follow each other")
+    rand_augment_magnitude: int = setting(9, LEVEL, "of rand_augment: how strong they are")
+    blur_kernel: int = setting(5, ODD, "of gaussian_blur: width in pixels")
+    blur_sigma: float = setting(2.0, SIGMA, "of gaussian_blur: the largest standard deviation, in pixels")
+    erasing_scale: float = setting(0.33, SHARE, "of random_erasing: the largest share of the area")
+    pct_start: float = setting(0.3, FRACTION, "of one_cycle: the share of the steps in which the learning rate rises")
+    div_factor: float = setting(25.0, POSITIVE, "of one_cycle: lr by the first learning rate")
+    final_div_factor: float = setting(1e4, POSITIVE, "of one_cycle: the first learning rate by the last")
     objective: str = setting(DEFAULT_OBJECTIVE, OBJECTIVE, "which measure decides, for the whole study")
     patience: int | None = setting(
         None, optional(integer(1), "training every epoch"), "epochs without a better objective that end the training"

@@ -22,24 +22,68 @@ BEST_EPOCH = "best/epoch"
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a measure is made of: the labels and predictions of N images, (N,) int, and their mean loss."""
+    """What a measure is made of: labels and predictions of N images, (N,) int, their mean loss, and their ranks.
+
+    A rank, (N,) int, is how many classes were held to be more probable than the label.
+    """
 
     labels: np.ndarray
     predictions: np.ndarray
-    loss: float
+    loss: float = math.nan
+    ranks: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure: a function of outputs, and whether more of it is better."""
+    """A measure: its function of outputs, what people call it, and whether more of it is better.
+
+    ``by_class`` says that labels and predictions are all that it needs, so that it can be computed again from a list
+    of predictions. A ``share`` lies between 0 and 1.
+    """
 
     compute: Callable[[Outputs], float]
+    label: str = ""
     higher: bool = True
+    by_class: bool = False
+    share: bool = True
+
+
+def _counts(outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return how many images have each class, how many were taken for it, and how many of these rightly: (C,) each."""
+    import numpy as np
+
+    classes = int(max(outputs.labels.max(), outputs.predictions.max())) + 1
+    right = outputs.labels[outputs.labels == outputs.predictions]
+    images, taken, found = (
+        np.bincount(values, minlength=classes) for values in (outputs.labels, outputs.predictions, right)
+    )
+    return images, taken, found
+
+
+def _macro_accuracy(outputs: Outputs) -> float:
+    """Return the mean over the classes of the share of their images that were recognised."""
+    images, _, found = _counts(outputs)
+    return float((found[images > 0] / images[images > 0]).mean())
+
+
+def _macro_f1(outputs: Outputs) -> float:
+    """Return the mean over the classes of the harmonic mean of precision and recall."""
+    images, taken, found = _counts(outputs)
+    there = (images + taken) > 0
+    return float((2 * found[there] / (images + taken)[there]).mean())
+
+
+def _top5(outputs: Outputs) -> float:
+    assert outputs.ranks is not None
+    return float((outputs.ranks < 5).mean())
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(lambda outputs: float((outputs.labels == outputs.predictions).mean())),
-    "loss": Metric(lambda outputs: outputs.loss, higher=False),
+    "accuracy": Metric(lambda outputs: float((outputs.labels == outputs.predictions).mean()), by_class=True),
+    "macro_accuracy": Metric(_macro_accuracy, by_class=True),
+    "macro_f1": Metric(_macro_f1, "macro F1", by_class=True),
+    "top5_accuracy": Metric(_top5, "top-5 accuracy"),
+    "loss": Metric(lambda outputs: outputs.loss, higher=False, share=False),
 }
 
 
@@ -82,6 +126,11 @@ class Objective:
         return METRICS[self.name].higher
 
     @property
+    def metric(self) -> Metric:
+        """The measure itself."""
+        return METRICS[self.name]
+
+    @property
     def direction(self) -> Literal["maximize", "minimize"]:
         """The objective's direction in Optuna's words."""
         return "maximize" if self.higher else "minimize"
@@ -99,7 +148,7 @@ class Objective:
     @property
     def label(self) -> str:
         """What people call it, such as "macro accuracy"."""
-        return self.name.replace("_", " ")
+        return METRICS[self.name].label or self.name.replace("_", " ")
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Return what a trial reached, or None when that is missing or not finite."""

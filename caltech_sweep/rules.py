@@ -7,6 +7,7 @@ params of stored runs read it there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -90,6 +91,8 @@ def _readings(text: str) -> Iterator[Any]:
     if text.startswith("["):
         with contextlib.suppress(ValueError):
             yield tuple(json.loads(text))
+    with contextlib.suppress(ValueError):
+        yield tuple(map(int, text.split("+")))
     yield tuple(text.split("+"))
     yield text
 
@@ -162,6 +165,11 @@ def _is_colour(value: Any) -> bool:
         return False
 
 
+def _is_epochs(value: Any) -> bool:
+    rising = isinstance(value, (list, tuple)) and all(map(is_integer, value))
+    return rising and all(one < other for one, other in itertools.pairwise((0, *value)))
+
+
 LARGEST_SEED = 2**62  # with what is added to it for a replicate, torch takes it
 BOOLEAN = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("a name", lambda v: isinstance(v, str) and bool(v.strip()))
@@ -169,6 +177,12 @@ POSITIVE = number("above 0", lambda v: v > 0)
 NOT_NEGATIVE = number("of at least 0", lambda v: v >= 0)
 FRACTION = number("between 0 and 1, both excluded", lambda v: 0 < v < 1)
 PROBABILITY = number("between 0 and 1", lambda v: 0 <= v <= 1)
+SHARE = number("above 0 and at most 1", lambda v: 0 < v <= 1)
+AT_LEAST_1 = number("of at least 1", lambda v: v >= 1)
+SIGMA = number("of at least 0.1", lambda v: v >= 0.1)
+LEVEL = Rule("an integer from 0 to 30", lambda v: is_integer(v) and 0 <= v <= 30, "integer")
+ODD = Rule("an odd integer from 3 to 15", lambda v: is_integer(v) and 3 <= v <= 15 and v % 2 == 1, "integer")
 WEIGHTS = Rule("none, imagenet, file:PATH, run:RUN_ID or study:NAME", _is_weights)
 CLASSES = Rule("a number of at least 2, first_half, second_half, a list of class names, or null", _is_classes)
+EPOCHS = Rule("a list of numbers of epochs of at least 1, each larger than the one before", _is_epochs)
 COLOUR = Rule("an opaque colour such as white or '#ff8800', in quotes", _is_colour)

@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.metrics import (
-    BEST_ACCURACY,
     BEST_EPOCH,
     EPOCH_SECONDS,
     LEARNING_RATE,
+    METRICS,
     SPEED,
-    TEST_ACCURACY,
     TRAIN_ACCURACY,
     TRAIN_LOSS,
-    VAL_ACCURACY,
-    VAL_LOSS,
-    logged,
+    all_logged,
+    logged_at_best,
     objective,
 )
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Done, Epoch, Event, Failed, Job, Stopped, WorkerDied
@@ -108,10 +106,9 @@ class ScriptedExecutor:
             (job.folder / "config.yaml").write_text("scripted: true\n")
             best = max(accuracies)
             final = {
-                BEST_ACCURACY: best,
+                **{logged_at_best(name): value for name, value in _scores(best).items()},
                 BEST_EPOCH: float(list(accuracies).index(best) + 1),
-                TEST_ACCURACY: script.test_accuracy,
-                logged("test", "loss"): 1.0,
+                **all_logged("test", {**_scores(script.test_accuracy), "loss": 1.0}),
             }
             early = end is not None and end < job.config.epochs
             tags = {"stopped_early": f"epoch {end} of {job.config.epochs}"} if early else {}
@@ -146,13 +143,17 @@ class ScriptedExecutor:
         self._events.clear()
 
 
+def _scores(accuracy: float) -> dict[str, float]:
+    """Return all measures, made up: each as good as the accuracy."""
+    return {name: accuracy if metric.higher else 1.0 - accuracy for name, metric in METRICS.items()}
+
+
 def epoch_metrics(accuracy: float) -> dict[str, float]:
-    """Return the seven metrics of an epoch, made up."""
+    """Return the metrics of an epoch, made up."""
     return {
         TRAIN_LOSS: 1.0 - accuracy,
         TRAIN_ACCURACY: accuracy,
-        VAL_LOSS: 1.0 - accuracy,
-        VAL_ACCURACY: accuracy,
+        **all_logged("val", _scores(accuracy)),
         LEARNING_RATE: 0.01,
         EPOCH_SECONDS: 1.0,
         SPEED: 100.0,

@@ -56,6 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("addresses", "files"),
     ("config",),
     ("training.schedule", "training.augment", "metrics", "rules"),  # the registries that a config's rules name
+    ("training.image_ops",),
     ("heartbeat", "seeds", "text", "paths"),
     ("errors", "machine", "__version__"),
 )

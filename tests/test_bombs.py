@@ -20,13 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caltech_sweep.config import DATASET_FIELDS, TRIAL_FIELDS
+from caltech_sweep.config import DATASET_FIELDS, TRIAL_FIELDS, TRIAL_RULES
 from caltech_sweep.data.fetch.unpack import unpack
 from caltech_sweep.data.images import decode
 from caltech_sweep.data.pixels import DEFAULT_RULES, PixelRules, read_file, read_rgb
 from caltech_sweep.data.registry import dataset_rules
 from caltech_sweep.errors import DatasetError, StudyFileError, UsageError
-from caltech_sweep.rules import TRIAL_RULES
 from caltech_sweep.study.file import load_study, parse_override
 from caltech_sweep.text import is_overgrown, quoted
 from helpers.places import Cli

@@ -97,7 +97,7 @@ class LaterTrial(TrialConfig):
     """What a later version may add, defaults of every kind."""
 
     warmup: int = 0
-    mixup: float = 0.2
+    sharpness: float = 0.2
     layers: tuple[str, ...] = ()
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     teacher: str | None = None
@@ -112,7 +112,7 @@ def later(config: TrialConfig, **changes: Any) -> LaterTrial:
 
 LATER_CHANGES: list[dict[str, Any]] = [
     {"warmup": 2},
-    {"mixup": 0.1},
+    {"sharpness": 0.1},
     {"layers": ("fc",)},
     {"betas": [0.9, 0.99]},
     {"teacher": "study:x"},

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -87,7 +87,7 @@ def test_an_added_augmentation_can_be_set_sampled_trained_and_read_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docs: ModuleType
 ) -> None:
     text = "space: {augment: {subset_of: [hflip, negative]}}\ntrials: 2\n"
-    with pytest.raises(StudyFileError, match=r"subset_of: must be a list of hflip.*, got \['hflip', 'negative'\]"):
+    with pytest.raises(StudyFileError, match=r"subset_of: must be a list of .*hflip.*, got \['hflip', 'negative'\]"):
         load(tmp_path, text)
     everyone = Augmentation(
         lambda generator, n: (np.ones(n, bool), np.empty((n, 0))), lambda images, params: 1 - images
@@ -178,6 +178,18 @@ def test_a_value_in_two_spellings_gives_no_trial_of_its_own(tmp_path: Path) -> N
         load(tmp_path, "space: {augment: {choices: [[hflip, rotation], [rotation, hflip]]}}\ntrials: 2\n")
 
 
+def test_milestones_can_be_sampled_and_tried_for_each_sampled_setting(tmp_path: Path) -> None:
+    fixed = STUDY.replace("epochs: 2", "epochs: 3, schedule: multistep")
+    for text in (
+        "space: {lr: {low: 1, high: 2}}\nexpand: {milestones: [[], [1], [1, 2]]}\ntrials: 3\n",
+        "space: {milestones: {choices: [[], [1], [1, 2]]}}\nsampler: {name: grid}\ntrials: 3\n",
+    ):
+        (tmp_path / "grown.yaml").write_text(fixed + text, encoding="utf-8")
+        executor = ScriptedExecutor()
+        run_scripted(load_study("grown", folder=tmp_path), executor, MemoryTracker())
+        assert {job.config.milestones for job in executor.jobs} == {(), (1,), (1, 2)} and len(executor.jobs) == 3
+
+
 # -- back from the stores ----------------------------------------------------------------------------------------------
 
 
@@ -186,6 +198,7 @@ def values_of(name: str, field: object) -> st.SearchStrategy:
         "weights": st.sampled_from(["none", "imagenet", "file:a+b.pt", "run:12", "study:none"]),
         "channels_last": st.one_of(st.none(), st.booleans()),
         "augment": st.sets(st.sampled_from(list(AUGMENTATIONS))).map(tuple),
+        "milestones": st.sampled_from([(), (3,), (1, 20)]),
         "arch": st.sampled_from(["alexnet", "1", "resnet18"]),
         "dataset.root": st.one_of(st.none(), st.sampled_from(["a+b", "/x y", "12", "[x"])),
         "dataset.classes": st.one_of(
@@ -193,22 +206,16 @@ def values_of(name: str, field: object) -> st.SearchStrategy:
         ),
         "dataset.background": st.sampled_from(["white", "#ff8800"]),
     }
-    default = field.default  # type: ignore[attr-defined]
+    default, rule = field.default, field.metadata["rule"]  # type: ignore[attr-defined]
     if name in special:
         return special[name]
     if isinstance(default, bool):
         return st.booleans()
-    if isinstance(default, (int, float)):
-        return (
-            st.one_of(st.just(default), st.sampled_from([0.125, 0.1 + 0.2, 1e-7]))
-            if isinstance(default, float)
-            else st.integers(8, 99)
-        )
-    rule = field.metadata["rule"]  # type: ignore[attr-defined]
     if rule.kind == "integer":
-        return st.one_of(st.none(), st.integers(8, 99))
-    words = rule.words
-    return st.sampled_from(words.removeprefix("one of ").split(", "))
+        return st.one_of(st.just(default), st.integers(0, 99).filter(rule.accepts))
+    if rule.kind == "number":
+        return st.sampled_from([default, *filter(rule.accepts, (0.125, 0.1 + 0.2, 1e-7, 3.5))])
+    return st.sampled_from(rule.words.removeprefix("one of ").split(", "))
 
 
 trials = st.fixed_dictionaries({k: values_of(k, f) for k, f in TRIAL_FIELDS.items() if k != "dataset"})
@@ -227,6 +234,38 @@ def test_a_config_comes_back_from_its_params(values: dict, dataset: dict) -> Non
 def test_params_of_other_versions_are_left_at_their_defaults() -> None:
     params = {"lr": "0.5", "epochs": "many", "invented": "x", "optimizer": "lion"}
     assert TrialConfig.from_params(params) == TrialConfig(lr=0.5)
+
+
+EVERY_KEY = """\
+title: Everything
+dataset: {name: shapes, resize: 32, crop: 32, classes: 3}
+objective: val/loss
+fixed: {arch: resnet18, weight_decay: 0}
+space:
+  lr: {low: 1, high: 2, log: true}
+  momentum: {low: 0, high: 0.5, step: 0.25}
+  batch_size: {choices: [8, 16]}
+  augment: {subset_of: [rotation, hflip]}
+expand: {epochs: [2, 3], milestones: [[], [1]], schedule: [multistep, constant]}
+trials: 17
+sampler: {name: random, seed: 3}
+pruner: {name: median, warmup_epochs: 2}
+early_stopping: {patience: 2, min_delta: 0.01}
+budget: {epochs: 90}
+tolerance: 0.02
+replicates: 2
+rows: [{name: One, set: {augment: [rotation, hflip]}, reference: {val_accuracy: 0.5, best_epoch: 3}, tolerance: 0.5}]
+"""
+
+
+def test_a_study_with_every_key_comes_back_from_its_document(tmp_path: Path) -> None:
+    (tmp_path / "every.yaml").write_text(EVERY_KEY, encoding="utf-8")
+    study = load_study("every", ["epochs=2"], folder=tmp_path)
+    for one in (study, load_study("every", folder=tmp_path)):
+        again = StudyDefinition.from_dict(json.loads(json.dumps(one.to_dict())))
+        assert again == one and again.identity() == one.identity() and again.to_dict() == one.to_dict()
+    known = {field.name for field in fields(StudyDefinition)}
+    assert all(getattr(study, name) for name in known - {"expand"}), "a key of studies that this test does not set"
 
 
 @pytest.mark.parametrize("name", list_studies())

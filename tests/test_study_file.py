@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from caltech_sweep.errors import CaltechSweepError, StudyFileError, UsageError
 from caltech_sweep.study.definition import Choices, Range, SubsetOf, identity_difference
 from caltech_sweep.study.file import list_studies, load_study, override, parse_override
+from caltech_sweep.training.augment import AUGMENTATIONS
 
 GOOD = """\
 title: A study
@@ -86,7 +87,7 @@ rows:
         "x.yaml:8: space.lr.low: must be > 0 for a log range, got 0",
         "x.yaml:9: space.step_size.low: is above high: 9 > 2",
         "x.yaml:10: space.epochs.choices: must be an integer >= 1, got 1.5",
-        "x.yaml:11: space.augment.subset_of: must be a list of hflip, color_jitter, rotation, each at most once, "
+        f"x.yaml:11: space.augment.subset_of: must be a list of {', '.join(AUGMENTATIONS)}, each at most once, "
         "got ['hflip', 'flip']",
         "x.yaml:14: rows[0].set.freeze: must be one of none, conv, fc, fc_but_last, got 'some'",
         "x.yaml:15: rows[1].name: 'One' is a duplicate row name",

@@ -90,7 +90,11 @@ def grid(table: Table) -> tuple[list[str], list[list[Cell]]]:
     """Return a table's headings and cells in the published order, then what the report adds."""
     header = ["Model", *(HEADINGS[key] for key in table.columns)]
     tested = table.images.get("test") != 0
-    header += ["Accuracy on Validation Set", *(["Accuracy on Test Set"] if tested else []), "Number of Epochs"]
+    header += ["Accuracy on Validation Set", *(["Accuracy on Test Set"] if tested else [])]
+    if table.own_objective:
+        name = table.objective.label[:1].upper() + table.objective.label[1:]
+        header += [f"{name} on Validation Set", *([f"{name} on Test Set"] if tested else [])]
+    header += ["Number of Epochs"]
     if table.has_reference:
         header += ["Reference: Validation Set", "Reference: Test Set", "Reference: Number of Epochs"]
     header += ["Note", "Run"]
@@ -99,6 +103,8 @@ def grid(table: Table) -> tuple[list[str], list[list[Cell]]]:
         texts = [f"{row.name} ({row.detail})" if row.detail else row.name]
         texts += [_setting(row.settings.get(key)) for key in table.columns]
         texts += [_score(row.val, row.seeds), *([_score(row.test, row.seeds)] if tested else [])]
+        if table.own_objective:
+            texts += [_score(row.goal, row.seeds), *([_score(row.goal_test, row.seeds)] if tested else [])]
         texts.append(_epoch(row.best_epoch))
         if table.has_reference:
             texts += [_reference(row.val_reference), _reference(row.test_reference), _epoch(row.best_epoch_reference)]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
+
 Kind = Literal["row", "sampled"]
 Standing = Literal["best", "tied", "worse", "better"]
 
@@ -70,6 +72,8 @@ class TableRow:
     seeds: int = 0  # trainings behind the scores
     val: Score | None = None
     test: Score | None = None
+    goal: Score | None = None  # what decides, on validation; the same as ``val`` where that is accuracy
+    goal_test: Score | None = None
     best_epoch: float | None = None  # the epoch that won on validation; a mean over seeds
     val_reference: Reference | None = None
     test_reference: Reference | None = None
@@ -94,6 +98,18 @@ class Table:
     footnotes: tuple[str, ...] = ()  # below: methods
     images: Mapping[str, int] = field(default_factory=dict)  # of each part, and the number of classes
     overrides: Mapping[str, object] = field(default_factory=dict)
+    objective: Objective = objective(DEFAULT_OBJECTIVE)
+
+    @property
+    def own_objective(self) -> bool:
+        """Tell whether something else than accuracy decides."""
+        return self.objective.each_epoch != DEFAULT_OBJECTIVE
+
+    @property
+    def best(self) -> TableRow | None:
+        """The row that is the best on validation, the first of equals."""
+        scored = [row for row in self.rows if row.goal is not None]
+        return min(scored, key=lambda row: self.objective.loss(row.goal.value), default=None)  # type: ignore[union-attr]
 
     @property
     def has_reference(self) -> bool:

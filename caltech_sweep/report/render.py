@@ -196,6 +196,13 @@ def flat_row(row: TableRow) -> dict[str, Any]:
     }
 
 
+def _goals(table: Table, row: TableRow) -> dict[str, Any]:
+    """Return what decides, where that is something else than accuracy."""
+    if not table.own_objective:
+        return {}
+    return {**_flat_score("objective_val", row.goal, None), **_flat_score("objective_test", row.goal_test, None)}
+
+
 def to_csv(tables: Sequence[Table]) -> str:
     """Return every table's rows below one header, each line naming its study."""
     text = io.StringIO()
@@ -222,7 +229,8 @@ def to_json(tables: Sequence[Table]) -> str:
             "images": dict(table.images),
             "overrides": dict(table.overrides),
             "notes": list(table.notes),
-            "rows": [flat_row(row) for row in table.rows],
+            **({"objective": table.objective.each_epoch} if table.own_objective else {}),
+            "rows": [{**flat_row(row), **_goals(table, row)} for row in table.rows],
             "footnotes": list(table.footnotes),
         }
         for table in tables

@@ -9,13 +9,32 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from caltech_sweep.artifacts import Predictions, read_predictions
 from caltech_sweep.errors import StoreError
-from caltech_sweep.metrics import BEST_ACCURACY, BEST_EPOCH, TEST_ACCURACY, logged
+from caltech_sweep.metrics import (
+    BEST_ACCURACY,
+    BEST_EPOCH,
+    DEFAULT_OBJECTIVE,
+    TEST_ACCURACY,
+    Objective,
+    Outputs,
+    logged,
+    objective,
+)
 from caltech_sweep.report.entries import Entry, metric, pick, row_entries, sampled_entries
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableRow
-from caltech_sweep.report.statistics import ALPHA, holm, mcnemar_exact, mean_interval, wilson_interval
+from caltech_sweep.report.statistics import (
+    ALPHA,
+    SHUFFLES,
+    holm,
+    mcnemar_exact,
+    mean_interval,
+    paired_permutation,
+    wilson_interval,
+)
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.reader import StoredStudy
@@ -57,12 +76,12 @@ def _columns(definition: StudyDefinition | None, name: str, rows: Sequence[Entry
     return tuple(key for key in HEADINGS if key in ("lr", "step_size", "epochs") or key in extra)
 
 
-def _score(runs: Sequence[TrialRecord], name: str, images: int | None) -> Score | None:
+def _score(runs: Sequence[TrialRecord], name: str, images: int | None, share: bool = True) -> Score | None:
     values = [value for run in runs if (value := metric(run, name)) is not None]
     if not values:
         return None
     if len(values) > 1:
-        deviation, low, high = mean_interval(values)
+        deviation, low, high = mean_interval(values, share)
         return Score(statistics.fmean(values), low, high, deviation, len(values))
     if not images:
         return Score(values[0], trainings=1)
@@ -96,10 +115,20 @@ def _remarks(entry: Entry) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _row(entry: Entry, images: Mapping[str, int], link: Link) -> TableRow:
+def _goals(entry: Entry, goal: Objective, val: Score | None, test: Score | None) -> tuple[Score | None, Score | None]:
+    """Return what decides, on validation and on test."""
+    if goal.name == "accuracy":
+        return val, test
+    share = goal.metric.share
+    reached = _score(entry.runs, logged(_reported_part(entry), goal.name), None, share)
+    return _score(entry.runs, goal.at_best, None, share), reached
+
+
+def _row(entry: Entry, images: Mapping[str, int], link: Link, goal: Objective) -> TableRow:
     part = _reported_part(entry)
     val = _score(entry.runs, BEST_ACCURACY, images.get("val"))
     test = _score(entry.runs, logged(part, "accuracy"), images.get("test"))
+    goals = _goals(entry, goal, val, test)
     epochs = [epoch for run in entry.runs if (epoch := metric(run, BEST_EPOCH)) is not None]
     return TableRow(
         kind=entry.kind,
@@ -112,6 +141,8 @@ def _row(entry: Entry, images: Mapping[str, int], link: Link) -> TableRow:
         seeds=len(entry.runs),
         val=val,
         test=test,
+        goal=goals[0],
+        goal_test=goals[1],
         best_epoch=statistics.fmean(epochs) if epochs else None,
         val_reference=_reference(entry.reference.get("val_accuracy"), val),
         test_reference=_reference(entry.reference.get("test_accuracy"), test),
@@ -151,16 +182,43 @@ def _with_what_is_lost(row: TableRow, own: Predictions | None) -> TableRow:
     return _remark(row, "not compared: its predictions are lost or damaged")
 
 
-def _compare(rows: list[TableRow], predictions: Sequence[Predictions | None]) -> tuple[int, int]:
+def _numbers(*lists: Sequence[str]) -> list[np.ndarray]:
+    """Return lists of class names as (N,) numbers of one count."""
+    place = {name: number for number, name in enumerate(sorted(set().union(*lists)))}
+    return [np.array([place[name] for name in names]) for names in lists]
+
+
+def _is_better(goal: Objective, one: Predictions, other: Predictions) -> bool:
+    """Tell whether a model reaches more than another on the images of their predictions."""
+
+    def reached(found: Predictions) -> float:
+        labels, predictions = _numbers(found.labels, found.predictions)
+        return goal.metric.compute(Outputs(labels, predictions))
+
+    return goal.better(reached(one), reached(other))
+
+
+def _p_value(goal: Objective, one: Predictions, other: Predictions) -> float:
+    """Return the p-value of the test that two models, asked about the same images, reach the same."""
+    if goal.name == "accuracy":
+        return mcnemar_exact(one.correct, other.correct)
+    labels, first, second = _numbers(one.labels, one.predictions, other.predictions)
+    return paired_permutation(labels, first, second, lambda truth, said: goal.metric.compute(Outputs(truth, said)))
+
+
+def _compare(rows: list[TableRow], predictions: Sequence[Predictions | None], goal: Objective) -> tuple[int, int]:
     """Mark the best row and how each other one stands against it, in place.
 
     Returns the number of comparisons, and of the images that they are made on.
 
-    The best row has the highest validation accuracy, so that the test set, on which rows are compared, takes no part
-    in choosing it.
+    The best row has the best score on validation, so that the test set, on which rows are compared, takes no part
+    in choosing it. A measure that predictions do not tell compares nothing.
     """
-    scored = [index for index, row in enumerate(rows) if row.val is not None]
-    best = max(scored, key=lambda index: (rows[index].val.value, -index), default=None)  # type: ignore[union-attr]
+    scored = [index for index, row in enumerate(rows) if row.goal is not None]
+    best = min(scored, key=lambda index: goal.loss(rows[index].goal.value), default=None)  # type: ignore[union-attr]
+    if best is not None and not goal.metric.by_class:
+        rows[best] = replace(rows[best], standing="best")
+        return 0, 0
     top = predictions[best] if best is not None else None
     if best is None or top is None:
         return 0, 0
@@ -168,11 +226,11 @@ def _compare(rows: list[TableRow], predictions: Sequence[Predictions | None]) ->
     for index in scored:
         if index != best and index not in others and predictions[index]:
             rows[index] = _remark(rows[index], "not compared: its test images are others")
-    corrected = holm([mcnemar_exact(other.correct, top.correct) for other in others.values()])
+    corrected = holm([_p_value(goal, other, top) for other in others.values()])
     if others:
         rows[best] = replace(rows[best], standing="best")
     for (index, other), p_value in zip(others.items(), corrected, strict=True):
-        better = sum(other.correct) > sum(top.correct)
+        better = _is_better(goal, other, top)
         standing = "tied" if p_value >= ALPHA else "better" if better else "worse"
         rows[index] = replace(rows[index], standing=standing, p_value=p_value)  # type: ignore[arg-type]
     return len(others), len(top.images)
@@ -286,17 +344,23 @@ def _brackets(rows: Sequence[TableRow], images: Mapping[str, int]) -> list[str]:
     return notes
 
 
-def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int) -> list[str]:
+def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int, goal: Objective) -> list[str]:
     """Say what best and tied mean, when rows were compared."""
-    if not comparisons:
+    top = next((row for row in rows if row.standing == "best"), None)
+    if top is None or top.goal is None:
         return []
-    top = next(row for row in rows if row.standing == "best")
-    equals = sum(row.val is not None and top.val is not None and row.val.value == top.val.value for row in rows) > 1
+    equals = sum(row.goal is not None and row.goal.value == top.goal.value for row in rows) > 1
+    best = f"Best: the {'highest' if goal.higher else 'lowest'} validation {goal.label}"
+    if not comparisons:
+        return [f"{best}. Rows are not compared by it on the test set, since predictions do not tell it."]
+    test = "exact McNemar test"
+    if goal.name != "accuracy":
+        test = f"paired permutation test of the {goal.label} ({SHUFFLES:,} shuffles)"
     times = f" over {comparisons} comparisons" if comparisons > 1 else ""
     seeds = "; of rows with several seeds, the first one" if any(row.seeds > 1 for row in rows) else ""
     return [
-        f"Best: the highest validation accuracy{', the first of equals' if equals else ''}. Tied: not told apart from "
-        f"it on the test set by the exact McNemar test on the same {images:,} images (p at least {ALPHA}, "
+        f"{best}{', the first of equals' if equals else ''}. Tied: not told apart from "
+        f"it on the test set by the {test} on the same {images:,} images (p at least {ALPHA}, "
         f"Holm-corrected{times}{seeds})."
     ]
 
@@ -359,16 +423,17 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
     entries = row_entries(study)
     columns = _columns(definition, name, entries)
     entries += sampled_entries(study, best, columns)
-    rows = [_row(entry, images, link) for entry in entries]
+    goal = definition.objective if definition else objective(DEFAULT_OBJECTIVE)
+    rows = [_row(entry, images, link, goal) for entry in entries]
     predictions = [_test_predictions(entry, read) for entry in entries]
-    comparisons, compared = _compare(rows, predictions)
+    comparisons, compared = _compare(rows, predictions, goal)
     if any(predictions):  # mocked trials have none
         rows = [_with_what_is_lost(row, own) for row, own in zip(rows, predictions, strict=True)]
     rows = [_against_majority(row, own) for row, own in zip(rows, predictions, strict=True)]
     footnotes = [*_views(rows, entries), *_brackets(rows, images)]
     if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
         footnotes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
-    footnotes += [*_comparisons(rows, comparisons, compared), *_majorities(rows, predictions), *_paused(study)]
+    footnotes += [*_comparisons(rows, comparisons, compared, goal), *_majorities(rows, predictions), *_paused(study)]
     return Table(
         name,
         definition.title if definition else name,
@@ -378,6 +443,7 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
         tuple(footnotes),
         images,
         definition.overrides if definition else {},
+        goal,
     )
 
 

@@ -170,6 +170,12 @@ def _log_model(
     return model_id
 
 
+def _reason(trial: TrialRecord) -> str:
+    """Return what a trial was chosen by, where that is not its accuracy."""
+    goal = trial.objective
+    return "" if goal.name == "accuracy" or trial.score is None else f" by its {goal.label} of {trial.score:.4f}"
+
+
 def _register(
     tracker: MlflowTracker,
     name: str,
@@ -191,8 +197,8 @@ def _register(
         trial.run_id,
         dict(tags),
         model_id=model_id,
-        description=f"Trial {trial.name!r} of study {trial.study!r}, chosen on validation: validation accuracy "
-        f"{val:.4f}, test accuracy {test}.",
+        description=f"Trial {trial.name!r} of study {trial.study!r}, chosen on validation{_reason(trial)}: "
+        f"validation accuracy {val:.4f}, test accuracy {test}.",
     )
     undo.callback(_quietly, client.delete_model_version, name, version.version)
     versions = [{"name": name, "version": version.version}]

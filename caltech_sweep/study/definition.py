@@ -183,6 +183,8 @@ class StudyDefinition:
             document.get("tolerance"),
             expand,
             document.get("replicates") or 1,
+            document.get("early_stopping") or {},
+            document.get("budget") or {},
         )
 
 

@@ -251,7 +251,7 @@ class _Reader:
                 self.problem(node, key, path, f"must be a list with values, got {quoted(values)}")
             elif wrong:
                 self.problem(node, key, path, wrong[0])
-            elif len(set(values)) < len(values):
+            elif len(set(map(TRIAL_RULES[key].ordered, values))) < len(values):
                 self.problem(node, key, path, "has a value twice")
             elif key in taken:
                 self.problem(node, key, path, "is also under fixed or space; leave it in one place")

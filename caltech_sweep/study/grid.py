@@ -73,7 +73,7 @@ def exhaustive_problems(definition: StudyDefinition) -> Iterator[tuple[str, str]
 
 def encode(value: Any) -> Any:
     """Return a choice as a value that Optuna stores: a list becomes its names joined by ``+``."""
-    return "+".join(value) if isinstance(value, (list, tuple)) else value
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def contains(dimension: Dimension, value: Any) -> bool:

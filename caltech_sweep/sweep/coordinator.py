@@ -242,11 +242,9 @@ class Coordinator:
         self._end(running, "paused", text, tags={PAUSED_AT: str(running.epoch)})
 
     def _done(self, running: _Running, event: Done) -> None:
-        text = ", ".join(
-            f"{label} accuracy {event.metrics[key]:.3f}"
-            for label, key in (("val", BEST_ACCURACY), ("test", TEST_ACCURACY))
-            if key in event.metrics
-        )
+        goal = self.queue.objective
+        shown = {f"val {goal.label}": goal.at_best, "val accuracy": BEST_ACCURACY, "test accuracy": TEST_ACCURACY}
+        text = ", ".join(f"{label} {event.metrics[key]:.3f}" for label, key in shown.items() if key in event.metrics)
         if event.tags.get("reuse.epochs_reused", "0") != "0":
             text += f"; {event.tags['reuse.epochs_reused']} of {running.queued.config.epochs} epochs reused"
         if "stopped_early" in event.tags:

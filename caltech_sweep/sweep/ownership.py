@@ -22,7 +22,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ForeignStudyError, StoreError, UsageError
 from caltech_sweep.stores import Store
 from caltech_sweep.study.definition import StudyDefinition
-from caltech_sweep.study.grid import reachable
+from caltech_sweep.study.grid import encode, reachable
 from caltech_sweep.sweep.optuna_store import compared, open_storage, open_study, stored_studies
 from caltech_sweep.sweep.optuna_trials import RUNG
 from caltech_sweep.sweep.space import enqueue_params, own_branch, sample
@@ -266,7 +266,7 @@ def _params_of(definition: StudyDefinition, run: TrialRecord, config: TrialConfi
     sampled = run.row is None and "confirms" not in run.tags
     params = enqueue_params(definition.space, settings)
     branch = definition.expand if run.row is None else {}
-    fixed = FixedTrial({**params, **{key: settings[key] for key in branch}})
+    fixed = FixedTrial({**params, **{key: encode(settings[key]) for key in branch}})
     trial = cast(optuna.Trial, fixed)
     sample(trial, definition.space if sampled else reachable(definition.space, settings))
     own_branch(trial, branch)

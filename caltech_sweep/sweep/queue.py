@@ -20,7 +20,7 @@ from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
 from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_sampler, startup_trials
 from caltech_sweep.study.definition import Row, StudyDefinition
-from caltech_sweep.study.grid import EXHAUSTIVE, grid_of, grid_size, param_names, reachable
+from caltech_sweep.study.grid import EXHAUSTIVE, encode, grid_of, grid_size, param_names, reachable
 from caltech_sweep.study.pausing import Contender, make_pausing
 from caltech_sweep.sweep import optuna_trials
 from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled
@@ -368,7 +368,8 @@ def complete_family(study: optuna.Study, definition: StudyDefinition, base: Froz
     for settings in all_branches(definition.expand):
         branch = replace(config, **settings)
         if branch.fingerprint() not in known:
-            _enqueue(study, {**base.params, **settings}, branch, {"family": base.number})
+            params = {**base.params, **{key: encode(value) for key, value in settings.items()}}
+            _enqueue(study, params, branch, {"family": base.number})
 
 
 def retry_failed(study: optuna.Study) -> None:

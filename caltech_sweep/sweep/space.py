@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -19,8 +19,7 @@ def sample(trial: optuna.Trial, space: Mapping[str, Dimension]) -> dict[str, Any
         if isinstance(dimension, SubsetOf):
             settings[key] = [v for v in dimension.values if trial.suggest_categorical(f"{key}.{v}", [False, True])]
         elif isinstance(dimension, Choices):
-            encoded = [encode(value) for value in dimension.values]
-            settings[key] = dimension.values[encoded.index(trial.suggest_categorical(key, encoded))]
+            settings[key] = _choose(trial, key, dimension.values)
         elif dimension.integer:
             step = int(dimension.step or 1)
             settings[key] = trial.suggest_int(
@@ -35,7 +34,12 @@ def sample(trial: optuna.Trial, space: Mapping[str, Dimension]) -> dict[str, Any
 
 def own_branch(trial: optuna.Trial, expand: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """Return the combination of ``expand`` that a trial takes."""
-    return {key: trial.suggest_categorical(key, list(values)) for key, values in expand.items()}
+    return {key: _choose(trial, key, values) for key, values in expand.items()}
+
+
+def _choose(trial: optuna.Trial, key: str, values: Sequence[Any]) -> Any:
+    encoded = [encode(value) for value in values]
+    return values[encoded.index(trial.suggest_categorical(key, encoded))]
 
 
 def all_branches(expand: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    Drawn = tuple[np.ndarray, np.ndarray]
+
 JITTER = 0.4  # brightness, contrast and saturation factors are uniform in 1 +- this
 
 
@@ -34,7 +36,7 @@ class Augmentation:
     parameters: what frozen layers make of the images that it gives can be kept.
     """
 
-    draw: Callable[..., tuple[np.ndarray, np.ndarray]]
+    draw: Callable[..., Drawn]
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     fixed: bool = False
 
@@ -91,73 +93,143 @@ def apply(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     return images
 
 
-# -- the ops -----------------------------------------------------------------------------------------------------------
+# -- what they draw ----------------------------------------------------------------------------------------------------
+
+_ATTEMPTS = 10  # to find a box that fits, as torchvision has it
+_LEVELS = 30  # of a magnitude, above none
 
 
-def _uniform(
-    generator: np.random.Generator, count: int, width: int, probability: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _uniform(generator: np.random.Generator, count: int, width: int, probability: float) -> Drawn:
     """Return which samples are changed, (count,) bool, and ``width`` numbers of each, uniform in +-1."""
     draws = generator.random((count, 1 + width))
     return draws[:, 0] < probability, 2 * draws[:, 1:] - 1
 
 
-def _draw_flip(generator: np.random.Generator, n: int, augment_probability: float) -> tuple[np.ndarray, np.ndarray]:
+def _flip(generator: np.random.Generator, n: int, augment_probability: float) -> Drawn:
     return _uniform(generator, n, 0, augment_probability)
 
 
-def _draw_jitter(generator: np.random.Generator, n: int, augment_probability: float) -> tuple[np.ndarray, np.ndarray]:
+def _jitter(generator: np.random.Generator, n: int, augment_probability: float) -> Drawn:
     """Draw factors of brightness, contrast and saturation: (n, 3)."""
     chosen, shifts = _uniform(generator, n, 3, augment_probability)
     return chosen, 1 + JITTER * shifts
 
 
-def _draw_rotation(
-    generator: np.random.Generator, n: int, augment_probability: float, rotation_degrees: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _rotation(generator: np.random.Generator, n: int, augment_probability: float, rotation_degrees: float) -> Drawn:
     """Draw angles in degrees: (n, 1)."""
     chosen, angles = _uniform(generator, n, 1, augment_probability)
     angles = rotation_degrees * angles
     return chosen & (angles[:, 0] != 0), angles
 
 
-def _grey(images: torch.Tensor) -> torch.Tensor:
-    weights = images.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
+def _boxes(
+    generator: np.random.Generator, n: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw boxes whose area and ratio of sides lie between two numbers each, of a square with sides of 1.
+
+    Returns whether one of some attempts fits, (n,) bool, its sides (n, 2), and where it lies (n, 2).
+    """
+    import numpy as np
+
+    area = generator.uniform(*scale, (n, _ATTEMPTS))
+    aspect = np.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, _ATTEMPTS)))
+    sides: np.ndarray = np.sqrt(np.stack([area * aspect, area / aspect], axis=-1))
+    fits = np.asarray((sides <= 1).all(-1))
+    first = sides[np.arange(n), fits.argmax(1)]
+    return np.asarray(fits.any(1)), first, generator.random((n, 2))
 
 
-def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Adjust brightness, contrast and saturation, in that order; images (N, 3, H, W) float in [0, 1]."""
-    brightness, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors.unbind(1))
-    images = (images * brightness).clamp(0, 1)
-    mean = _grey(images).mean((2, 3), keepdim=True)
-    images = (images * contrast + mean * (1 - contrast)).clamp(0, 1)
-    return (images * saturation + _grey(images) * (1 - saturation)).clamp(0, 1)
+def _resized_crop(
+    generator: np.random.Generator, n: int, resized_crop_scale: float, resized_crop_ratio: float
+) -> Drawn:
+    """Draw a box of every sample: height, width, and where it lies: (n, 4)."""
+    import numpy as np
+
+    ratio = (1 / resized_crop_ratio, resized_crop_ratio)
+    fits, sides, places = _boxes(generator, n, (resized_crop_scale, 1.0), ratio)
+    sides = np.where(fits[:, None], sides[:, ::-1], 1.0)
+    return np.ones(n, dtype=bool), np.hstack([sides, places])
 
 
-def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
-    """Turn each image counter-clockwise about its centre by (N, 1) degrees, nearest pixel, black outside."""
-    import torch
-    import torch.nn.functional as F
+def _erasing(generator: np.random.Generator, n: int, augment_probability: float, erasing_scale: float) -> Drawn:
+    """Draw a box of some samples: height, width, and where it lies: (n, 4)."""
+    import numpy as np
 
-    height, width = images.shape[-2:]
-    radians = degrees.double() * (math.pi / 180)
-    cos, sin = radians.cos(), radians.sin()
-    ys = torch.arange(height, device=images.device, dtype=torch.float64) - (height - 1) / 2
-    xs = torch.arange(width, device=images.device, dtype=torch.float64) - (width - 1) / 2
-    y, x = torch.meshgrid(ys, xs, indexing="ij")
-    c, s = cos.view(-1, 1, 1), sin.view(-1, 1, 1)
-    source_x = (x * c - y * s) / (width / 2)
-    source_y = (x * s + y * c) / (height / 2)
-    grid = torch.stack([source_x, source_y], dim=-1).to(images.dtype)
-    return F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    chosen = generator.random(n) < augment_probability
+    fits, sides, places = _boxes(generator, n, (min(0.02, erasing_scale), erasing_scale), (0.3, 3.3))
+    return chosen & fits, np.hstack([sides, places])
+
+
+def _blur(
+    generator: np.random.Generator, n: int, augment_probability: float, blur_kernel: int, blur_sigma: float
+) -> Drawn:
+    """Draw standard deviations in pixels; the kernel's width is the same for all: (n, 2)."""
+    import numpy as np
+
+    chosen = generator.random(n) < augment_probability
+    return chosen, np.stack([generator.uniform(0.1, blur_sigma, n), np.full(n, blur_kernel)], axis=1)
+
+
+# How far each op of image_ops.AUTO_OPS goes at most; of those that follow, solarize goes from 1 to 0.
+_TRIVIAL = (0.0, 0.99, 0.99, 32.0, 32.0, 135.0, 0.99, 0.99, 0.99, 0.99, 6.0)
+_RANDOM = (0.0, 0.3, 0.3, 150 / 331, 150 / 331, 30.0, 0.9, 0.9, 0.9, 0.9, 4.0)
+_SIGNED, _POSTERIZE, _SOLARIZE, _AUTO_OPS = range(1, 10), 10, 11, 14
+
+
+def _magnitudes(ops: np.ndarray, levels: np.ndarray, signs: np.ndarray, largest: tuple[float, ...]) -> np.ndarray:
+    """Return the magnitudes of some ops at some levels of 0 to 1, with a sign for those that have one."""
+    import numpy as np
+
+    reach = np.array([*largest, *[0.0] * (_AUTO_OPS - len(largest))])[ops] * levels
+    found = np.where(np.isin(ops, _SIGNED), reach * signs, reach)
+    found = np.where(ops == _POSTERIZE, np.round(8 - reach), found)
+    return np.where(ops == _SOLARIZE, 1 - levels, found)
+
+
+def _trivial_augment(generator: np.random.Generator, n: int) -> Drawn:
+    """Draw an op and its magnitude: (n, 2)."""
+    import numpy as np
+
+    ops, levels = generator.integers(_AUTO_OPS, size=n), generator.integers(_LEVELS + 1, size=n) / _LEVELS
+    signs = np.where(generator.random(n) < 0.5, -1.0, 1.0)
+    return ops != 0, np.stack([ops, _magnitudes(ops, levels, signs, _TRIVIAL)], axis=1)
+
+
+def _rand_augment(generator: np.random.Generator, n: int, rand_augment_ops: int, rand_augment_magnitude: int) -> Drawn:
+    """Draw some ops after another, each with its magnitude: (n, 2 * ops)."""
+    import numpy as np
+
+    ops = generator.integers(_AUTO_OPS, size=(n, rand_augment_ops))
+    signs = np.where(generator.random(ops.shape) < 0.5, -1.0, 1.0)
+    levels = np.full(ops.shape, rand_augment_magnitude / _LEVELS)
+    found = np.stack([ops, _magnitudes(ops, levels, signs, _RANDOM)], axis=-1)
+    return (ops != 0).any(1), found.reshape(n, -1)
+
+
+# -- the registry ------------------------------------------------------------------------------------------------------
+
+
+def _batched(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def change(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        import caltech_sweep.training.image_ops as image_ops
+
+        changed: torch.Tensor = getattr(image_ops, name)(images, params)
+        return changed
+
+    return change
 
 
 # In the order in which they are applied.
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "hflip": Augmentation(_draw_flip, lambda images, params: images.flip(-1), fixed=True),
-    "color_jitter": Augmentation(_draw_jitter, color_jitter),
-    "rotation": Augmentation(_draw_rotation, rotate),
+    "random_resized_crop": Augmentation(_resized_crop, _batched("resized_crop")),
+    "hflip": Augmentation(_flip, _batched("hflip"), fixed=True),
+    "vflip": Augmentation(_flip, _batched("vflip"), fixed=True),
+    "trivial_augment": Augmentation(_trivial_augment, _batched("trivial_augment")),
+    "rand_augment": Augmentation(_rand_augment, _batched("rand_augment")),
+    "color_jitter": Augmentation(_jitter, _batched("color_jitter")),
+    "rotation": Augmentation(_rotation, _batched("rotate")),
+    "gaussian_blur": Augmentation(_blur, _batched("gaussian_blur")),
+    "random_erasing": Augmentation(_erasing, _batched("erase")),
 }
 
 

@@ -9,6 +9,7 @@ from, and the model a trial starts from has them.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -36,11 +37,12 @@ from caltech_sweep.training.keys import (
     CacheOptions,
     checkpoint_key,
     digest,
+    rate_mark,
     recipe,
 )
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
-from caltech_sweep.training.schedule import EpochRates, learning_rates
+from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
@@ -117,8 +119,12 @@ def identity(
     }
 
 
-def _name(base: str, rates: tuple[EpochRates, ...]) -> str:
-    return f"stage-{checkpoint_key(base, rates)}"
+def _marks(config: TrialConfig, steps: int) -> tuple[str, ...]:
+    return tuple(rate_mark(epoch_rates(config, epoch, steps)) for epoch in range(1, config.epochs + 1))
+
+
+def _name(base: str, marks: Sequence[str]) -> str:
+    return f"stage-{checkpoint_key(base, marks)}"
 
 
 def stored_epochs(
@@ -129,7 +135,7 @@ def stored_epochs(
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
     base = digest(identity(config, data, device, weights_file, use.features))
-    rates = learning_rates(config, steps_of(config, len(data.split.part("train"))))
+    rates = _marks(config, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
     return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
 
@@ -142,8 +148,8 @@ def capture(training: Training) -> Checkpoint:
     """Return the state of a training after at least one epoch; the tensors may be the training's own."""
     assert training.best is not None
     frozen = _frozen(training.model)
-    states = {"model": training.model.state_dict()}
-    if training.best.epoch != training.epoch:  # otherwise the best weights are these
+    states = {"model": training.model.state_dict(), "average": training.average}
+    if training.best.epoch != training.epoch or training.average:  # otherwise the best weights are these
         states["best"] = training.best_weights
     tensors = {f"{k}.{name}": v for k, state in states.items() for name, v in state.items() if name not in frozen}
     for index, values in training.optimizer.state_dict()["state"].items():
@@ -173,6 +179,7 @@ def restore(training: Training, stage: Checkpoint, end: int | None = None) -> No
         index, _, key = name.partition(".")
         states.setdefault(int(index), {})[key] = _laid_out_like(parameters[int(index)], value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    training.average = {name: value.to(training.device) for name, value in stage.group("average").items()}
     by_epoch = (stage.tensors[f"val.{name}"].clone() for name in ("predictions", "confidences"))
     values = zip(stage.header["history"], *by_epoch, strict=True)
     training.history = [
@@ -201,7 +208,7 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), learning_rates(config, training.steps)
+        self._base, self._rates = digest(self._identity), _marks(config, training.steps)
         self._saved = time.monotonic()
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained

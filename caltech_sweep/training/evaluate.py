@@ -60,7 +60,7 @@ def evaluate(
     Raises NotFiniteError when any logit is NaN or infinite.
     """
     model.eval()
-    predictions, confidences, losses, finite = [], [], [], []
+    predictions, confidences, losses, ranks, finite = [], [], [], [], []
     for index in torch.arange(len(labels)).split(batch_size):
         beat()
         batch = views(index)
@@ -73,12 +73,15 @@ def evaluate(
             mean = log_probabilities.exp().mean(1).clamp_min(1e-38).log()
         target = labels[index].to(mean.device)
         losses.append(F.nll_loss(mean, target, reduction="sum").double().cpu())
+        own = mean.gather(1, target[:, None])
+        ranks.append((mean > own).sum(1).cpu())
         confidence, prediction = mean.exp().max(-1)
         predictions.append(prediction.cpu())
         confidences.append(confidence.cpu())
     if not torch.stack(finite).all():
         raise NotFiniteError("the network's outputs became NaN or infinite; try a lower learning rate")
     predicted = torch.cat(predictions)
-    outputs = Outputs(labels.numpy(), predicted.numpy(), float(sum(losses)) / len(labels))
+    loss = float(sum(losses)) / len(labels)
+    outputs = Outputs(labels.numpy(), predicted.numpy(), loss, torch.cat(ranks).numpy())
     scores = {name: metric.compute(outputs) for name, metric in METRICS.items()}
     return Evaluation(scores, predicted, torch.cat(confidences))

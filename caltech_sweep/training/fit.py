@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from caltech_sweep import metrics
 from caltech_sweep.config import TrialConfig
@@ -24,8 +25,10 @@ from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
+from caltech_sweep.training.loss import class_weights, loss_share, mixed, mixes
 from caltech_sweep.training.models import train_mode
 from caltech_sweep.training.networks import NORMALIZE, normalization, source_of
+from caltech_sweep.training.optimizer import make_optimizer, set_rate
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
@@ -63,16 +66,6 @@ def steps_of(config: TrialConfig, images: int) -> int:
     return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
 
 
-def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the configured optimiser over the parameters that are trained, as one fused pass over memory."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=decay, fused=True)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, config.lr, weight_decay=decay, fused=True)
-
-
 @dataclass
 class Training:
     """A model in training: everything that the next epoch needs, and the best-on-val weights so far.
@@ -90,6 +83,7 @@ class Training:
     best: EpochResult | None = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # sentences for the user
+    average: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights over the steps, where it is kept
 
     def __post_init__(self) -> None:
         config = self.config
@@ -106,6 +100,9 @@ class Training:
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
         self._resident: dict[str, torch.Tensor] = {}
         self._labels = self.data.labels("train")
+        self._outputs = config.outputs or len(self.data.split.classes)
+        weights = class_weights(config, self._labels, self._outputs)
+        self._weights = None if weights is None else weights.to(self.device)
         if config.drop_last and len(self._labels) < config.batch_size:
             raise DatasetError(
                 f"batch_size: {config.batch_size} is more than the {len(self._labels)} training images and drop_last "
@@ -116,7 +113,7 @@ class Training:
     def _frozen_features(self) -> FrozenFeatures | None:
         """Return the frozen layers apart, where the images that they see are the same in every epoch."""
         config = self.config
-        if not all(augment.AUGMENTATIONS[op].fixed for op in config.augment):
+        if mixes(config) or not all(augment.AUGMENTATIONS[op].fixed for op in config.augment):
             return None
         train_mode(self.model, config)
         split = split_model(self.model, source_of(config.arch).tail(self.model))
@@ -211,13 +208,60 @@ class Training:
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch, number))
         inputs = self._inputs("train", index, draws[index] if draws else None)
         labels = self._labels[index].to(self.device)
-        with self._autocast():
-            logits = self._network(inputs)
-        loss = F.cross_entropy(logits.float(), labels)
+        targets = labels
+        if mixes(self.config):
+            inputs, targets = mixed(self.config, epoch, number, inputs, labels, self._outputs)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        found = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for part in torch.arange(len(index)).chunk(self.config.accumulate):
+            found += self._accumulate(inputs, labels, targets, part)
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()
-        correct = (logits.detach().argmax(1) == labels).sum()
+        self._update_average()
+        return found
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Add the weights after a step, and the statistics of its layers, to their moving average."""
+        decay = self.config.ema_decay
+        if decay is None:
+            return
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        state = self.model.state_dict()
+        own = {name: v for name, v in state.items() if v.is_floating_point() and name not in frozen}
+        if not self.average:
+            self.average = {name: value.clone() for name, value in own.items()}
+            return
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), [own[name] for name in self.average], 1)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Let the model have its averaged weights meanwhile, where these are kept."""
+        state = self.model.state_dict()
+        own = {name: state[name].clone() for name in self.average}
+        for name, value in self.average.items():
+            state[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                state[name].copy_(value)
+
+    def _accumulate(
+        self, inputs: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor, part: torch.Tensor
+    ) -> torch.Tensor:
+        """Add the gradient of a ``part`` of a batch; return its share of the mean loss, and its right predictions."""
+        whole = len(part) == len(inputs)
+        chosen = targets if whole else targets[part]
+        with self._autocast():
+            logits = self._network(inputs if whole else inputs[part])
+        smoothing = self.config.label_smoothing
+        loss = F.cross_entropy(logits.float(), chosen, self._weights, label_smoothing=smoothing)
+        if not whole:
+            loss = loss * loss_share(targets, chosen, self._weights)
+        loss.backward()
+        correct = (logits.detach().argmax(1) == (labels if whole else labels[part])).sum()
         return torch.stack([loss.detach().double(), correct.double()])
 
     def train_epoch(self, epoch: int) -> tuple[float, float, int]:
@@ -234,7 +278,7 @@ class Training:
         fresh: list[torch.Tensor] = []
         for number, index in enumerate(batches, start=1):
             beat()
-            self._set_rate(rates[min(number, len(rates)) - 1])
+            set_rate(self.optimizer, rates[min(number, len(rates)) - 1])
             fresh.append(self._step(epoch, number, index, draws))
             if number % _CHECK_EVERY and number < len(batches):
                 continue
@@ -247,10 +291,6 @@ class Training:
         loss, correct = (math.fsum(column) / seen for column in zip(*sums, strict=True))
         return loss, correct, seen
 
-    def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     @property
     def ended(self) -> bool:
         """Whether no epoch is left: all are trained, or the last ones gave nothing better (``patience``)."""
@@ -261,19 +301,20 @@ class Training:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
         epoch, start = self.epoch + 1, time.perf_counter()
         loss, accuracy, seen = self.train_epoch(epoch)
-        try:
-            val = self.evaluate("val")
-        except NotFiniteError as error:
-            raise NotFiniteError(f"epoch {epoch}, {error}") from error
-        seconds = time.perf_counter() - start
-        lr = epoch_rates(self.config, epoch, self.steps)[0]
-        result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
+        with self._averaged():
+            try:
+                val = self.evaluate("val")
+            except NotFiniteError as error:
+                raise NotFiniteError(f"epoch {epoch}, {error}") from error
+            seconds = time.perf_counter() - start
+            lr = epoch_rates(self.config, epoch, self.steps)[0]
+            result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
+            goal = metrics.objective(self.config.objective)
+            if self.best is None or goal.better(val.scores[goal.name], self.best.val.scores[goal.name]):
+                self.best = result
+                self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.epoch = epoch
         self.history.append(result)
-        goal = metrics.objective(self.config.objective)
-        if self.best is None or goal.better(val.scores[goal.name], self.best.val.scores[goal.name]):
-            self.best = result
-            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         return result
 
 

@@ -71,7 +71,15 @@ def prefix_key(config: TrialConfig) -> str:
     return digest([recipe(config), dataset, config.weights, config.outputs, config.precision, config.channels_last])
 
 
-def checkpoint_key(base: str, rates: Sequence[EpochRates]) -> str:
-    """Return the key of the state after ``len(rates)`` epochs; ``base`` is the key of all but the learning rates."""
-    exact = [[rate.hex() for rate in epoch] for epoch in rates]
-    return digest([base, [epoch if len(epoch) > 1 else epoch[0] for epoch in exact]])
+def rate_mark(rates: EpochRates) -> str:
+    """Return what stands for the learning rates of an epoch in a key, exact to the last bit."""
+    exact = [rate.hex() for rate in rates]
+    return exact[0] if len(exact) == 1 else digest(exact)
+
+
+def checkpoint_key(base: str, marks: Sequence[str]) -> str:
+    """Return the key of the state after so many epochs; ``base`` is the key of all but the learning rates.
+
+    ``marks`` are :func:`rate_mark` of each epoch.
+    """
+    return digest([base, list(marks)])

@@ -22,7 +22,8 @@ from caltech_sweep.training.networks import source_of
 def batch_kinds(config: TrialConfig, images: int) -> frozenset[int]:
     """Return which batches an epoch over so many images has: of one image (1), of more (2); to layers all are alike."""
     last = 0 if config.drop_last else images % config.batch_size
-    sizes = {min(config.batch_size, images), last}
+    whole = {min(config.batch_size, images), last}
+    sizes = {len(part) for size in whole for part in torch.arange(size).chunk(config.accumulate)}
     return frozenset(min(size, 2) for size in sizes if size)
 
 

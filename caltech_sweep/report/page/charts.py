@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from caltech_sweep.metrics import Objective
 from caltech_sweep.report.model import Share
 from caltech_sweep.report.page.confusion import Confusion
 from caltech_sweep.report.page.curves import Grouping, Line
@@ -210,11 +211,16 @@ _MARKERS = {"pruned": "x", "paused": "_"}
 
 
 def history_svg(
-    points: Sequence[SearchPoint], before: float, row_best: float | None, label: str, figure_id: str
+    points: Sequence[SearchPoint],
+    before: float | None,
+    row_best: float | None,
+    goal: Objective,
+    label: str,
+    figure_id: str,
 ) -> str:
     """Return the search's history, in the order of ``points``.
 
-    ``before`` is the best accuracy of the trials before these, or 0.
+    ``before`` is the best score of the trials before these, if there are any.
     """
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
@@ -222,10 +228,11 @@ def history_svg(
     with mpl.rc_context(_unique(figure_id)):
         figure = _figure(330, 210)
         axes = figure.add_axes((0.115, 0.15, 0.87, 0.82))
-        best, steps = before, []
+        best, steps = before, list[tuple[int, float]]()
         for point in points:
-            best = max(best, point.value if point.outcome == "complete" else 0.0)
-            steps += [(point.number, best)] if best else []
+            reached = [point.value] if point.outcome == "complete" else []
+            best = goal.best([*([] if best is None else [best]), *reached])
+            steps += [] if best is None else [(point.number, best)]
         if row_best is not None:
             axes.axhline(row_best, color=WRONG, linewidth=1, linestyle=(0, (5, 3)))
         if steps:

@@ -92,7 +92,7 @@ def _comparison(named: Sequence[Named], pair: tuple[str, str] | None) -> Compari
     if pair is not None:
         first, second = (_chosen(name, rows) for name in pair)
     elif len(rows) > 1:
-        first, second = (pick(range(len(rows)), key=lambda i: (rows[i].val, -i)) for pick in (max, min))
+        first, second = (pick(range(len(rows)), key=lambda i: (rows[i].merit, -i)) for pick in (max, min))
     else:
         return None
     classes = tuple(dict.fromkeys(name for row in rows if row.confusion for name in row.confusion.classes))

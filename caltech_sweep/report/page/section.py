@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from caltech_sweep.errors import CaltechSweepError
-from caltech_sweep.metrics import BEST_ACCURACY
+from caltech_sweep.metrics import Objective
 from caltech_sweep.report.entries import metric, pick, row_entries, sampled_entries
 from caltech_sweep.report.grid import one_line
 from caltech_sweep.report.model import Importance, Table, TableRow
@@ -80,7 +80,7 @@ class Named:
     study: str
     name: str
     run: TrialRecord
-    val: float
+    merit: float  # the larger, the better its score on validation
     confusion: Confusion | None
     seeds: int
 
@@ -137,7 +137,7 @@ def _curves(drawn: Sequence[curves.Line], section: str, across: bool = False, le
 
 
 def _history_points(study: StoredStudy) -> list[charts.SearchPoint]:
-    """Return the sampled trials that have ended, or paused, with an accuracy."""
+    """Return the sampled trials that have ended, or paused, with a score on validation."""
     points = []
     for trial in curves.sampled(study):
         value = trial.score if trial.state == "complete" else metric(trial, trial.objective.each_epoch)
@@ -148,7 +148,7 @@ def _history_points(study: StoredStudy) -> list[charts.SearchPoint]:
 
 
 def _importance(
-    study: StoredStudy, complete: Sequence[TrialRecord], weigh: Importances | None, figure: str
+    study: StoredStudy, complete: Sequence[TrialRecord], weigh: Importances | None, figure: str, goal: Objective
 ) -> tuple[str, str]:
     """Return the drawing of what each setting explains, where that can be told from chance, and what to say of it."""
     definition = study.record.definition
@@ -166,9 +166,9 @@ def _importance(
             return "", f"The settings of {trials} do not differ, so their importance cannot be estimated."
         return "", f"{trials}: not enough trials to tell which setting mattered.{chance}"
     note = (
-        "How much of what the settings explain of the differences in validation accuracy each one does, from "
+        f"How much of what the settings explain of the differences in validation {goal.label} each one does, from "
         f"{trials}, with its 95% range over resampled trials. Shown are settings that explain more than they do when "
-        f"the accuracies are shuffled (p below {ALPHA}, Holm-corrected).{chance}"
+        f"the scores are shuffled (p below {ALPHA}, Holm-corrected).{chance}"
     )
     if len(found.shares) + len(found.chance) == 1:
         (only,) = found.shares
@@ -181,6 +181,7 @@ def _search(
     row_best: float | None,
     weigh: Importances | None,
     section: str,
+    goal: Objective,
     moments: Sequence[Moment] = (),
 ) -> Search:
     points, trials, definition = _history_points(study), curves.sampled(study), study.record.definition
@@ -191,17 +192,17 @@ def _search(
     counts = Counter(point.outcome for point in points)
     shown = ["complete", "pruned", *(["paused"] if counts["paused"] else [])]
     sentence = f"{counted(len(points), 'sampled trial')}: {', '.join(f'{counts[name]} {name}' for name in shown)}."
-    label = f"Validation accuracy by trial number. {sentence}"
+    label = f"Validation {goal.label} by trial number. {sentence}"
     label += f" The last {len(drawn):,} are drawn." if earlier else ""
     others = Counter(trial.state for trial in trials)
     others.subtract(counts)
     names = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(others.items()) if number)
-    accuracies = [point.value for point in points if point.outcome == "complete"]
-    label += f" The best sampled trial has {max(accuracies):.3f}." if accuracies else ""
+    top = goal.best(point.value for point in points if point.outcome == "complete")
+    label += f" The best sampled trial has {top:.3f}." if top is not None else ""
     label += f" The best row has {row_best:.3f}." if row_best is not None else ""
-    before = max((point.value for point in earlier if point.outcome == "complete"), default=0.0)
-    history = charts.history_svg(drawn, before, row_best, label, f"{section}-history")
-    importance, note = _importance(study, complete, weigh, f"{section}-importance")
+    before = goal.best(point.value for point in earlier if point.outcome == "complete")
+    history = charts.history_svg(drawn, before, row_best, goal, label, f"{section}-history")
+    importance, note = _importance(study, complete, weigh, f"{section}-importance", goal)
     return Search(
         sentence
         + _origins(trials)
@@ -241,14 +242,13 @@ def _named(study: StoredStudy, best: int, reader: Reader) -> list[Named]:
     for entry in [*row_entries(study), *sampled_entries(study, best, ())]:
         if entry.runs:
             run = entry.runs[0]
-            val = metric(run, BEST_ACCURACY) or 0.0
             confusion = read_confusion(reader.text, run)
-            found.append(Named(study.record.name, one_line(entry.name), run, val, confusion, len(entry.runs)))
+            found.append(Named(study.record.name, one_line(entry.name), run, -run.rank, confusion, len(entry.runs)))
     return found
 
 
 def _best(named: Sequence[Named]) -> Named:
-    return max(named, key=lambda row: row.val)
+    return max(named, key=lambda row: row.merit)
 
 
 def _confusions(named: Sequence[Named], section: str) -> Confusions | None:
@@ -314,9 +314,8 @@ def _section(
     o: Options,
 ) -> Section:
     name = f"s{index}"
-    scored = [row for row in table.rows if row.val is not None]
-    best = max(scored, key=lambda row: row.val.value, default=None)  # type: ignore[union-attr]
-    row_scores = [row.val.value for row in scored if row.kind == "row" and row.val is not None]
+    best, goal = table.best, table.objective
+    row_best = goal.best(row.goal.value for row in table.rows if row.kind == "row" and row.goal is not None)
     wrong_of, wrong, wrong_note = _thumbnails(study, named, reader, o.data)
     left_out = curves.left_out(study)
     return Section(
@@ -327,7 +326,7 @@ def _section(
         counts=_counts(study),
         best=best,
         curves=_curves(curves.lines(study, histories), name, left_out=left_out),
-        search=_search(study, max(row_scores, default=None), o.importances, name, moments),
+        search=_search(study, row_best, o.importances, name, goal, moments),
         confusions=_confusions(named, name),
         lost=tuple(row.name for row in named if row.confusion is None),
         seeds=tuple(row.name for row in named if row.seeds > 1),

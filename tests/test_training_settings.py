@@ -1,0 +1,261 @@
+"""What a step minimises, against torch's, torchvision's and scikit-learn's own; and every setting's exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
+
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.data import load_dataset
+from caltech_sweep.data.images import LoadedData
+from caltech_sweep.metrics import objective_names
+from caltech_sweep.training.augment import AUGMENTATIONS
+from caltech_sweep.training.fit import EpochResult, Training
+from caltech_sweep.training.keys import CacheOptions
+from caltech_sweep.training.loss import class_weights, mixed
+from caltech_sweep.training.models import build_model
+from caltech_sweep.training.optimizer import rate_factors
+from caltech_sweep.training.rehearsal import batch_kinds
+from caltech_sweep.training.schedule import SCHEDULES
+from caltech_sweep.training.trial import TrialOutcome, run_trial
+
+CPU = torch.device("cpu")
+SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=4)
+CONFIG = TrialConfig(
+    dataset=SHAPES,
+    arch="squeezenet1_1",
+    epochs=3,
+    batch_size=5,
+    drop_last=False,
+    lr=0.02,
+    weight_decay=0.0,
+    step_size=2,
+)  # which has no batch statistics
+
+
+@pytest.fixture(scope="module")
+def data() -> LoadedData:
+    return load_dataset(SHAPES)
+
+
+def trained(config: TrialConfig, data: LoadedData) -> tuple[Training, dict[str, torch.Tensor]]:
+    """Train one epoch without dropout; return the training and the weights before."""
+    model = build_model(config, 3)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    training = Training(config, data, model, CPU)
+    training.train_epoch(1)
+    return training, before
+
+
+def assert_near(one: nn.Module, other: nn.Module) -> None:
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(one.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def smoothed(logits: torch.Tensor, labels: torch.Tensor, amount: float) -> torch.Tensor:
+    """Return the loss with smoothed targets by its definition (Szegedy et al., 1512.00567)."""
+    logs = logits.log_softmax(1)
+    right = -logs[torch.arange(len(labels)), labels]
+    return ((1 - amount) * right - amount * logs.mean(1)).mean()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"label_smoothing": 0.2}, {"class_weights": "balanced"}, {"clip_grad_norm": 0.05}, {"momentum": 0.0}]
+)
+def test_an_epoch_is_that_of_a_plain_loop(changes: dict[str, Any], data: LoadedData) -> None:
+    config = replace(CONFIG, **changes)
+    training, before = trained(config, data)
+    model = build_model(config, 3)
+    model.load_state_dict(before)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
+    images, labels = (data.center_crops("train", 32).float() / 255 - 0.5) / 0.5, data.labels("train")
+    weight = torch.tensor(compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())).float()
+    model.train()
+    for index in training._batches(1):
+        logits, truth = model(images[index]), labels[index]
+        loss = F.cross_entropy(logits, truth)
+        if config.label_smoothing:
+            loss = smoothed(logits, truth, config.label_smoothing)
+        if config.class_weights == "balanced":
+            each = F.cross_entropy(logits, truth, reduction="none")
+            loss = (each * weight[truth]).sum() / weight[truth].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip_grad_norm:
+            norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()  # type: ignore[union-attr]
+            for parameter in model.parameters():
+                parameter.grad *= min(1.0, config.clip_grad_norm / float(norm))
+            assert norm > config.clip_grad_norm
+        optimizer.step()
+    assert_near(training.model, model)
+
+
+def test_what_is_evaluated_is_torch_s_average_of_the_weights(data: LoadedData) -> None:
+    config = replace(CONFIG, arch="resnet18", ema_decay=0.6, epochs=1)
+    averaged, plain = (Training(c, data, build_model(c, 3), CPU) for c in (config, replace(config, ema_decay=None)))
+    oracle = AveragedModel(plain.model, multi_avg_fn=get_ema_multi_avg_fn(0.6), use_buffers=True)
+    plain.optimizer.register_step_post_hook(lambda *_: oracle.update_parameters(plain.model))
+    plain.train_epoch(1)
+    result = averaged.run_epoch()
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(averaged.model.state_dict()[name], value), name  # training goes on from its own weights
+        if value.is_floating_point():
+            torch.testing.assert_close(averaged.best_weights[name], oracle.module.state_dict()[name])
+    plain.model.load_state_dict(averaged.best_weights)
+    assert plain.evaluate("val").scores == result.val.scores
+
+
+def test_class_weights_are_scikit_learn_s() -> None:
+    labels = torch.tensor([0] * 7 + [1] * 2 + [3] * 9)
+    got = class_weights(replace(CONFIG, class_weights="balanced"), labels, 6)
+    want = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels.numpy())
+    assert got is not None and got[[0, 1, 3]].tolist() == pytest.approx(want.tolist())
+    assert got[[2, 4, 5]].tolist() == [1, 1, 1] and class_weights(CONFIG, labels, 6) is None
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixed_images_and_targets_are_torchvision_s(kind: str) -> None:
+    images, labels = torch.rand(6, 3, 20, 24), torch.arange(6)
+    seen = set()
+    for step in range(40):
+        got, targets = mixed(replace(CONFIG, **{kind: 0.8}), 2, step, images, labels, 8)  # type: ignore[arg-type]
+        share = float(targets[0, 0])
+        seen.add(share)
+        transform = v2.MixUp(num_classes=8) if kind == "mixup" else v2.CutMix(num_classes=8)
+        params: dict[str, Any] = {"labels": labels, "batch_size": 6, "lam": share, "lam_adjusted": share}
+        if kind == "cutmix":
+            rows, columns = (got != images).any(1).any(0).nonzero().unbind(1)
+            box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else (0, 0, 0, 0)
+            params["box"] = tuple(map(int, box))
+            area = (params["box"][2] - params["box"][0]) * (params["box"][3] - params["box"][1])
+            assert share == pytest.approx(1 - area / (20 * 24), abs=1e-6)
+        torch.testing.assert_close(got, transform.transform(images, params))
+        torch.testing.assert_close(targets, transform.transform(labels, params))
+        again = mixed(replace(CONFIG, **{kind: 0.8}), 2, step, images, labels, 8)  # type: ignore[arg-type]
+        assert torch.equal(again[0], got)
+    assert len(seen) > 20
+    both = [mixed(replace(CONFIG, mixup=0.8, cutmix=0.8), 1, step, images, labels, 8)[0] for step in range(60)]
+    cut = sum(bool(((one == images) | (one == images.roll(1, 0))).all()) for one in both)
+    assert 15 < cut < 45
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"class_weights": "balanced", "label_smoothing": 0.1}, {"mixup": 1.0}])
+def test_a_batch_in_parts_trains_what_the_whole_batch_trains(
+    parts: int, changes: dict[str, Any], data: LoadedData
+) -> None:
+    config = replace(CONFIG, batch_size=12, **changes)
+    whole, _ = trained(config, data)
+    split, _ = trained(replace(config, accumulate=parts), data)
+    assert_near(split.model, whole.model)
+
+
+def test_a_part_of_one_image_is_rehearsed() -> None:
+    config = replace(CONFIG, batch_size=5, accumulate=4)  # 2, 2 and 1 images
+    assert batch_kinds(config, 10) == {1, 2} and batch_kinds(replace(config, accumulate=1), 10) == {2}
+
+
+def test_each_numbered_block_decays_from_the_one_behind() -> None:
+    config = replace(CONFIG, arch="resnet18", layer_decay=0.5, head_lr_factor=3.0)
+    factors = rate_factors(config, build_model(config, 3))
+    blocks = ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    for place, block in enumerate(blocks):
+        those = {value for name, value in factors.items() if name.startswith(f"{block}.")}
+        assert those == {0.5 ** (len(blocks) - place)}, block
+    assert factors["bn1.weight"] == factors["conv1.weight"] and factors["fc.bias"] == 3.0
+    config = replace(config, arch="vgg11_bn")
+    factors = rate_factors(config, build_model(config, 3))
+    assert (
+        factors["features.0.weight"] == factors["features.1.bias"] == 0.5**8 and factors["classifier.0.weight"] == 3.0
+    )
+
+
+def test_a_factor_multiplies_the_step_of_its_layers(data: LoadedData) -> None:
+    config = replace(CONFIG, batch_size=12, momentum=0.0)
+    plain, before = trained(config, data)
+    scaled, _ = trained(replace(config, layer_decay=0.5, head_lr_factor=3.0), data)
+    for name, factor in rate_factors(replace(config, layer_decay=0.5, head_lr_factor=3.0), plain.model).items():
+        moved, want = (t.model.state_dict()[name] - before[name] for t in (scaled, plain))
+        torch.testing.assert_close(moved, factor * want, rtol=1e-3, atol=1e-7)
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """Yield every entry of every registry, and every training setting, as changes of a config."""
+    yield from ({"schedule": name, "milestones": (2,), "warmup_steps": 4} for name in SCHEDULES)
+    yield from ({"augment": (name,)} for name in AUGMENTATIONS)
+    yield from ({"objective": name} for name in objective_names())
+    yield from ({"optimizer": name, "lr": 0.001, "layer_decay": 0.7} for name in ("sgd", "adam", "adamw"))
+    yield from ({name: 0.5} for name in ("label_smoothing", "mixup", "cutmix", "clip_grad_norm", "head_lr_factor"))
+    yield from ({"ema_decay": 0.5, "arch": arch} for arch in ("squeezenet1_1", "resnet18"))
+    yield {"ema_decay": 0.5, "freeze": "conv"}
+    yield from ({"class_weights": "balanced"}, {"accumulate": 2}, {"freeze": "conv", "augment": ("hflip", "vflip")})
+
+
+def run(
+    config: TrialConfig, data: LoadedData, stages: CacheOptions | None = None, stop: int | None = None
+) -> tuple[list[EpochResult], TrialOutcome | None]:
+    trial, epochs = run_trial(config, data, CPU, stages=stages), list[EpochResult]()
+    while len(epochs) != stop:
+        try:
+            epochs.append(next(trial))
+        except StopIteration as end:
+            return epochs, end.value
+    trial.close()
+    return epochs, None
+
+
+def assert_same(one: TrialOutcome | None, other: TrialOutcome | None) -> None:
+    assert one is not None and other is not None and one.metrics() == other.metrics()
+    assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())
+
+
+@pytest.mark.parametrize("changes", list(cases()), ids=lambda changes: "-".join(map(str, changes.values())))
+def test_a_trial_that_was_stopped_ends_as_if_it_had_not_been(
+    changes: dict[str, Any], data: LoadedData, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, **changes)
+    epochs, want = run(config, data)
+    stages = CacheOptions(tmp_path, 10**9, frozenset({2}))
+    run(config, data, stages, stop=2)
+    again, got = run(config, data, stages)
+    assert_same(got, want)
+    assert got is not None and got.epochs_reused == 2
+    assert [epoch.train_loss for epoch in again] == [epoch.train_loss for epoch in epochs]
+
+
+def test_schedules_share_the_epochs_whose_rates_agree(data: LoadedData, tmp_path: Path) -> None:
+    stages = CacheOptions(tmp_path, 10**9, frozenset({1, 2}))
+    wsd = replace(CONFIG, schedule="wsd", cooldown_epochs=1)
+    run(wsd, data, stages)
+    for config, reused in (
+        (replace(wsd, epochs=4), 2),
+        (replace(wsd, schedule="step"), 2),
+        (replace(wsd, schedule="constant"), 2),
+        (replace(wsd, schedule="cosine"), 0),
+        (replace(wsd, warmup_steps=2), 0),
+        (replace(wsd, mixup=0.5), 0),
+        (replace(wsd, objective="val/loss"), 0),
+    ):
+        _, got = run(config, data, CacheOptions(tmp_path, 10**9))
+        assert got is not None and got.epochs_reused == reused, config
+        assert_same(got, run(config, data)[1])
