@@ -82,6 +82,7 @@ class DatasetConfig:
     split_seed: int = setting(0, integer(0, LARGEST_SEED))
     background: str = setting("white", COLOUR, "what transparent pixels show")
     exif: str = setting("apply", one_of(("apply", "ignore")), "turn an image as its EXIF orientation says, or not")
+    on_bad_image: str = setting("stop", one_of(("stop", "skip")), "what an image that cannot be read does to a study")
     source: str | None = setting(None, optional(TEXT, "none"), "which dataset of torchvision, such as CIFAR10")
     path_column: str = setting("path", TEXT, "of a csv file")
     label_column: str = setting("label", TEXT, "of a csv file")

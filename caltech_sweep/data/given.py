@@ -142,7 +142,7 @@ def given_split(
         kept, held = samples(first), samples(second)
     else:
         kept, held = carve_val(known, samples(train), config.val_fraction, config.split_seed)
-    return Split(tuple(known), kept, held, samples(parts["test"]), passed, () if parts["test"] else (NO_TEST,))
+    return Split(tuple(known), kept, held, samples(parts["test"]), passed, notes=() if parts["test"] else (NO_TEST,))
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class CsvReader:
 
     def items(self) -> list[Item]:
         """Return the images of the file in its order."""
-        rows = self._rows()
+        rows = self.rows()
         columns = self._columns(rows[0] if rows else [])
         items: list[Item] = []
         seen: dict[str, int] = {}
@@ -238,7 +238,8 @@ class CsvReader:
     def _say(self, line: int, text: str) -> None:
         self.problems.append(f"{readable(str(self.path))}:{line}: {text}")
 
-    def _rows(self) -> list[list[str]]:
+    def rows(self) -> list[list[str]]:
+        """Return the cells of every line, the header's first."""
         import csv
 
         try:
@@ -287,3 +288,40 @@ class CsvReader:
             return None
         seen[path.as_posix()] = line
         return Item(self.path.parent / path, label, part, cells.get("group") or None)
+
+
+_USUAL = {
+    "path_column": (
+        "path",
+        "file",
+        "filename",
+        "file_name",
+        "filepath",
+        "image",
+        "image_path",
+        "img",
+        "image_id",
+        "id",
+    ),
+    "label_column": ("label", "class", "category", "target", "class_name", "species", "y"),
+    "split_column": ("split", "subset", "set", "partition", "fold"),
+    "group_column": ("group", "patient", "patient_id", "subject", "subject_id"),
+}
+
+
+def guess_columns(config: DatasetConfig) -> dict[str, str]:
+    """Return the settings of a csv file's columns by their usual names, as far as there are columns of these names.
+
+    A column of splits is one whose words are all parts. Raises DatasetError when the file cannot be read.
+    """
+    rows = CsvReader(config).rows()
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    found: dict[str, str] = {}
+    for setting, usual in _USUAL.items():
+        ranked = [name for word in usual for name in header if name.casefold() == word]
+        if setting == "split_column":
+            cells = {name: {row[header.index(name)] for row in rows[1:] if len(row) == len(header)} for name in ranked}
+            ranked = [name for name in ranked if all(part_named(word) for word in cells[name])]
+        if ranked:
+            found[setting] = ranked[0]
+    return found

@@ -26,6 +26,7 @@ from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.trial import TrialOutcome
 
 CHECKPOINT = "checkpoints/best.safetensors"
+SKIPPED = "skipped_images.csv"  # images that could not be read, where the dataset is told to skip them
 MOST_CLASSES = 3000  # of a confusion matrix: 9 million cells, 20 MB as text
 
 
@@ -150,6 +151,8 @@ def _artifacts(
         "environment.json": lambda path: path.write_text(json.dumps(environment(device), indent=2) + "\n"),
         "per_class.csv": lambda path: _write_classes(path, parts["val"], parts.get("test")),
     }
+    if data.split.skipped:
+        found[SKIPPED] = lambda path: _write_csv(path, ["image", "reason"], data.split.skipped)
     for name, part in parts.items():
         found[f"predictions/{name}.csv"] = part.write_predictions
         found[f"confusion_matrix/{name}.csv"] = part.write_matrix

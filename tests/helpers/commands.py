@@ -32,6 +32,7 @@ FURTHER = {  # what else a command is given, so that it comes as far as it can
     ("promote",): [[], ["--run", "0" * 32]],
     ("data", "list"): [["--split", "test"]],
     ("cache",): [["--clear"]],
+    ("new",): [["--from", "images"]],
     ("doctor",): [[], ["--fix"]],
 }
 
