@@ -7,7 +7,7 @@ of one group, such as those of one patient, always stay together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +142,62 @@ def given_split(
         kept, held = samples(first), samples(second)
     else:
         kept, held = carve_val(known, samples(train), config.val_fraction, config.split_seed)
-    return Split(tuple(known), kept, held, samples(parts["test"]), passed, notes=() if parts["test"] else (NO_TEST,))
+    groups = {item.path: item.group for item in items if item.group is not None and item.part != "test"}
+    return Split(
+        tuple(known),
+        kept,
+        held,
+        samples(parts["test"]),
+        passed,
+        groups=groups,
+        notes=() if parts["test"] else (NO_TEST,),
+    )
+
+
+def fold_split(split: Split, config: DatasetConfig) -> Split:
+    """Return a split whose val is one of ``config.folds`` equal parts of train and val, and whose train is the others.
+
+    Each fold has about as many images of each class; a group is in one fold. The test part stays. Raises DatasetError
+    where there are too few images or groups.
+    """
+    samples = sorted((*split.train, *split.val), key=lambda item: item.path.parts)
+    chosen = (
+        _grouped_folds(samples, split.groups, config) if split.groups else _stratified_folds(samples, split, config)
+    )
+    val = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold == config.fold - 1)
+    train = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold != config.fold - 1)
+    lost = {item.class_name for item in samples} - {item.class_name for item in train}
+    if lost or not val:
+        what = f"holds all of class {min(lost)!r}" if lost else "is empty"
+        raise DatasetError(f"dataset.folds: fold {config.fold} of {config.folds} {what}; take fewer folds")
+    return replace(split, train=train, val=val)
+
+
+def _stratified_folds(samples: Sequence[Sample], split: Split, config: DatasetConfig) -> list[int]:
+    folds, start = [0] * len(samples), 0
+    for label, name in enumerate(split.classes):
+        own = [index for index, item in enumerate(samples) if item.label == label]
+        if 0 < len(own) < config.folds:
+            raise DatasetError(
+                f"class {name!r} has {counted(len(own), 'image')} in train and val, fewer than dataset.folds: "
+                f"{config.folds}"
+            )
+        order = np.random.default_rng([config.split_seed, 4, label]).permutation(own).tolist()
+        for place, index in enumerate(order, start):  # where the last class ended, so that folds are equally large
+            folds[index] = place % config.folds
+        start += len(own)
+    return folds
+
+
+def _grouped_folds(samples: Sequence[Sample], groups: Mapping[Path, str], config: DatasetConfig) -> list[int]:
+    counts: dict[str, dict[str, int]] = {}
+    names = [groups.get(item.path, f"\0{item.path}") for item in samples]
+    for item, name in zip(samples, names, strict=True):
+        count = counts.setdefault(name, {})
+        count[item.class_name] = count.get(item.class_name, 0) + 1
+    parts = deal(list(counts.values()), [1 / config.folds] * config.folds, [config.split_seed, 5])
+    fold_of = dict(zip(counts, parts, strict=True))
+    return [fold_of[name] for name in names]
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class Split:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
     passed_over: str = ""
+    groups: Mapping[Path, str] = field(default_factory=dict)  # of images of train and val that must stay together
     skipped: tuple[tuple[str, str], ...] = ()  # images that cannot be read, below the dataset's root, and why
     notes: tuple[str, ...] = ()  # sentences without their full stop, about what a reader should know of the parts
 
