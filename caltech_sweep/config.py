@@ -84,7 +84,7 @@ class DatasetConfig:
     exif: str = setting("apply", one_of(("apply", "ignore")), "turn an image as its EXIF orientation says, or not")
     on_bad_image: str = setting("stop", one_of(("stop", "skip")), "what an image that cannot be read does to a study")
     folds: int = setting(1, integer(1, 1000), "equal parts of train and val, one of which is val; 1: by val_fraction")
-    fold: int = setting(1, integer(1, 1000), "which of the folds is val")
+    fold: int | None = setting(None, optional(integer(1, 1000), "each in turn"), "which of the folds is val")
     source: str | None = setting(None, optional(TEXT, "none"), "which dataset of torchvision, such as CIFAR10")
     path_column: str = setting("path", TEXT, "of a csv file")
     label_column: str = setting("label", TEXT, "of a csv file")

@@ -161,15 +161,16 @@ def fold_split(split: Split, config: DatasetConfig) -> Split:
     where there are too few images or groups.
     """
     samples = sorted((*split.train, *split.val), key=lambda item: item.path.parts)
+    number = config.fold or 1
     chosen = (
         _grouped_folds(samples, split.groups, config) if split.groups else _stratified_folds(samples, split, config)
     )
-    val = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold == config.fold - 1)
-    train = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold != config.fold - 1)
+    val = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold == number - 1)
+    train = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold != number - 1)
     lost = {item.class_name for item in samples} - {item.class_name for item in train}
     if lost or not val:
         what = f"holds all of class {min(lost)!r}" if lost else "is empty"
-        raise DatasetError(f"dataset.folds: fold {config.fold} of {config.folds} {what}; take fewer folds")
+        raise DatasetError(f"dataset.folds: fold {number} of {config.folds} {what}; take fewer folds")
     return replace(split, train=train, val=val)
 
 

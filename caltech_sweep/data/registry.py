@@ -189,7 +189,7 @@ def dataset_root(config: DatasetConfig) -> Path | None:
 def load_split(config: DatasetConfig) -> Split:
     """Return the split of a dataset without decoding or drawing an image."""
     split = dataset_of(config).split(config)
-    if config.fold > config.folds:
+    if (config.fold or 1) > config.folds:
         raise DatasetError(f"dataset.fold: there is no fold {config.fold} of {config.folds}; set dataset.folds")
     return subset(fold_split(split, config) if config.folds > 1 else split, config)
 

@@ -14,6 +14,7 @@ from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
 from caltech_sweep.study.definition import StudyDefinition
 
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
+REPEAT_TAGS = ("replicate", "confirms", "fold_of")  # of a trial that has another one's settings, on a seed or fold
 MISSING_TAG = "artifacts.missing"  # of a trial: a JSON object from each artifact that was not made to the reason
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
 
