@@ -23,6 +23,7 @@ TAKES_OTHER_TEXT = {
     "alias",
     "model",
     "compare",
+    "budget",
 }
 ARGUMENTS = {"study": ["tiny"], "studies": ["tiny"], "images": ["image.png"]}
 FURTHER = {  # what else a command is given, so that it comes as far as it can
