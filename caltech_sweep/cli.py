@@ -295,6 +295,30 @@ def plan(
 
 
 @main.command()
+@click.argument("study")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A folder of class folders, or of train, val and test folders; or a csv file of paths and labels.",
+)
+def new(study: str, source: Path) -> None:
+    """Look at images of your own and write a commented study file for them, sweeps/STUDY.yaml, that runs as it is.
+
+    Example: caltech-sweep new flowers --from ~/photos/flowers
+    """
+    from caltech_sweep.sweep.new import ARCH, describe, write_study
+    from caltech_sweep.training.networks import source_of
+
+    path, found = write_study(study, source.expanduser(), source_of(ARCH).published_file(ARCH) is not None)
+    for line in describe(found):
+        click.echo(line)
+    click.echo(f"wrote {path}")
+    _say(f"see what it would train with: caltech-sweep plan {study}")
+
+
+@main.command()
 def studies() -> None:
     """List the study files in sweeps/.
 

@@ -248,3 +248,43 @@ def test_a_setting_that_only_other_datasets_read_is_refused(place: Path, cli: Cl
     result = cli("plan", "tiny")
     assert result.exit_code == 2
     assert "dataset.path_column: is not read by a dataset named shapes; it is for csv" in result.output
+
+
+# -- folds -------------------------------------------------------------------------------------------------------------
+
+
+def test_folds_take_turns_as_val_and_each_has_its_share_of_every_class(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{name}/{i}.png" for name, count in {"a": 31, "b": 17, "c": 12}.items() for i in range(count)))
+    whole = folder(tmp_path)
+    folds = [folder(tmp_path, folds=5, fold=number) for number in range(1, 6)]
+    developed = {item.path for item in (*whole.train, *whole.val)}
+    assert all(split.test == whole.test and split.classes == whole.classes for split in folds)
+    assert all({item.path for item in (*split.train, *split.val)} == developed for split in folds)
+    assert sum(len(split.val) for split in folds) == len(developed) == len(set().union(*(split.val for split in folds)))
+    assert len({len(split.val) for split in folds}) <= 2
+    for label in range(3):
+        counts = [sum(item.label == label for item in split.val) for split in folds]
+        assert max(counts) - min(counts) <= 1 and min(counts) > 0
+    assert folder(tmp_path, folds=5, fold=2) == folds[1]
+    assert folder(tmp_path, folds=5, fold=2, split_seed=1).val != folds[1].val
+
+
+def test_a_group_is_in_one_fold(tmp_path: Path) -> None:
+    rows = [f"{i}.png,{'ab'[i // 3 % 2]},p{i // 3}" for i in range(90)]
+    config = table(tmp_path, "path,label,group", *rows)
+    seen: list[str] = []
+    for number in (1, 2, 3, 4):
+        split = load_split(DatasetConfig(name="csv", root=config.root, folds=4, fold=number))
+        groups = {f"p{int(item.path.stem) // 3}" for item in split.val}
+        assert not groups & {f"p{int(item.path.stem) // 3}" for item in split.train}
+        assert min(Counter(item.label for item in split.val).values()) >= 6
+        seen += groups
+    assert len(seen) == len(set(seen)) == 20
+
+
+def test_folds_that_cannot_be_made_are_sentences(tmp_path: Path) -> None:
+    part_of(tmp_path, "train", 9)
+    with pytest.raises(DatasetError, match="class 'ant' has 9 images in train and val, fewer than dataset.folds: 10"):
+        folder(tmp_path, folds=10)
+    with pytest.raises(DatasetError, match="there is no fold 2 of 1; set dataset.folds"):
+        folder(tmp_path, fold=2)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from caltech_sweep import stores
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.tracking.writer import MlflowTracker
@@ -49,7 +48,7 @@ def local_stores(mount: Path, folder: Path) -> LocalStores:
 def test_a_snapshot_is_whole_in_one_file_while_others_have_the_store_open(mount: Path, tmp_path: Path) -> None:
     local = local_stores(mount, tmp_path / "disk")
     local.restore(print)
-    file = stores.sqlite_file(local.storage)
+    file = local.storage.file
     assert file is not None
     add(file, 1, 2)
     with closing(sqlite3.connect(file, isolation_level=None)) as writer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data.registry import dataset_of, dataset_root, load_split
-from caltech_sweep.data.splits import SPLITS, Split
+from caltech_sweep.data.splits import SPLITS, Split, in_two_parts, without
 
 if TYPE_CHECKING:
     from caltech_sweep.data.images import LoadedData, Progress
@@ -18,7 +18,7 @@ __all__ = ["dataset_root", "inspect_dataset", "load_dataset", "load_split"]
 
 def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> LoadedData:
     """Return a dataset ready to train on, decoding its images into the shared cache the first time."""
-    from caltech_sweep.data.images import LoadedData, open_store
+    from caltech_sweep.data.images import LoadedData, bad_images, open_store
     from caltech_sweep.data.pixels import PixelRules
 
     entry = dataset_of(config)
@@ -27,9 +27,11 @@ def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> Loa
     root, split = dataset_root(config), load_split(config)
     if entry.images is not None:
         return LoadedData(split, entry.images(config), root)
-    rules, read = PixelRules.of(config), entry.read(config)
-    opened = open_store(_files(split), config.resize, rules, paths.image_cache(), progress, read)
-    return LoadedData(split, opened, root)
+    rules, read, cache = PixelRules.of(config), entry.read(config), paths.image_cache()
+    if config.on_bad_image == "skip":
+        split = without(split, bad_images(_files(split), config.resize, rules, cache, read, write=True), root)
+    opened = open_store(_files(split), config.resize, rules, cache, progress, read)
+    return LoadedData(in_two_parts(split, opened.files, root), opened, root)
 
 
 def inspect_dataset(config: DatasetConfig) -> LoadedData:
@@ -37,14 +39,18 @@ def inspect_dataset(config: DatasetConfig) -> LoadedData:
 
     Raises its DatasetError, but for damage that only decoding would show.
     """
-    from caltech_sweep.data.images import LoadedData, inspect_store
+    from caltech_sweep.data.images import LoadedData, bad_images, inspect_store
     from caltech_sweep.data.pixels import PixelRules
 
     entry = dataset_of(config)
     if entry.images is not None:
         return load_dataset(config)
     root, split, rules, read = dataset_root(config), load_split(config), PixelRules.of(config), entry.read(config)
-    return LoadedData(split, inspect_store(_files(split), config.resize, rules, paths.image_cache(), read), root)
+    cache = paths.image_cache()
+    if config.on_bad_image == "skip":
+        split = without(split, bad_images(_files(split), config.resize, rules, cache, read, write=False), root)
+    opened = inspect_store(_files(split), config.resize, rules, cache, read)
+    return LoadedData(in_two_parts(split, opened.files, root), opened, root)
 
 
 def _files(split: Split) -> list[Path]:

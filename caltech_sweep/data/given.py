@@ -7,7 +7,7 @@ of one group, such as those of one patient, always stay together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +143,63 @@ def given_split(
         kept, held = samples(first), samples(second)
     else:
         kept, held = carve_val(known, samples(train), config.val_fraction, config.split_seed)
-    return Split(tuple(known), kept, held, samples(parts["test"]), passed, () if parts["test"] else (NO_TEST,))
+    groups = {item.path: item.group for item in items if item.group is not None and item.part != "test"}
+    return Split(
+        tuple(known),
+        kept,
+        held,
+        samples(parts["test"]),
+        passed,
+        groups=groups,
+        notes=() if parts["test"] else (NO_TEST,),
+    )
+
+
+def fold_split(split: Split, config: DatasetConfig) -> Split:
+    """Return a split whose val is one of ``config.folds`` equal parts of train and val, and whose train is the others.
+
+    Each fold has about as many images of each class; a group is in one fold. The test part stays. Raises DatasetError
+    where there are too few images or groups.
+    """
+    samples = sorted((*split.train, *split.val), key=lambda item: item.path.parts)
+    number = config.fold or 1
+    chosen = (
+        _grouped_folds(samples, split.groups, config) if split.groups else _stratified_folds(samples, split, config)
+    )
+    val = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold == number - 1)
+    train = tuple(item for item, fold in zip(samples, chosen, strict=True) if fold != number - 1)
+    lost = {item.class_name for item in samples} - {item.class_name for item in train}
+    if lost or not val:
+        what = f"holds all of class {min(lost)!r}" if lost else "is empty"
+        raise DatasetError(f"dataset.folds: fold {number} of {config.folds} {what}; take fewer folds")
+    return replace(split, train=train, val=val)
+
+
+def _stratified_folds(samples: Sequence[Sample], split: Split, config: DatasetConfig) -> list[int]:
+    folds, start = [0] * len(samples), 0
+    for label, name in enumerate(split.classes):
+        own = [index for index, item in enumerate(samples) if item.label == label]
+        if 0 < len(own) < config.folds:
+            raise DatasetError(
+                f"class {name!r} has {counted(len(own), 'image')} in train and val, fewer than dataset.folds: "
+                f"{config.folds}"
+            )
+        order = np.random.default_rng([config.split_seed, 4, label]).permutation(own).tolist()
+        for place, index in enumerate(order, start):  # where the last class ended, so that folds are equally large
+            folds[index] = place % config.folds
+        start += len(own)
+    return folds
+
+
+def _grouped_folds(samples: Sequence[Sample], groups: Mapping[Path, str], config: DatasetConfig) -> list[int]:
+    counts: dict[str, dict[str, int]] = {}
+    names = [groups.get(item.path, f"\0{item.path}") for item in samples]
+    for item, name in zip(samples, names, strict=True):
+        count = counts.setdefault(name, {})
+        count[item.class_name] = count.get(item.class_name, 0) + 1
+    parts = deal(list(counts.values()), [1 / config.folds] * config.folds, [config.split_seed, 5])
+    fold_of = dict(zip(counts, parts, strict=True))
+    return [fold_of[name] for name in names]
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -212,7 +268,7 @@ class CsvReader:
 
     def items(self) -> list[Item]:
         """Return the images of the file in its order."""
-        rows = self._rows()
+        rows = self.rows()
         columns = self._columns(rows[0] if rows else [])
         items: list[Item] = []
         seen: dict[str, int] = {}
@@ -239,7 +295,8 @@ class CsvReader:
     def _say(self, line: int, text: str) -> None:
         self.problems.append(f"{readable(str(self.path))}:{line}: {text}")
 
-    def _rows(self) -> list[list[str]]:
+    def rows(self) -> list[list[str]]:
+        """Return the cells of every line, the header's first."""
         import csv
 
         try:
@@ -288,3 +345,40 @@ class CsvReader:
             return None
         seen[path.as_posix()] = line
         return Item(self.path.parent / path, label, part, cells.get("group") or None)
+
+
+_USUAL = {
+    "path_column": (
+        "path",
+        "file",
+        "filename",
+        "file_name",
+        "filepath",
+        "image",
+        "image_path",
+        "img",
+        "image_id",
+        "id",
+    ),
+    "label_column": ("label", "class", "category", "target", "class_name", "species", "y"),
+    "split_column": ("split", "subset", "set", "partition", "fold"),
+    "group_column": ("group", "patient", "patient_id", "subject", "subject_id"),
+}
+
+
+def guess_columns(config: DatasetConfig) -> dict[str, str]:
+    """Return the settings of a csv file's columns by their usual names, as far as there are columns of these names.
+
+    A column of splits is one whose words are all parts. Raises DatasetError when the file cannot be read.
+    """
+    rows = CsvReader(config).rows()
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    found: dict[str, str] = {}
+    for setting, usual in _USUAL.items():
+        ranked = [name for word in usual for name in header if name.casefold() == word]
+        if setting == "split_column":
+            cells = {name: {row[header.index(name)] for row in rows[1:] if len(row) == len(header)} for name in ranked}
+            ranked = [name for name in ranked if all(part_named(word) for word in cells[name])]
+        if ranked:
+            found[setting] = ranked[0]
+    return found

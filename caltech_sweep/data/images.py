@@ -66,15 +66,18 @@ def _check_shape(size: tuple[int, int], resize: int) -> None:
         )
 
 
-def _content_digest(paths: Sequence[Path], read: Read) -> str:
-    digest = hashlib.sha256()
+def _file_digests(paths: Sequence[Path], read: Read) -> tuple[bytes, ...]:
+    """Return the SHA-256 of the content of each file."""
+    digests = []
     for path in paths:
         beat()
         try:
-            digest.update(hashlib.sha256(read(path)).digest())
+            digests.append(hashlib.sha256(read(path)).digest())
+        except OSError as error:
+            raise DatasetError(f"{readable(str(path))} cannot be read: {error.strerror}") from error
         except DatasetError as error:
             raise DatasetError(f"{readable(str(path))} cannot be read: {error}") from error
-    return digest.hexdigest()
+    return tuple(digests)
 
 
 def _each(
@@ -171,6 +174,7 @@ class OpenedStore:
     images: ImageStore
     key: str
     grey_bits: int = 16
+    files: tuple[bytes, ...] = ()  # the SHA-256 of each image's file
 
 
 @dataclass(frozen=True)
@@ -222,12 +226,9 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _keys(paths: Sequence[Path], resize: int, rules: PixelRules, read: Read) -> tuple[str, str]:
+def _keys(digests: Sequence[bytes], resize: int, rules: PixelRules) -> tuple[str, str]:
     """Return the digests that name the cache of these files: where all are plain, and where the rules count."""
-    try:
-        content = _content_digest(paths, read)
-    except OSError as error:
-        raise DatasetError(f"{readable(str(error.filename))} cannot be read: {error.strerror}") from error
+    content = hashlib.sha256(b"".join(digests)).hexdigest()
     plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}|{content}")
     return plain, _digest(f"{plain}|{VERSION}|{rules.rgb}|{rules.exif}")
 
@@ -240,19 +241,20 @@ def inspect_store(
     Raises its DatasetError for images whose headers show that they cannot be decoded, and for a cache that cannot be
     written, unless the images are decoded already.
     """
-    plain_key, own_key = _keys(paths, resize, rules, read)
+    files = _file_digests(paths, read)
+    plain_key, own_key = _keys(files, resize, rules)
     empty = ImageStore(np.empty(0, np.uint8), [])
     if _Cache(cache / f"images-{plain_key}").header().get("plain"):
-        return OpenedStore(empty, plain_key)
+        return OpenedStore(empty, plain_key, files=files)
     if header := _Cache(cache / f"images-{own_key}").header():
-        return OpenedStore(empty, own_key, header["grey_bits"])
+        return OpenedStore(empty, own_key, header["grey_bits"], files)
     facts = Facts.of_all(_each(paths, partial(_inspect, resize), None, read))
     _check_colour(facts)
     place = closest(cache)
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise _unwritable(cache, "Read-only" if place.is_dir() else f"{place} is a file")
     bits = facts.grey_bits()
-    return OpenedStore(empty, plain_key if facts.plain and bits == 16 else own_key, bits)
+    return OpenedStore(empty, plain_key if facts.plain and bits == 16 else own_key, bits, files)
 
 
 def _inspect(resize: int, content: bytes) -> Facts:
@@ -274,23 +276,67 @@ def open_store(
     The settings of ``rules`` are in its name only where an image depends on them. The bits of its sixteen-bit grey
     images are those that they use, whatever ``rules`` says. Raises DatasetError naming every file that cannot be read.
     """
-    plain_key, own_key = _keys(paths, resize, rules, read)
+    files = _file_digests(paths, read)
+    plain_key, own_key = _keys(files, resize, rules)
     plain, own = _Cache(cache / f"images-{plain_key}"), _Cache(cache / f"images-{own_key}")
     if plain.header().get("plain") and (store := plain.open()):
-        return OpenedStore(store, plain_key)
+        return OpenedStore(store, plain_key, files=files)
     if store := own.open():
-        return OpenedStore(store, own_key, own.header()["grey_bits"])
+        return OpenedStore(store, own_key, own.header()["grey_bits"], files)
     facts = Facts.of_all(_each(paths, _facts, None, read))
     _check_colour(facts)
     bits = facts.grey_bits()
     wave = max(1, min(_WAVE, _WAVE_BYTES // (6 * resize * resize)))
     images = _each(paths, lambda content: decode(content, resize, replace(rules, grey_bits=bits)), progress, read, wave)
     if not facts.plain or bits < 16:
-        return OpenedStore(own.build(images, {"grey_bits": bits}), own_key, bits)
+        return OpenedStore(own.build(images, {"grey_bits": bits}), own_key, bits, files)
     if store := plain.open():  # of a version that asked no questions about plain images
         plain.write_header({**plain.header(), "plain": True})
-        return OpenedStore(store, plain_key)
-    return OpenedStore(plain.build(images, {"plain": True}), plain_key)
+        return OpenedStore(store, plain_key, files=files)
+    return OpenedStore(plain.build(images, {"plain": True}), plain_key, files=files)
+
+
+def bad_images(
+    paths: Sequence[Path], resize: int, rules: PixelRules, cache: Path, read: Read = read_file, *, write: bool
+) -> dict[Path, str]:
+    """Return the reason for each file that is no usable image.
+
+    They are decoded for it, and the answer is kept in the cache. Without ``write`` nothing is, and only headers are
+    read unless the answer is there.
+    """
+    digests = [_digest_or_none(path, read) for path in paths]
+    content = hashlib.sha256(b"".join(digests)).hexdigest()
+    kept = cache / f"bad-{_digest(f'{PIL.__version__}|{VERSION}|{resize}|{content}')}.json"
+    try:
+        return {paths[int(index)]: str(why) for index, why in json.loads(kept.read_text()).items()}
+    except (OSError, ValueError, AttributeError, IndexError):
+        pass
+
+    def attempt(path: Path) -> str:
+        try:
+            _ = decode(read(path), resize, rules) if write else _inspect(resize, read(path))
+        except OSError as error:
+            return str(error.strerror)
+        except DatasetError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bad = {index: why for index, why in enumerate(pool.map(attempt, paths)) if why}
+    if write:
+        try:
+            with create_atomically(kept) as made:
+                made.write_text(json.dumps(bad))
+        except OSError as error:
+            raise _unwritable(cache, str(error.strerror)) from error
+    return {paths[index]: why for index, why in bad.items()}
+
+
+def _digest_or_none(path: Path, read: Read) -> bytes:
+    try:
+        return hashlib.sha256(read(path)).digest()
+    except (OSError, DatasetError):
+        return bytes(32)
 
 
 def _facts(content: bytes) -> Facts:

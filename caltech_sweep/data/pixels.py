@@ -133,6 +133,12 @@ def read_rgb(content: bytes, rules: PixelRules, use: Callable[[Image.Image], Ima
         return (use(flat) if use else flat).convert("RGB")
 
 
+def size_of(content: bytes) -> tuple[int, int]:
+    """Return the (width, height) of a file's content from its header; raise DatasetError when it has none."""
+    with _opened(content) as image:
+        return image.size
+
+
 def examine(content: bytes) -> Facts:
     """Return the facts of a file's content; raise DatasetError as :func:`read_rgb` does."""
     with _opened(content) as image:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from caltech_sweep import paths
 from caltech_sweep.config import DATASET_RULES, FIRST_DATASET_FIELDS, DatasetConfig
-from caltech_sweep.data.given import csv_file, csv_split, part_folders, parts_split
+from caltech_sweep.data.given import csv_file, csv_split, fold_split, part_folders, parts_split
 from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, folder_split, subset
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.rules import Rule, one_of
@@ -188,7 +188,10 @@ def dataset_root(config: DatasetConfig) -> Path | None:
 
 def load_split(config: DatasetConfig) -> Split:
     """Return the split of a dataset without decoding or drawing an image."""
-    return subset(dataset_of(config).split(config), config)
+    split = dataset_of(config).split(config)
+    if (config.fold or 1) > config.folds:
+        raise DatasetError(f"dataset.fold: there is no fold {config.fold} of {config.folds}; set dataset.folds")
+    return subset(fold_split(split, config) if config.folds > 1 else split, config)
 
 
 def name_for(place: Path) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden, list_classes
 from caltech_sweep.errors import DatasetError
+from caltech_sweep.text import counted, readable
 
 BACKGROUND = "BACKGROUND_Google"
 CALTECH_FOLDERS, CALTECH_FILES = 102, 9145
@@ -42,6 +43,8 @@ class Split:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
     passed_over: str = ""
+    groups: Mapping[Path, str] = field(default_factory=dict)  # of images of train and val that must stay together
+    skipped: tuple[tuple[str, str], ...] = ()  # images that cannot be read, below the dataset's root, and why
     notes: tuple[str, ...] = ()  # sentences without their full stop, about what a reader should know of the parts
 
     def part(self, name: str) -> tuple[Sample, ...]:
@@ -205,3 +208,35 @@ def subset(split: Split, config: DatasetConfig) -> Split:
         return tuple(kept)
 
     return replace(split, classes=classes, train=keep(split.train), val=keep(split.val), test=keep(split.test))
+
+
+def without(split: Split, bad: Mapping[Path, str], root: Path | None) -> Split:
+    """Return a split without its images that cannot be used; raise DatasetError where a class of train has no other."""
+    if not bad:
+        return split
+    parts = {part: tuple(item for item in split.part(part) if item.path not in bad) for part in SPLITS}
+    if lost := [name for i, name in enumerate(split.classes) if all(item.label != i for item in parts["train"])]:
+        raise DatasetError(f"no training image of class {lost[0]!r} can be read; replace them, or leave the class out")
+    skipped = tuple((_shown(path, root), why) for path, why in bad.items())
+    some = "; ".join(f"{name} ({why})" for name, why in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+    note = f"skipped {counted(len(bad), 'image')} that cannot be read: {some}"
+    split = replace(split, train=parts["train"], val=parts["val"], test=parts["test"])
+    return replace(split, skipped=skipped, notes=(*split.notes, note))
+
+
+def in_two_parts(split: Split, files: Sequence[bytes], root: Path | None) -> Split:
+    """Return a split with a note about images that are in more than one part, told by the content of their files."""
+    places: dict[bytes, dict[str, Path]] = {}
+    items = [(part, item.path) for part in SPLITS for item in split.part(part)]
+    for (part, path), digest in zip(items, files, strict=True):
+        places.setdefault(digest, {}).setdefault(part, path)
+    twice = [found for found in places.values() if len(found) > 1]
+    if not twice:
+        return split
+    some = " and ".join(f"{_shown(path, root)} ({part})" for part, path in twice[0].items())
+    note = f"{counted(len(twice), 'image')} of the same content in more than one part, such as {some}"
+    return replace(split, notes=(*split.notes, note))
+
+
+def _shown(path: Path, root: Path | None) -> str:
+    return readable((path.relative_to(root) if root else path).as_posix())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,24 +51,36 @@ def pick(runs: Iterable[TrialRecord]) -> TrialRecord:
     return max(runs, key=lambda run: (rank.get(run.state, 0), run.start_time))
 
 
-def _seeds(row: Row, config: TrialConfig | None, runs: Sequence[TrialRecord]) -> Callable[[TrialRecord], int | None]:
-    """Return what tells the seed of a row's run; None: it is of an older version of the row.
+Training = tuple[int, int]  # the seed and the fold, 0 where there is none
 
-    Another seed is a repeat where the run says so; else it is what the row had in an older version.
+
+def _training(config: TrialConfig) -> Training:
+    return config.seed, config.dataset.fold or 0
+
+
+def _seeds(
+    row: Row, config: TrialConfig | None, runs: Sequence[TrialRecord]
+) -> Callable[[TrialRecord], Training | None]:
+    """Return what tells the seed and fold of a row's run; None: it is of an older version of the row.
+
+    Another seed or fold is a repeat where the run says so; else it is what the row had in an older version.
     """
     if config is None:
-        return lambda run: 0
-    seeds = {TrialConfig.from_params(run.params).seed for run in runs}
-    known = {replace(config, seed=seed).fingerprint(): seed for seed in seeds}
+        return lambda run: (0, 0)
+    known: dict[str, Training] = {}
+    for run in runs:
+        seed, fold = _training(TrialConfig.from_params(run.params))
+        repeat = replace(config, seed=seed, dataset=replace(config.dataset, fold=fold or None))
+        known[repeat.fingerprint()] = seed, fold
     own = row.fingerprint or config.fingerprint()
-    known[own] = config.seed
+    known[own] = _training(config)
     return lambda run: known.get(run.fingerprint) if run.fingerprint == own or "replicate" in run.tags else None
 
 
 def _row_entry(row: Row, runs: Sequence[TrialRecord], definition: StudyDefinition | None) -> Entry:
     config = definition.row_config(row) if definition else None
-    first = config.seed if config else 0
-    seed_of, by_seed = _seeds(row, config, runs), defaultdict[int, list[TrialRecord]](list)
+    first = _training(config) if config else (0, 0)
+    seed_of, by_seed = _seeds(row, config, runs), defaultdict[Training, list[TrialRecord]](list)
     for run in runs:
         if (seed := seed_of(run)) is not None:
             by_seed[seed].append(run)
@@ -87,7 +100,7 @@ def _row_entry(row: Row, runs: Sequence[TrialRecord], definition: StudyDefinitio
         return entry
     shown = complete[0] if complete else picked[0]
     reason = "" if complete else shown.tags.get("reason", "")
-    wanted = max(definition.replicates if definition else 1, len(picked))
+    wanted = max(definition.trainings if definition else 1, len(picked))
     unfinished = wanted - len(complete) if complete else 0
     return replace(entry, state=shown.state, reason=reason, runs=complete, shown=shown, unfinished=unfinished)
 
@@ -117,15 +130,25 @@ def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> li
     """
     trials: dict[tuple[int, str], list[TrialRecord]] = defaultdict(list)
     repeats: dict[str, list[TrialRecord]] = defaultdict(list)
+    folds: dict[str, list[TrialRecord]] = defaultdict(list)
     for trial in study.trials:
         if trial.row is not None or trial.state != "complete" or trial.score is None:
             continue
         if "confirms" in trial.tags:
             repeats[trial.tags["confirms"]].append(trial)
+        elif "fold_of" in trial.tags:
+            folds[trial.tags["fold_of"]].append(trial)
         else:
             trials[trial.number, trial.fingerprint].append(trial)
     runs = [pick(attempts) for attempts in trials.values()]
-    runs.sort(key=lambda run: (run.rank, run.number))
+
+    def every_fold(run: TrialRecord) -> tuple[TrialRecord, ...]:
+        return (run, *{other.fingerprint: other for other in folds[str(run.number)]}.values())
+
+    # A trial on more folds comes first: of one that still misses some, the mean says less.
+    runs.sort(
+        key=lambda run: (-len(every_fold(run)), statistics.fmean(each.rank for each in every_fold(run)), run.number)
+    )
     entries = []
     for run in runs[:best]:
         confirmed = {repeat.fingerprint: repeat for repeat in repeats[str(run.number)]}
@@ -136,7 +159,7 @@ def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> li
                 _settings(run),
                 "complete",
                 detail=_detail(study, run, columns),
-                runs=tuple(confirmed.values()) or (run,),
+                runs=tuple(confirmed.values()) or every_fold(run),
                 shown=run,
                 selected_at=run.score if confirmed else None,
             )

@@ -103,11 +103,12 @@ def _remarks(entry: Entry) -> tuple[str, ...]:
     if entry.selected_at is not None:
         seeds = "fresh seeds" if len(entry.runs) > 1 else "a fresh seed"
         remarks.append(f"repeated on {seeds}; selected at {entry.selected_at:.3f}")
+    word = "fold" if entry.settings.get("dataset", {}).get("fold") else "seed"
     if entry.unfinished:
-        remarks.append(f"{entry.unfinished} more {'seed' if entry.unfinished == 1 else 'seeds'} not complete")
+        remarks.append(f"{entry.unfinished} more {word if entry.unfinished == 1 else f'{word}s'} not complete")
     early = [run.tags["stopped_early"] for run in entry.runs if "stopped_early" in run.tags]
     if early:
-        which = "" if len(entry.runs) == 1 else f" in {len(early)} of {len(entry.runs)} seeds"
+        which = "" if len(entry.runs) == 1 else f" in {len(early)} of {len(entry.runs)} {word}s"
         remarks.append(f"stopped early at {early[0]}" if not which else f"stopped early{which}")
     if entry.runs and _is_tencrop(entry):
         centre = _score(entry.runs, TEST_ACCURACY, None)
@@ -328,8 +329,8 @@ def _views(rows: Sequence[TableRow], entries: Sequence[Entry]) -> list[str]:
     return [f"The test accuracy of {_listed(ten)} {views}."]
 
 
-def _brackets(rows: Sequence[TableRow], images: Mapping[str, int]) -> list[str]:
-    """Say what the brackets of the scores are: an interval over images, or over seeds."""
+def _brackets(rows: Sequence[TableRow], images: Mapping[str, int], folds: int) -> list[str]:
+    """Say what the brackets of the scores are: an interval over images, or over seeds and folds."""
     scores = {part: [row.val if part == "val" else row.test for row in rows] for part in ("val", "test")}
     single = [part for part in scores if any(s and s.deviation is None and s.low is not None for s in scores[part])]
     several = any(score and score.deviation is not None for part in scores for score in scores[part])
@@ -340,7 +341,8 @@ def _brackets(rows: Sequence[TableRow], images: Mapping[str, int]) -> list[str]:
         which = "Brackets of one training" if several else "Brackets"
         notes.append(f"{which}: 95% Wilson interval, n = {counts} images.")
     if several:
-        notes.append("Rows with n seeds: mean ± standard deviation, brackets the 95% t interval of the mean.")
+        which = "seeds" if folds == 1 else f"trainings on {folds} folds of the training and validation images"
+        notes.append(f"Rows with n {which}: mean ± standard deviation, brackets the 95% t interval of the mean.")
     return notes
 
 
@@ -430,7 +432,7 @@ def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Ta
     if any(predictions):  # mocked trials have none
         rows = [_with_what_is_lost(row, own) for row, own in zip(rows, predictions, strict=True)]
     rows = [_against_majority(row, own) for row, own in zip(rows, predictions, strict=True)]
-    footnotes = [*_views(rows, entries), *_brackets(rows, images)]
+    footnotes = [*_views(rows, entries), *_brackets(rows, images, definition.folds if definition else 1)]
     if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
         footnotes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
     footnotes += [*_comparisons(rows, comparisons, compared, goal), *_majorities(rows, predictions), *_paused(study)]

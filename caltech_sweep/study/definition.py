@@ -87,6 +87,16 @@ class StudyDefinition:
         return math.prod(map(len, self.expand.values()))
 
     @property
+    def folds(self) -> int:
+        """How many folds every setting is trained on in turn."""
+        return int(self.dataset.get("folds", 1)) if self.dataset.get("fold") is None else 1
+
+    @property
+    def trainings(self) -> int:
+        """How many trainings a row has: one for each seed and fold."""
+        return self.replicates * self.folds
+
+    @property
     def dimensions(self) -> dict[str, Dimension]:
         """The settings that vary: the sampled ones, and those of ``expand``."""
         return {**self.space, **{key: Choices(values) for key, values in self.expand.items()}}
@@ -97,17 +107,23 @@ class StudyDefinition:
         return objective(self.config({}).objective)
 
     def config(self, settings: Mapping[str, Any]) -> TrialConfig:
-        """Return the config of a trial with some settings besides the fixed ones."""
-        return TrialConfig.from_dict({**self.fixed, **settings, "dataset": self.dataset})
+        """Return the config of a trial with some settings besides the fixed ones; of several folds, in the first."""
+        config = TrialConfig.from_dict({**self.fixed, **settings, "dataset": self.dataset})
+        return in_fold(config, 1) if self.folds > 1 else config
 
     def sampled_config(self, settings: Mapping[str, Any]) -> TrialConfig:
         """Return the config of a sampled trial with some settings besides the fixed ones."""
         return self.config({**self.early_stopping, **settings})
 
     def row_config(self, row: Row, replicate: int = 0) -> TrialConfig:
-        """Return the config of a row; each further replicate has the next seed and is otherwise the same."""
+        """Return the config of a row's training of that number, from 0, of :attr:`trainings`.
+
+        Each takes the next fold, and after the last fold the next seed; it is otherwise the same.
+        """
         config = self.config(row.settings)
-        return replace(config, seed=config.seed + replicate)
+        seeds, fold = divmod(replicate, self.folds)
+        config = replace(config, seed=config.seed + seeds)
+        return in_fold(config, fold + 1) if self.folds > 1 else config
 
     def identity(self) -> dict[str, Any]:
         """Return what must not change while the study goes on under its name; rows and ``trials`` may."""
@@ -186,6 +202,11 @@ class StudyDefinition:
             document.get("early_stopping") or {},
             document.get("budget") or {},
         )
+
+
+def in_fold(config: TrialConfig, fold: int) -> TrialConfig:
+    """Return a config whose validation images are those of a fold."""
+    return replace(config, dataset=replace(config.dataset, fold=fold))
 
 
 def variants(definition: StudyDefinition, keys: tuple[str, ...], rows: bool = True) -> Iterator[TrialConfig]:

@@ -155,6 +155,17 @@ class _Reader:
                 values[key] = rules[key].normal(value)
         return values
 
+    def dataset(self, root: CommentedMap) -> dict[str, Any]:
+        dataset = self.ruled(self.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
+        for key, text in unread(dataset):
+            self.problem(root["dataset"], key, f"dataset.{key}", text)
+        crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
+        if crop > resize:
+            self.problem(
+                root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)"
+            )
+        return dataset
+
     def dimension(self, space: CommentedMap, key: str) -> Dimension | None:
         path, before = f"space.{key}", len(self.problems)
         node = self.mapping(space, key, path)
@@ -346,9 +357,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     title = _plain(root.get("title", name))
     if not isinstance(title, str) or not title.strip():
         reader.problem(root, "title", "title", f"must be text, got {quoted(title)}")
-    dataset = reader.ruled(reader.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
-    for key, text in unread(dataset):
-        reader.problem(root["dataset"], key, f"dataset.{key}", text)
+    dataset = reader.dataset(root)
     fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", _VARYING)
     fixed.update(reader.objective(root))
     node = reader.mapping(root, "space", "space")
@@ -358,9 +367,6 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     expand = reader.expand(root, {**space, **fixed})
     rows = reader.rows(root)
     trials = reader.total(root, len(rows), bool(space), math.prod(map(len, expand.values())) if expand else 0)
-    crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
-    if crop > resize:
-        reader.problem(root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)")
     sampler = reader.component(root, "sampler") or Component("tpe", {"seed": 0})
     pruner = reader.component(root, "pruner")
     kept = {key: dimension for key, dimension in space.items() if dimension is not None}

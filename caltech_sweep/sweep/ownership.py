@@ -28,7 +28,15 @@ from caltech_sweep.sweep.optuna_trials import RUNG
 from caltech_sweep.sweep.space import enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.journal import journals
-from caltech_sweep.tracking.records import OUTCOMES, STORE_TAG, SUGGESTED_BY, InitialWeights, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import (
+    OUTCOMES,
+    REPEAT_TAGS,
+    STORE_TAG,
+    SUGGESTED_BY,
+    InitialWeights,
+    StudyRecord,
+    TrialRecord,
+)
 from caltech_sweep.tracking.writer import MlflowTracker
 
 _ADOPTING = "adopting"  # of a study whose trials are not all here yet
@@ -226,9 +234,7 @@ def _gap() -> optuna.trial.FrozenTrial:
 def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTracker) -> optuna.trial.FrozenTrial:
     """Return the trial that a run belongs to, as the study store that was lost had it."""
     config = _config_of(definition, run.params)
-    attributes: dict[str, Any] = {
-        key: int(run.tags[key]) for key in ("replicate", "confirms", "family") if key in run.tags
-    }
+    attributes: dict[str, Any] = {key: int(run.tags[key]) for key in (*REPEAT_TAGS, "family") if key in run.tags}
     attributes.update({SUGGESTED_BY: run.tags[SUGGESTED_BY]} if SUGGESTED_BY in run.tags else {})
     attributes.update({"row": run.row} if run.row is not None else {})
     attributes.update(fingerprint=run.fingerprint, config=json.loads(json.dumps(config.to_dict())))
@@ -263,7 +269,7 @@ def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTrack
 def _params_of(definition: StudyDefinition, run: TrialRecord, config: TrialConfig) -> FixedTrial:
     """Let a trial's settings be suggested once more, which tells the distributions that they come from."""
     settings = config.to_dict()
-    sampled = run.row is None and "confirms" not in run.tags
+    sampled = run.row is None and not set(REPEAT_TAGS) & run.tags.keys()
     params = enqueue_params(definition.space, settings)
     branch = definition.expand if run.row is None else {}
     fixed = FixedTrial({**params, **{key: encode(settings[key]) for key in branch}})

@@ -280,6 +280,10 @@ def _sampled_images(definition: StudyDefinition, data: LoadedData, epochs: Span)
     return epochs[0] * min(each), epochs[1] * max(each)
 
 
+def _times(number: int, epochs: Sequence[int]) -> Span:
+    return number * min(epochs), number * max(epochs)
+
+
 def _planned_sampled(
     definition: StudyDefinition, data: LoadedData | None, records: Sequence[TrialRecord]
 ) -> Planned | None:
@@ -292,7 +296,11 @@ def _planned_sampled(
     total = math.ceil(number / size)  # families; each is trained as a whole
     groups: dict[str, dict[int, TrialRecord]] = defaultdict(dict)
     for record in records:  # a trial that failed is sampled again, so it does not count
-        if record.row is None and "confirms" not in record.tags and record.state in (*ENDED, *UNFINISHED, "running"):
+        if (
+            record.row is None
+            and not {"confirms", "fold_of"} & record.tags.keys()
+            and record.state in (*ENDED, *UNFINISHED, "running")
+        ):
             groups[record.tags.get("family", str(record.number))][record.number] = record
     begun = [_begun(definition, list(group.values())) for group in groups.values()]
     states = [record.state for group in groups.values() for record in group.values()]
@@ -301,6 +309,12 @@ def _planned_sampled(
     asked = [sum(config.epochs for config in family) for family in families]
     left = [sum(new_epochs(family)) for family in families]
     missing = max(0, total - len(groups))
+    folds = definition.folds - 1  # further trainings of each; those of a trial that was pruned are counted, too
+    later = sum(
+        TrialConfig.from_params(record.params).epochs
+        for record in records
+        if "fold_of" in record.tags and record.state in ENDED
+    )
     least = 0 if _may_be_less(definition) else min(left)
     epochs = [config.epochs for family in families for config in family]
     span = (min(epochs), max(epochs))
@@ -310,8 +324,15 @@ def _planned_sampled(
         _sampled_images(definition, data, span) if data else None,
         _trained(list(variants(definition, ("arch", "freeze", "outputs"), rows=False)), data),
         (f"{done} of {total * size} done" + (f", {paused} paused" if paused else "")) if done + paused else "to sample",
-        _total([*((count, count) for count, _ in begun), (missing * min(asked), missing * max(asked))]),
-        _total([*(rest for _, rest in begun), (missing * least, missing * max(left))]),
+        _total([*((count * (1 + folds),) * 2 for count, _ in begun), _times(missing * (1 + folds), asked)]),
+        _total(
+            [
+                *(rest for _, rest in begun),
+                *((count * folds,) * 2 for count, _ in begun),
+                (-later, -later),
+                (missing * (least + folds * min(asked)), missing * (max(left) + folds * max(asked))),
+            ]
+        ),
     )
 
 

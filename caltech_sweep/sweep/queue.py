@@ -19,7 +19,7 @@ from caltech_sweep.errors import UsageError
 from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
 from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_sampler, startup_trials
-from caltech_sweep.study.definition import Row, StudyDefinition
+from caltech_sweep.study.definition import Row, StudyDefinition, in_fold
 from caltech_sweep.study.grid import EXHAUSTIVE, encode, grid_of, grid_size, param_names, reachable
 from caltech_sweep.study.pausing import Contender, make_pausing
 from caltech_sweep.sweep import optuna_trials
@@ -27,7 +27,7 @@ from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_pa
 from caltech_sweep.sweep.sharing import next_index
 from caltech_sweep.sweep.space import all_branches, enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
-from caltech_sweep.tracking.records import SUGGESTED_BY
+from caltech_sweep.tracking.records import REPEAT_TAGS, SUGGESTED_BY
 
 CONFIRMING_SEEDS = 3  # at least so many fresh seeds for a trial that is confirmed
 
@@ -60,8 +60,11 @@ class QueuedTrial:
     @property
     def name(self) -> str:
         """What people call it: its row, with the seed where there are several, or its number."""
+        fold = f"fold {self.config.dataset.fold}" if self.config.dataset.fold else ""
+        if "fold_of" in self.tags:
+            return f"trial-{self.number:03d} ({fold} of trial-{int(self.tags['fold_of']):03d})"
         if "replicate" in self.tags:
-            return f"{self.row} (seed {self.config.seed})"
+            return f"{self.row} ({', '.join(filter(None, (f'seed {self.config.seed}', fold)))})"
         return self.row or f"trial-{self.number:03d}"
 
 
@@ -97,7 +100,8 @@ class TrialQueue:
         if definition.sampler.name in EXHAUSTIVE:
             left = untried(self.study, definition)
             self._exhausts, self._sampled_left = left < self._sampled_left, min(left, self._sampled_left)
-        return len(done), len(done) + len(waiting) + self._sampled_left
+        folds = (self.definition.folds - 1) * (self._sampled_left + sum("row" not in t.user_attrs for t in waiting))
+        return len(done), len(done) + len(waiting) + self._sampled_left + folds
 
     def left(self) -> tuple[list[TrialConfig], int]:
         """Return the trials that wait, and how many are yet to be sampled."""
@@ -110,6 +114,8 @@ class TrialQueue:
         enqueue_missing_rows(self.study, self.definition, self.only)
         for trial in filter(is_family_base, self.study.get_trials(deepcopy=False)):
             complete_family(self.study, self.definition, trial)
+        for trial in self.study.get_trials(deepcopy=False):
+            enqueue_folds(self.study, self.definition, trial)
         if self.definition.sampler.name in EXHAUSTIVE:
             retry_failed(self.study)
 
@@ -245,9 +251,9 @@ class TrialQueue:
         attributes = trial.user_attrs
         row = attributes.get("row")
         tags: dict[str, str] = {
-            key: str(attributes[key]) for key in ("replicate", "confirms", "family", SUGGESTED_BY) if key in attributes
+            key: str(attributes[key]) for key in (*REPEAT_TAGS, "family", SUGGESTED_BY) if key in attributes
         }
-        prunable = row is None and "confirms" not in tags and self.definition.pruner is not None
+        prunable = row is None and not {"confirms", "fold_of"} & tags.keys() and self.definition.pruner is not None
         queued = QueuedTrial(trial, config, row, prunable, tags)
         if prunable and self.pausing is not None:
             queued.rungs = self.pausing.rungs(trial.number, config.epochs)
@@ -284,6 +290,8 @@ class TrialQueue:
     def end(self, queued: QueuedTrial, outcome: str, value: float | None) -> None:
         """Give a trial the state of its outcome; an interrupted or paused one waits again."""
         optuna_trials.end_trial(self.study, queued.number, outcome, value)
+        if outcome == "complete":
+            enqueue_folds(self.study, self.definition, self.study.get_trials(deepcopy=False)[queued.number])
 
 
 def is_new_variant(trial: FrozenTrial) -> bool:
@@ -299,15 +307,15 @@ def is_finished(trial: FrozenTrial) -> bool:
 
 
 def wanted_rows(definition: StudyDefinition) -> Iterator[tuple[Row, int, TrialConfig]]:
-    """Yield every row with each of its replicates: all first seeds, then all second ones, and so on."""
-    for replicate in range(definition.replicates):
+    """Yield every row with each of its trainings: all first folds and seeds, then all second ones, and so on."""
+    for replicate in range(definition.trainings):
         for row in definition.rows:
             yield row, replicate, definition.row_config(row, replicate)
 
 
 def is_extra(trial: FrozenTrial) -> bool:
-    """Tell whether a trial repeats another on a further seed; ``trials`` does not count these."""
-    return bool({"replicate", "confirms"} & trial.user_attrs.keys())
+    """Tell whether a trial repeats another on a further seed or fold; ``trials`` does not count these."""
+    return bool(set(REPEAT_TAGS) & trial.user_attrs.keys())
 
 
 def is_current(trial: FrozenTrial, definition: StudyDefinition) -> bool:
@@ -351,6 +359,22 @@ def enqueue_confirmations(study: optuna.Study, objective: Objective, count: int,
             repeat = replace(config, seed=config.seed + further)
             if (trial.number, repeat.fingerprint()) not in known:
                 _enqueue(study, trial.params, repeat, {"confirms": trial.number})
+
+
+def enqueue_folds(study: optuna.Study, definition: StudyDefinition, base: FrozenTrial) -> None:
+    """Let a sampled trial that is complete be trained on the other folds too, unless it is or waits to be."""
+    if definition.folds == 1 or base.state != TrialState.COMPLETE or {"row", *REPEAT_TAGS} & base.user_attrs.keys():
+        return
+    config = TrialConfig.from_dict(base.user_attrs["config"])
+    known = {
+        trial.user_attrs["fingerprint"]
+        for trial in study.get_trials(deepcopy=False)
+        if trial.user_attrs.get("fold_of") == base.number and (is_finished(trial) or not trial.state.is_finished())
+    }
+    for fold in range(2, definition.folds + 1):
+        other = in_fold(config, fold)
+        if other.fingerprint() not in known:
+            _enqueue(study, base.params, other, {"fold_of": base.number})
 
 
 def _enqueue(
@@ -398,7 +422,7 @@ def untried(study: optuna.Study, definition: StudyDefinition) -> int:
 
 def is_family_base(trial: FrozenTrial) -> bool:
     """Tell whether a trial was sampled, rather than being a row or a further schedule of a sampled one."""
-    return "config" in trial.user_attrs and not {"row", "family", "confirms"} & trial.user_attrs.keys()
+    return "config" in trial.user_attrs and not {"row", "family", *REPEAT_TAGS} & trial.user_attrs.keys()
 
 
 def sampler_for(definition: StudyDefinition, number: int) -> optuna.samplers.BaseSampler:

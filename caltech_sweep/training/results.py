@@ -26,6 +26,7 @@ from caltech_sweep.training.figure import draw_confusion_matrix
 from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.trial import TrialOutcome
 
+SKIPPED = "skipped_images.csv"  # images that could not be read, where the dataset is told to skip them
 MOST_CLASSES = 3000  # of a confusion matrix: 9 million cells, 20 MB as text
 
 
@@ -150,6 +151,8 @@ def _artifacts(
         ENVIRONMENT: lambda path: path.write_text(json.dumps(environment(device), indent=2) + "\n"),
         PER_CLASS: lambda path: _write_classes(path, parts["val"], parts.get("test")),
     }
+    if data.split.skipped:
+        found[SKIPPED] = lambda path: _write_csv(path, ["image", "reason"], data.split.skipped)
     for name, part in parts.items():
         found[predictions_path(name)] = part.write_predictions
         found[confusion_path(name)] = part.write_matrix

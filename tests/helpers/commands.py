@@ -23,6 +23,7 @@ TAKES_OTHER_TEXT = {
     "alias",
     "model",
     "compare",
+    "budget",
 }
 ARGUMENTS = {"study": ["tiny"], "studies": ["tiny"], "images": ["image.png"]}
 FURTHER = {  # what else a command is given, so that it comes as far as it can
@@ -32,6 +33,7 @@ FURTHER = {  # what else a command is given, so that it comes as far as it can
     ("promote",): [[], ["--run", "0" * 32]],
     ("data", "list"): [["--split", "test"]],
     ("cache",): [["--clear"]],
+    ("new",): [["--from", "images"]],
     ("doctor",): [[], ["--fix"]],
 }
 

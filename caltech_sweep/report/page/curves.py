@@ -82,7 +82,7 @@ def sampled(study: StoredStudy) -> list[TrialRecord]:
     """Return the run of each sampled trial, by number: a complete one before any other, then the latest."""
     by_number: dict[int, TrialRecord] = {}
     for trial in study.trials:
-        if trial.row is None and "confirms" not in trial.tags:
+        if trial.row is None and not {"confirms", "fold_of"} & trial.tags.keys():
             known = by_number.get(trial.number)
             if known is None or known.state != "complete" or trial.state == "complete":
                 by_number[trial.number] = trial
