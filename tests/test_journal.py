@@ -54,7 +54,7 @@ def told(tracker: MemoryTracker) -> Any:
             {k: v for k, v in run.tags.items() if k != "journal.id"},
             run.status,
             [(epoch, dict(metrics)) for epoch, metrics, _ in run.history],
-            run.metrics,
+            {name: value for name, value in run.metrics.items() if name != "spent/seconds"},
             run.artifacts,
             tracker.datasets[run_id],
         )
