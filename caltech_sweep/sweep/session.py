@@ -150,6 +150,7 @@ class _Opening:
         if self.adopting:
             return check_adoptable(self.definition, self.identity, self.weights, self.tracker, self.storage)
         name, tracker = self.definition.name, self.tracker
+        tracker.check_study(name)
         record = check_own(name, tracker, self.storage)
         runs = tracker.trials(record) if record is not None else []
         check_runs(name, runs, tracker.store, self.storage, tracker.studies)

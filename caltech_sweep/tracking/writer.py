@@ -292,6 +292,10 @@ class MlflowTracker:
         """Return every study of the store, the oldest first."""
         return self._reader.records()
 
+    def check_study(self, name: str) -> None:
+        """Raise StoreError for a study that was deleted."""
+        self._reader.check_study(name)
+
     def study(self, name: str) -> StudyRecord | None:
         """Return one study, or None."""
         return self._reader.record(name)
