@@ -163,7 +163,7 @@ def test_freezing_trains_what_it_says(arch: str, how: str, trained: set[str]) ->
 def test_frozen_batch_norm_keeps_its_statistics() -> None:
     model = build_model(replace(CONFIG, freeze="conv"), 4)
     before = model.bn1.running_mean.clone()
-    train_mode(model)
+    train_mode(model, replace(CONFIG, freeze="conv"))
     model(torch.randn(4, 3, 32, 32))
     assert torch.equal(model.bn1.running_mean, before)
 
