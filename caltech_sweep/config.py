@@ -22,6 +22,7 @@ from caltech_sweep.rules import (
     LARGEST_SEED,
     NOT_NEGATIVE,
     POSITIVE,
+    PRETRAINED,
     PROBABILITY,
     TEXT,
     WEIGHTS,
@@ -100,7 +101,7 @@ class TrialConfig:
     """
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    arch: str = setting("alexnet", TEXT, "any torchvision classification model")
+    arch: str = setting("alexnet", TEXT, "a network of torchvision, timm/NAME, or MODULE:FACTORY of your own")
     weights: str = setting("none", WEIGHTS, "what the training starts from")
     outputs: int | None = setting(None, optional(integer(2, 100_000), "one for each class"), "size of the last layer")
     freeze: Freeze = setting("none", one_of(FREEZE_CHOICES), "which layers are not trained")
@@ -164,6 +165,7 @@ class TrialConfig:
         values = _counted(self, FIRST_TRIAL_FIELDS)
         values["dataset"] = _counted(self.dataset, FIRST_DATASET_FIELDS)
         del values["dataset"]["root"]
+        values["weights"] = as_stored(self.weights)
         return values
 
     def fingerprint(self) -> str:
@@ -173,6 +175,11 @@ class TrialConfig:
         """
         canonical = json.dumps(self.counted(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def as_stored(weights: Any) -> Any:
+    """Return the word that stores know weights by: the published ones by the older word."""
+    return "imagenet" if weights in PRETRAINED else weights
 
 
 def _counted(config: TrialConfig | DatasetConfig, always: frozenset[str]) -> dict[str, Any]:

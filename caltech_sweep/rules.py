@@ -140,8 +140,11 @@ def optional(rule: Rule, missing: str) -> Rule:
     )
 
 
+PRETRAINED = ("pretrained", "imagenet")  # words for the published weights of a network; the second is the older one
+
+
 def _is_weights(value: Any) -> bool:
-    if value in ("none", "imagenet"):
+    if value in ("none", *PRETRAINED):
         return True
     if not isinstance(value, str):
         return False
@@ -169,6 +172,6 @@ POSITIVE = number("above 0", lambda v: v > 0)
 NOT_NEGATIVE = number("of at least 0", lambda v: v >= 0)
 FRACTION = number("between 0 and 1, both excluded", lambda v: 0 < v < 1)
 PROBABILITY = number("between 0 and 1", lambda v: 0 <= v <= 1)
-WEIGHTS = Rule("none, imagenet, file:PATH, run:RUN_ID or study:NAME", _is_weights)
+WEIGHTS = Rule("none, pretrained, file:PATH, run:RUN_ID or study:NAME", _is_weights)
 CLASSES = Rule("a number of at least 2, first_half, second_half, a list of class names, or null", _is_classes)
 COLOUR = Rule("an opaque colour such as white or '#ff8800', in quotes", _is_colour)

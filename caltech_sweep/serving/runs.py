@@ -19,13 +19,13 @@ from ruamel.yaml.error import YAMLError
 from safetensors import SafetensorError, safe_open
 
 from caltech_sweep import stores
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import PRETRAINED, TrialConfig
 from caltech_sweep.errors import ModelError, StoreError
 from caltech_sweep.text import is_overgrown
 from caltech_sweep.tracking.records import grey_bits
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.models import not_finite
-from caltech_sweep.training.networks import NORMALIZE
+from caltech_sweep.training.networks import mean_and_std
 from caltech_sweep.training.results import CHECKPOINT
 
 MODEL_NAME = "model"  # of the logged model in its run
@@ -80,8 +80,8 @@ def model_spec(
     those of the sixteen-bit grey images that it was trained on.
     """
     metadata = metadata or {}
-    usual = config.normalize if config.normalize != "auto" else "imagenet" if config.weights == "imagenet" else "half"
-    mean, std = NORMALIZE[metadata.get("normalize", usual)]
+    usual = config.normalize if config.normalize != "auto" else "imagenet" if config.weights in PRETRAINED else "half"
+    mean, std = mean_and_std(metadata.get("normalize", usual))
     extra = [f"output {number}" for number in range(len(classes), config.outputs or 0)]
     return {
         "arch": config.arch,

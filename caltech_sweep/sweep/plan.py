@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from caltech_sweep import stores
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import PRETRAINED, TrialConfig
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
@@ -30,9 +30,9 @@ from caltech_sweep.sweep.preflight import (
     check_options,
     find_weights,
     identity_of,
-    imagenet_weights,
     kept_epochs,
     left_out,
+    published_weights,
 )
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.sharing import new_epochs
@@ -141,7 +141,7 @@ def _state(row: Row, config: TrialConfig, records: Sequence[TrialRecord]) -> str
 def _other_weights(record: TrialRecord, weights: Mapping[str, InitialWeights]) -> str | None:
     """Return a sentence when a run started from other contents than its weights have now."""
     name = record.params.get("weights", "none")
-    if name == "imagenet":
+    if name in PRETRAINED:
         name = f"imagenet {record.params.get('arch')}"
     was, now = record.tags.get("weights.digest"), weights.get(name)
     if was is None or now is None or was == now.digest:
@@ -404,13 +404,13 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     sampled = None if options.rows else _planned_sampled(definition, data, records)
     about = [_about_data(definition, data), *(left_out(definition, data.split) if data else [])]
     if weights is not None:
-        missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.weights == "imagenet"}
+        missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.weights in PRETRAINED}
         missing -= {name.removeprefix("imagenet ") for name in weights}
         about += [
-            f"the ImageNet weights of {arch} are not here yet; a run downloads them first" for arch in sorted(missing)
+            f"the published weights of {arch} are not here yet; a run downloads them first" for arch in sorted(missing)
         ]
     return Plan(_text(definition, about, rows, sampled, records), tuple(problems))
 
 
 def _find_weights(definition: StudyDefinition, tracking_uri: str | None) -> Weights:
-    return find_weights(definition, tracking_uri) | imagenet_weights(definition, None)
+    return find_weights(definition, tracking_uri) | published_weights(definition, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from caltech_sweep import addresses, paths, stores
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import PRETRAINED, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS, Split
@@ -76,8 +76,8 @@ def _digested(path: Path, run_id: str | None = None) -> InitialWeights:
         raise ModelError(f"weights: {path} cannot be read ({error.strerror})") from error
 
 
-def imagenet_weights(definition: StudyDefinition, progress: Callable[[int, int], None] | None) -> Weights:
-    """Resolve the ImageNet weights of a study to files and their contents.
+def published_weights(definition: StudyDefinition, progress: Callable[[int, int], None] | None) -> Weights:
+    """Resolve the published weights of a study to files and their contents.
 
     Those that are not there are downloaded, of which ``progress`` is told; without it they are left out.
     """
@@ -85,7 +85,7 @@ def imagenet_weights(definition: StudyDefinition, progress: Callable[[int, int],
 
     found: Weights = {}
     for config in variants(definition, ("arch", "weights")):
-        if config.weights == "imagenet" and weights_key(config) not in found:
+        if config.weights in PRETRAINED and weights_key(config) not in found:
             source = source_of(config.arch)
             path = source.published_file(config.arch) if progress is None else source.fetch(config.arch, progress)
             if path is not None:
@@ -140,7 +140,7 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
         if model not in seen:
             seen.add(model)
             source = weights.get(weights_key(config))
-            if config.weights == "imagenet" and source is None:  # not here yet; they cannot be held against the model
+            if config.weights in PRETRAINED and source is None:  # not here yet; they cannot be held against the model
                 config = replace(config, weights="none")
             rehearse(config, classes, batches, *((source.path, source.digest) if source else ()))
 
@@ -181,10 +181,14 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[str
 
 
 def identity_of(definition: StudyDefinition, data: LoadedData, weights: Weights) -> dict[str, Any]:
-    """Return what must stay the same of a study under its name: its definition, its images, its weights."""
+    """Return what must stay the same of a study under its name: its definition, images, weights and networks."""
+    from caltech_sweep.training.networks import SOURCE, source_of
+
     initial = {name: source.digest for name, source in weights.items()}
     known = by_content(definition.identity(), weights)
-    return {**known, "images": data.fingerprint, "initial_weights": initial}
+    archs = {config.arch for config in variants(definition, ("arch",))}
+    own = {arch: version[SOURCE] for arch in sorted(archs) if SOURCE in (version := source_of(arch).version(arch))}
+    return {**known, "images": data.fingerprint, "initial_weights": initial, **({"networks": own} if own else {})}
 
 
 def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights | None) -> Callable[[TrialConfig], int]:
@@ -243,8 +247,8 @@ def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:
         data = load_dataset(dataset, progress)
-    with progress_line("downloading ImageNet weights", write, 1e6, " MB") as progress:
-        weights |= imagenet_weights(definition, progress)
+    with progress_line("downloading published weights", write, 1e6, " MB") as progress:
+        weights |= published_weights(definition, progress)
     check(definition, data, weights)
     for sentence in left_out(definition, data.split):
         write(sentence)

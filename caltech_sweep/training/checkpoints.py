@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import PRETRAINED, TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
@@ -68,17 +68,20 @@ def _known_digest(path: Path, size: int, changed: int) -> str:
 def initial_weights(config: TrialConfig, weights_file: Path | None, known: str | None = None) -> str:
     """Return what names the initial weights: the contents of a file, whatever its name.
 
-    ImageNet weights go by the name of the published file, which holds its checksum and is checked when it is read.
+    Published weights go by the name of their file where it holds a checksum, which is checked when they are read.
     ``known`` is the file's SHA-256, where that is checked when it is read; otherwise it is computed here. Raises
     ModelError for a file that is not there.
     """
     if config.weights == "none":
         return "none"
-    if config.weights == "imagenet":
-        return f"imagenet {source_of(config.arch).published_key(config.arch)}"
+    source, published = source_of(config.arch), config.weights in PRETRAINED
+    if published and (key := source.published_key(config.arch)) is not None:
+        return f"imagenet {key}"
     if known is not None:
         return f"file {known}"
     path = Path(config.weights[5:]) if config.weights.startswith("file:") else weights_file
+    if published:
+        path = source.published_file(config.arch)
     try:
         if path is None:
             raise FileNotFoundError
@@ -107,6 +110,7 @@ def identity(
         **recipe(config),
         **augmentation,
         **frozen,
+        **source_of(config.arch).version(config.arch),
         "initial": initial_weights(config, weights_file, known),
         "outputs": config.outputs or len(data.split.classes),
         "data": data.fingerprint,

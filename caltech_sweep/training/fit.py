@@ -25,7 +25,7 @@ from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.heartbeat import beat
 from caltech_sweep.training.models import train_mode
-from caltech_sweep.training.networks import NORMALIZE, normalization, source_of
+from caltech_sweep.training.networks import mean_and_std, normalization, source_of
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
@@ -101,7 +101,7 @@ class Training:
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self._format)
         self.optimizer = make_optimizer(config, self.model)
-        mean, std = NORMALIZE[normalization(config)]
+        mean, std = mean_and_std(normalization(config))
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
         self._resident: dict[str, torch.Tensor] = {}
@@ -118,6 +118,8 @@ class Training:
         config = self.config
         if not all(augment.AUGMENTATIONS[op].fixed for op in config.augment):
             return None
+        if config.freeze != "conv":
+            return None
         train_mode(self.model, config)
         split = split_model(self.model, source_of(config.arch).tail(self.model))
         if split is None:
@@ -133,6 +135,7 @@ class Training:
             "data": self.data.fingerprint,
             "crop": config.dataset.crop,
             "normalize": normalization(config),
+            **source_of(config.arch).version(config.arch),
         }
         counts = {part: len(self.data.split.part(part)) for part in SPLITS}
         return FrozenFeatures(split, self._images, counts, self._autocast, self.store, known)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig
+from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig, as_stored
 from caltech_sweep.training.augment import idle_settings
 from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.schedule import EpochRates, schedule_settings
@@ -67,7 +67,8 @@ def prefix_key(config: TrialConfig) -> str:
     dataset count by name here, since no file is read; in the store their contents count.
     """
     dataset = config.counted()["dataset"]
-    return digest([recipe(config), dataset, config.weights, config.outputs, config.precision, config.channels_last])
+    weights = as_stored(config.weights)
+    return digest([recipe(config), dataset, weights, config.outputs, config.precision, config.channels_last])
 
 
 def checkpoint_key(base: str, rates: Sequence[EpochRates]) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import PRETRAINED, TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training.heartbeat import beat
@@ -123,22 +123,25 @@ def freeze(model: nn.Module, config: TrialConfig) -> None:
     ``conv``: all but the classifier. ``fc``: the whole classifier, its new last layer included. ``fc_but_last``:
     the classifier without its last layer.
     """
-    how, head = config.freeze, source_of(config.arch).tail(model)[-1]
+    how = config.freeze
+    if how == "none":
+        return
+    head = source_of(config.arch).tail(model)[-1]
     last = last_layer(model, head)
     chosen = 0
     for name, parameter in model.named_parameters():
         in_head, in_last = is_in(name, head), is_in(name, last)
-        frozen = {"none": False, "conv": not in_head, "fc": in_head, "fc_but_last": in_head and not in_last}[how]
+        frozen = {"conv": not in_head, "fc": in_head, "fc_but_last": in_head and not in_last}[how]
         parameter.requires_grad_(not frozen)
         chosen += frozen
-    if how != "none" and not chosen:
+    if not chosen:
         raise ModelError(f"freeze: {how} freezes nothing here, the classifier of this model is only its last layer")
 
 
 def train_mode(model: nn.Module, config: TrialConfig) -> None:
     """Set training mode, but not that of a frozen backbone, and keep the statistics of frozen batch normalisation."""
     model.train()
-    tail = source_of(config.arch).tail(model)
+    tail = source_of(config.arch).tail(model) if config.freeze == "conv" else ()
     for name, module in model.named_modules():
         parameters = list(module.parameters())
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -159,11 +162,10 @@ def _network(arch: str, outputs: int, weights: _Weights | None, seed: int) -> nn
 def _initial(config: TrialConfig, weights_file: Path | None, digest: str | None) -> _Weights | None:
     if config.weights == "none":
         return None
-    if config.weights == "imagenet":
+    if config.weights in PRETRAINED:
         source = source_of(config.arch)
         path = source.fetch(config.arch, lambda done, total: beat())
-        metadata = source.published_metadata(config.arch)
-        return _Weights(read_weights(path, digest).state, metadata, "the ImageNet weights")
+        return _Weights(*source.published(config.arch, read_weights(path, digest).state), "the published weights")
     if config.weights.startswith("file:"):
         return read_weights(weights_file or Path(config.weights[5:]), digest)
     if weights_file is None:

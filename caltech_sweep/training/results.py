@@ -147,7 +147,7 @@ def _artifacts(
     found: dict[str, Callable[[Path], object]] = {
         CHECKPOINT: lambda path: _write_checkpoint(path, config, data.split.classes, outcome),
         "config.yaml": lambda path: _write_config(path, config),
-        "environment.json": lambda path: path.write_text(json.dumps(environment(device), indent=2) + "\n"),
+        "environment.json": lambda path: path.write_text(json.dumps(environment(device, config.arch), indent=2) + "\n"),
         "per_class.csv": lambda path: _write_classes(path, parts["val"], parts.get("test")),
     }
     for name, part in parts.items():

@@ -40,7 +40,8 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
         last = last_epoch(job.config, scores) is not None
         yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last)
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
-    tags = {f"environment.{key}": str(value) for key, value in environment(device).items() if value is not None}
+    known = environment(device, job.config.arch)
+    tags = {f"environment.{key}": str(value) for key, value in known.items() if value is not None}
     tags["reuse.epochs_reused"] = str(outcome.epochs_reused)
     tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
     if len(scores) < job.config.epochs:
