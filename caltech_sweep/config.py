@@ -135,6 +135,11 @@ class TrialConfig:
     def __post_init__(self) -> None:
         _normalise(self)
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether the training starts from the published weights of its network."""
+        return self.weights in PRETRAINED
+
     def to_dict(self) -> dict[str, Any]:
         """Return a plain nested dict that :meth:`from_dict` reads back."""
         return asdict(self)

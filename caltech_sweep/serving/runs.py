@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 from safetensors import SafetensorError, safe_open
 
 from caltech_sweep import stores
-from caltech_sweep.config import PRETRAINED, TrialConfig
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError, StoreError
 from caltech_sweep.text import is_overgrown
 from caltech_sweep.tracking.records import grey_bits
@@ -80,7 +80,7 @@ def model_spec(
     those of the sixteen-bit grey images that it was trained on.
     """
     metadata = metadata or {}
-    usual = config.normalize if config.normalize != "auto" else "imagenet" if config.weights in PRETRAINED else "half"
+    usual = config.normalize if config.normalize != "auto" else "imagenet" if config.pretrained else "half"
     mean, std = mean_and_std(metadata.get("normalize", usual))
     extra = [f"output {number}" for number in range(len(classes), config.outputs or 0)]
     return {

@@ -17,7 +17,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from caltech_sweep import paths
-from caltech_sweep.config import PRETRAINED, TRIAL_RULES, DatasetConfig, TrialConfig
+from caltech_sweep.config import TRIAL_RULES, DatasetConfig, TrialConfig
 from caltech_sweep.data.registry import dataset_rules, name_for, unread
 from caltech_sweep.errors import StudyFileError, UsageError
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE
@@ -60,7 +60,7 @@ _LONGEST_NAME = 150  # bytes: a file's name has 255, of which three stand for on
 
 def weights_key(config: TrialConfig) -> str:
     """Return the name of the weights that a trial starts from; each network has published ones of its own."""
-    return f"imagenet {config.arch}" if config.weights in PRETRAINED else config.weights
+    return f"imagenet {config.arch}" if config.pretrained else config.weights
 
 
 def _plain(node: Any) -> Any:

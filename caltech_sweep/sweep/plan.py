@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from caltech_sweep import stores
-from caltech_sweep.config import PRETRAINED, TrialConfig
+from caltech_sweep.config import TrialConfig, as_stored
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
@@ -141,7 +141,7 @@ def _state(row: Row, config: TrialConfig, records: Sequence[TrialRecord]) -> str
 def _other_weights(record: TrialRecord, weights: Mapping[str, InitialWeights]) -> str | None:
     """Return a sentence when a run started from other contents than its weights have now."""
     name = record.params.get("weights", "none")
-    if name in PRETRAINED:
+    if as_stored(name) == "imagenet":
         name = f"imagenet {record.params.get('arch')}"
     was, now = record.tags.get("weights.digest"), weights.get(name)
     if was is None or now is None or was == now.digest:
@@ -404,7 +404,7 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     sampled = None if options.rows else _planned_sampled(definition, data, records)
     about = [_about_data(definition, data), *(left_out(definition, data.split) if data else [])]
     if weights is not None:
-        missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.weights in PRETRAINED}
+        missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.pretrained}
         missing -= {name.removeprefix("imagenet ") for name in weights}
         about += [
             f"the published weights of {arch} are not here yet; a run downloads them first" for arch in sorted(missing)

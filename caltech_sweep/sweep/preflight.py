@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from caltech_sweep import addresses, paths, stores
-from caltech_sweep.config import PRETRAINED, TrialConfig
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS, Split
@@ -85,7 +85,7 @@ def published_weights(definition: StudyDefinition, progress: Callable[[int, int]
 
     found: Weights = {}
     for config in variants(definition, ("arch", "weights")):
-        if config.weights in PRETRAINED and weights_key(config) not in found:
+        if config.pretrained and weights_key(config) not in found:
             source = source_of(config.arch)
             path = source.published_file(config.arch) if progress is None else source.fetch(config.arch, progress)
             if path is not None:
@@ -140,7 +140,7 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
         if model not in seen:
             seen.add(model)
             source = weights.get(weights_key(config))
-            if config.weights in PRETRAINED and source is None:  # not here yet; they cannot be held against the model
+            if config.pretrained and source is None:  # not here yet; they cannot be held against the model
                 config = replace(config, weights="none")
             rehearse(config, classes, batches, *((source.path, source.digest) if source else ()))
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from caltech_sweep.config import PRETRAINED, TrialConfig
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
@@ -74,7 +74,7 @@ def initial_weights(config: TrialConfig, weights_file: Path | None, known: str |
     """
     if config.weights == "none":
         return "none"
-    source, published = source_of(config.arch), config.weights in PRETRAINED
+    source, published = source_of(config.arch), config.pretrained
     if published and (key := source.published_key(config.arch)) is not None:
         return f"imagenet {key}"
     if known is not None:

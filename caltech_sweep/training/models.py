@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from caltech_sweep.config import PRETRAINED, TrialConfig
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training.heartbeat import beat
@@ -162,7 +162,7 @@ def _network(arch: str, outputs: int, weights: _Weights | None, seed: int) -> nn
 def _initial(config: TrialConfig, weights_file: Path | None, digest: str | None) -> _Weights | None:
     if config.weights == "none":
         return None
-    if config.weights in PRETRAINED:
+    if config.pretrained:
         source = source_of(config.arch)
         path = source.fetch(config.arch, lambda done, total: beat())
         return _Weights(*source.published(config.arch, read_weights(path, digest).state), "the published weights")

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from caltech_sweep.config import PRETRAINED, TrialConfig
+from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import DatasetError, ModelError
 
 if TYPE_CHECKING:
@@ -583,7 +583,7 @@ def normalization(config: TrialConfig) -> str:
     """Return the name of a trial's mean and standard deviation; ``auto`` follows network and initial weights."""
     if config.normalize != "auto":
         return config.normalize
-    return source_of(config.arch).normalization(config.arch, config.weights in PRETRAINED)
+    return source_of(config.arch).normalization(config.arch, config.pretrained)
 
 
 def normalization_name(mean: Statistics, std: Statistics) -> str:
