@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, objective_names
 from caltech_sweep.rules import (
@@ -19,6 +19,7 @@ from caltech_sweep.rules import (
     CLASSES,
     COLOUR,
     FRACTION,
+    FREEZE,
     LARGEST_SEED,
     NOT_NEGATIVE,
     POSITIVE,
@@ -38,10 +39,7 @@ from caltech_sweep.rules import (
 from caltech_sweep.training.augment import AUGMENTATIONS
 from caltech_sweep.training.schedule import SCHEDULES
 
-FREEZE_CHOICES = ("none", "conv", "fc", "fc_but_last")
 OPTIMIZER_CHOICES = ("sgd", "adam", "adamw")
-
-Freeze = Literal["none", "conv", "fc", "fc_but_last"]
 
 
 # The fields that count at their default, too, since the first fingerprints were made of them. A new field does not
@@ -104,7 +102,7 @@ class TrialConfig:
     arch: str = setting("alexnet", TEXT, "a network of torchvision, timm/NAME, or MODULE:FACTORY of your own")
     weights: str = setting("none", WEIGHTS, "what the training starts from")
     outputs: int | None = setting(None, optional(integer(2, 100_000), "one for each class"), "size of the last layer")
-    freeze: Freeze = setting("none", one_of(FREEZE_CHOICES), "which layers are not trained")
+    freeze: str = setting("none", FREEZE, "which layers are not trained")
     optimizer: str = setting("sgd", one_of(OPTIMIZER_CHOICES))
     lr: float = setting(0.01, POSITIVE, "learning rate that the schedule starts from")
     momentum: float = setting(0.9, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of sgd")
@@ -125,6 +123,9 @@ class TrialConfig:
     seed: int = setting(0, integer(0, LARGEST_SEED))
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
+    unfreeze_epoch: int | None = setting(
+        None, optional(integer(2), "never"), "first epoch in which frozen layers are trained, too"
+    )
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
     objective: str = setting(DEFAULT_OBJECTIVE, OBJECTIVE, "which measure decides, for the whole study")
     patience: int | None = setting(
@@ -139,6 +140,10 @@ class TrialConfig:
     def pretrained(self) -> bool:
         """Whether the training starts from the published weights of its network."""
         return self.weights in PRETRAINED
+
+    def thaws(self, epoch: int) -> bool:
+        """Tell whether the frozen layers are trained in a 1-based epoch."""
+        return self.freeze != "none" and self.unfreeze_epoch is not None and epoch >= self.unfreeze_epoch
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain nested dict that :meth:`from_dict` reads back."""

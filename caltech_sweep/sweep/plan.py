@@ -303,7 +303,7 @@ def _planned_sampled(
         f"sampled x {total * size}",
         span,
         _sampled_images(definition, data, span) if data else None,
-        _trained(list(variants(definition, ("arch", "freeze", "outputs"), rows=False)), data),
+        _trained(list(variants(definition, ("arch", "freeze", "unfreeze_epoch", "outputs"), rows=False)), data),
         f"{done} of {total * size} done" if done else "to sample",
         _total([*((count, count) for count, _ in begun), (missing * min(asked), missing * max(asked))]),
         _total([*(rest for _, rest in begun), (missing * least, missing * max(left))]),

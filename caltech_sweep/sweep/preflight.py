@@ -111,7 +111,8 @@ def _batch_sizes(definition: StudyDefinition, config: TrialConfig, images: int) 
 def _variants(definition: StudyDefinition, images: int) -> Iterator[TrialConfig]:
     """Yield every row, and every sampled combination of what decides whether a network can be trained."""
     yield from (definition.row_config(row) for row in definition.rows)
-    for config in variants(definition, ("arch", "weights", "outputs", "freeze", "batch_size", "drop_last"), rows=False):
+    keys = ("arch", "weights", "outputs", "freeze", "unfreeze_epoch", "batch_size", "drop_last")
+    for config in variants(definition, keys, rows=False):
         yield from _batch_sizes(definition, config, images)
 
 
@@ -136,7 +137,7 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
                 "a batch that is not full; lower it (--set batch_size=...) or set drop_last to false"
             )
         batches = batch_kinds(config, images)
-        model = (config.arch, config.weights, config.outputs, config.freeze, batches)
+        model = (config.arch, config.weights, config.outputs, config.freeze, config.thaws(config.epochs), batches)
         if model not in seen:
             seen.add(model)
             source = weights.get(weights_key(config))

@@ -33,8 +33,10 @@ from caltech_sweep.training.keys import (
     FROZEN_VERSION,
     SPLIT_BEFORE,
     CacheOptions,
+    EpochKey,
     checkpoint_key,
     digest,
+    epoch_keys,
     recipe,
 )
 from caltech_sweep.training.models import load_state
@@ -120,7 +122,7 @@ def identity(
     }
 
 
-def _name(base: str, rates: tuple[EpochRates, ...]) -> str:
+def _name(base: str, rates: tuple[EpochKey, ...]) -> str:
     return f"stage-{checkpoint_key(base, rates)}"
 
 
@@ -132,7 +134,7 @@ def stored_epochs(
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
     base = digest(identity(config, data, device, weights_file, use.features))
-    rates = learning_rates(config, steps_of(config, len(data.split.part("train"))))
+    rates = epoch_keys(config, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
     return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
 
@@ -204,7 +206,7 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), learning_rates(config, training.steps)
+        self._base, self._rates = digest(self._identity), epoch_keys(config, training.steps)
         self._saved = time.monotonic()
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained

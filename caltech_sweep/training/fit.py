@@ -24,7 +24,7 @@ from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.heartbeat import beat
-from caltech_sweep.training.models import train_mode
+from caltech_sweep.training.models import thaw, train_mode
 from caltech_sweep.training.networks import mean_and_std, normalization, source_of
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
@@ -111,14 +111,20 @@ class Training:
                 f"batch_size: {config.batch_size} is more than the {len(self._labels)} training images and drop_last "
                 "is set, so no step would be trained; lower batch_size or set drop_last to false"
             )
-        self._features = self._frozen_features()
+        self._features, self._thawed = self._frozen_features(), False
+
+    def thaw(self) -> None:
+        """Train the frozen layers, too, from the next epoch on."""
+        if not self._thawed:
+            self.optimizer.add_param_group({"params": thaw(self.model, self.config)})
+            self._features, self._thawed = None, True
 
     def _frozen_features(self) -> FrozenFeatures | None:
         """Return the frozen layers apart, where the images that they see are the same in every epoch."""
         config = self.config
         if not all(augment.AUGMENTATIONS[op].fixed for op in config.augment):
             return None
-        if config.freeze != "conv":
+        if config.freeze == "none":
             return None
         train_mode(self.model, config)
         split = split_model(self.model, source_of(config.arch).tail(self.model))
@@ -263,6 +269,8 @@ class Training:
     def run_epoch(self) -> EpochResult:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
         epoch, start = self.epoch + 1, time.perf_counter()
+        if self.config.thaws(epoch):
+            self.thaw()
         loss, accuracy, seen = self.train_epoch(epoch)
         try:
             val = self.evaluate("val")

@@ -16,11 +16,13 @@ from typing import Any
 from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig, as_stored
 from caltech_sweep.training.augment import idle_settings
 from caltech_sweep.training.networks import normalization
-from caltech_sweep.training.schedule import EpochRates, schedule_settings
+from caltech_sweep.training.schedule import NOMINAL_STEPS, EpochRates, learning_rates, schedule_settings
 
 AUGMENTATION_VERSION = 2  # of what the augmentations draw and do; counts where there are any
 FROZEN_VERSION = 2  # of how a frozen backbone runs: in evaluation mode, in chunks
 SPLIT_BEFORE = ("alexnet", "mobilenet_v3", "resnet", "resnext", "vgg", "wide_resnet")  # which ran so in the first, too
+
+EpochKey = tuple[EpochRates, bool]  # the learning rates of an epoch, and whether layers that were frozen are trained
 
 _TEST_ONLY = ("test_views", "test_batch_size")  # validation has a batch size of its own
 _ENDING = ("patience", "min_delta")  # they end a training, and change no epoch before its end
@@ -60,10 +62,20 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     return values
 
 
-def prefix_key(config: TrialConfig) -> str:
-    """Return a key that is equal for two configs of one study exactly when only their schedules set them apart.
+def epoch_settings() -> frozenset[str]:
+    """Return the settings that decide the weights only by what :func:`epoch_keys` says of each epoch."""
+    return schedule_settings() | {"unfreeze_epoch"}
 
-    Such trials share an epoch for each learning rate that their lists have in common from the start. Weights and
+
+def epoch_keys(config: TrialConfig, steps: int = NOMINAL_STEPS) -> tuple[EpochKey, ...]:
+    """Return what an epoch of so many steps does to the weights: its learning rates, and which layers it trains."""
+    return tuple((rates, config.thaws(epoch)) for epoch, rates in enumerate(learning_rates(config, steps), start=1))
+
+
+def prefix_key(config: TrialConfig) -> str:
+    """Return a key that is equal for two configs of one study exactly when only their epochs set them apart.
+
+    Such trials share an epoch for each of :func:`epoch_keys` that they have in common from the start. Weights and
     dataset count by name here, since no file is read; in the store their contents count.
     """
     dataset = config.counted()["dataset"]
@@ -71,7 +83,8 @@ def prefix_key(config: TrialConfig) -> str:
     return digest([recipe(config), dataset, weights, config.outputs, config.precision, config.channels_last])
 
 
-def checkpoint_key(base: str, rates: Sequence[EpochRates]) -> str:
-    """Return the key of the state after ``len(rates)`` epochs; ``base`` is the key of all but the learning rates."""
-    exact = [[rate.hex() for rate in epoch] for epoch in rates]
-    return digest([base, [epoch if len(epoch) > 1 else epoch[0] for epoch in exact]])
+def checkpoint_key(base: str, epochs: Sequence[EpochKey]) -> str:
+    """Return the key of the state after some epochs; ``base`` is the key of all that :func:`epoch_keys` leaves out."""
+    exact = [([rate.hex() for rate in rates], thawed) for rates, thawed in epochs]
+    named = [(rates if len(rates) > 1 else rates[0], thawed) for rates, thawed in exact]
+    return digest([base, [{"thawed": rates} if thawed else rates for rates, thawed in named]])

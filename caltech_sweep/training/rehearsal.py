@@ -15,7 +15,7 @@ from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
-from caltech_sweep.training.models import build_model, model_on_meta, train_mode
+from caltech_sweep.training.models import build_model, model_on_meta, thaw, train_mode
 from caltech_sweep.training.networks import OwnNetworks, source_of
 
 
@@ -42,6 +42,13 @@ def rehearse(
     own = isinstance(source_of(config.arch), OwnNetworks)
     if own and any(_problem(model, size, config, outputs) for size in sizes):
         model = build_model(config, num_classes, weights_file, digest)  # code that nobody knows may need numbers
+    _rehearse(model, config, sizes, outputs)
+    if config.thaws(config.epochs):
+        thaw(model, config)
+        _rehearse(model, config, sizes, outputs)
+
+
+def _rehearse(model: nn.Module, config: TrialConfig, sizes: Iterable[int], outputs: int) -> None:
     for size in sizes:
         if (problem := _problem(model, size, config, outputs)) is None:
             continue
