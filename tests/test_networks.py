@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 from caltech_sweep.config import DatasetConfig, TrialConfig
@@ -19,7 +20,7 @@ from caltech_sweep.training.checkpoints import initial_weights
 from caltech_sweep.training.features import agrees, split_model
 from caltech_sweep.training.keys import CacheOptions, prefix_key
 from caltech_sweep.training.models import build_model, count_parameters, train_mode
-from caltech_sweep.training.networks import mean_and_std, normalization, normalization_name, source_of
+from caltech_sweep.training.networks import input_note, mean_and_std, normalization, normalization_name, source_of
 from caltech_sweep.training.rehearsal import rehearse
 from helpers.places import invoke
 from helpers.trials import run
@@ -150,6 +151,19 @@ def test_a_crop_that_a_fixed_network_cannot_take_is_refused() -> None:
     with pytest.raises(ModelError, match="it takes exactly 224: set dataset.crop to 224"):
         rehearse(replace(TRIAL, arch="timm/vit_tiny_patch16_224"), 3, [2])
     rehearse(replace(TRIAL, arch="timm/test_resnet"), 3, [2])
+
+
+def test_what_a_network_sees_is_that_of_its_own_configuration_and_is_said() -> None:
+    note = input_note(TrialConfig(arch="timm/vit_base_patch16_clip_224.openai", weights="file:x"))
+    assert note == (
+        "timm/vit_base_patch16_clip_224.openai sees mean 0.481, 0.458, 0.408 and standard deviation 0.269, 0.261, "
+        "0.276, resized to 256 and cropped to 224 pixels, bilinear; its weights are published for 224 pixels, bicubic"
+    )
+    for name in ("inception_v3", "efficientnet_v2_l", "vit_b_16"):
+        transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        said = input_note(TrialConfig(arch=name, weights="pretrained"))
+        assert said is not None and said.endswith(f"{transform.crop_size[0]} pixels, {transform.interpolation.value}")
+    assert input_note(TrialConfig(arch="resnet18")) is None and input_note(TrialConfig(arch="some:thing")) is None
 
 
 def test_pretrained_is_the_newer_word_for_imagenet(place: Path) -> None:

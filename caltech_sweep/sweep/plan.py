@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -342,6 +343,17 @@ def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
     return f"{name}: {len(data.split.classes)} classes, {sizes} images"
 
 
+def _inputs(definition: StudyDefinition) -> list[str]:
+    """Return a sentence for each way in which a network with published weights sees the images."""
+    from caltech_sweep.training.networks import input_note
+
+    found: list[str] = []
+    for config in variants(definition, ("arch", "weights", "normalize")):
+        with contextlib.suppress(CaltechSweepError):  # of a network that is not there; the run is refused for that
+            found += [note] if (note := input_note(config)) is not None else []
+    return list(dict.fromkeys(found))
+
+
 def _text(
     definition: StudyDefinition,
     about: Sequence[str],
@@ -402,7 +414,7 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     records = tuple(record for record in records if record.run_id not in other)
     rows = _planned_rows(definition, options.rows, data, records, kept_epochs(options, data, weights))
     sampled = None if options.rows else _planned_sampled(definition, data, records)
-    about = [_about_data(definition, data), *(left_out(definition, data.split) if data else [])]
+    about = [_about_data(definition, data), *(left_out(definition, data.split) if data else []), *_inputs(definition)]
     if weights is not None:
         missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.pretrained}
         missing -= {name.removeprefix("imagenet ") for name in weights}

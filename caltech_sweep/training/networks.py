@@ -71,6 +71,9 @@ class NetworkSource(Protocol):
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
         """Return a side in pixels that the network takes, where that is known, and whether it takes no other."""
 
+    def published_input(self, arch: str) -> tuple[int, str] | None:
+        """Return the side in pixels and the interpolation that the published weights were made for, where known."""
+
     def version(self, arch: str) -> Mapping[str, str]:
         """Return what, besides torchvision's version, tells the code of the network from that of other days."""
 
@@ -152,6 +155,11 @@ class TorchvisionNetworks:
     def normalization(self, arch: str, pretrained: bool) -> str:
         """See :class:`NetworkSource`. Without published weights it is that of the reference report."""
         return "imagenet" if pretrained and arch not in self._HALF_NORMALIZED else "half"
+
+    def published_input(self, arch: str) -> tuple[int, str] | None:
+        """See :class:`NetworkSource`."""
+        transform = self._published(arch).transforms()
+        return transform.crop_size[0], transform.interpolation.value
 
     def version(self, arch: str) -> Mapping[str, str]:
         """See :class:`NetworkSource`."""
@@ -285,6 +293,11 @@ class TimmNetworks:
         """See :class:`NetworkSource`."""
         config = self._config(arch)
         return config["input_size"][-1], bool(config["fixed_input_size"])
+
+    def published_input(self, arch: str) -> tuple[int, str] | None:
+        """See :class:`NetworkSource`."""
+        config = self._config(arch)
+        return config["input_size"][-1], config["interpolation"]
 
     def version(self, arch: str) -> Mapping[str, str]:
         """See :class:`NetworkSource`."""
@@ -429,6 +442,10 @@ class OwnNetworks:
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
         """See :class:`NetworkSource`."""
         return None, False
+
+    def published_input(self, arch: str) -> tuple[int, str] | None:
+        """See :class:`NetworkSource`."""
+        return None
 
     def version(self, arch: str) -> Mapping[str, str]:
         """See :class:`NetworkSource`: a digest of the source, and the version of the package where it has one."""
@@ -584,6 +601,24 @@ def normalization(config: TrialConfig) -> str:
     if config.normalize != "auto":
         return config.normalize
     return source_of(config.arch).normalization(config.arch, config.pretrained)
+
+
+def input_note(config: TrialConfig) -> str | None:
+    """Return a phrase about what a network sees, and what its weights were published for; None where they are not used.
+
+    Weights from a file are taken for published ones where the network's source has a configuration of its own.
+    """
+    source = source_of(config.arch)
+    published = source.published_input(config.arch) if config.pretrained or config.arch.startswith("timm/") else None
+    if published is None:
+        return None
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in mean_and_std(normalization(config)))
+    side, interpolation = published
+    size = f"resized to {config.dataset.resize} and cropped to {config.dataset.crop} pixels, bilinear"
+    return (
+        f"{config.arch} sees mean {mean} and standard deviation {std}, {size}; its weights are published for {side} "
+        f"pixels, {interpolation}"
+    )
 
 
 def normalization_name(mean: Statistics, std: Statistics) -> str:

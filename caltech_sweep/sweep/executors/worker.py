@@ -23,6 +23,7 @@ def _dataset(config: DatasetConfig) -> LoadedData:
 def train(job: Job) -> Generator[Epoch, None, Done]:
     """Run one job, yielding an event an epoch."""
     from caltech_sweep.training.device import environment, pick_device
+    from caltech_sweep.training.networks import input_note
     from caltech_sweep.training.results import write_artifacts
     from caltech_sweep.training.trial import run_trial
 
@@ -42,6 +43,8 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
     known = environment(device, job.config.arch)
     tags = {f"environment.{key}": str(value) for key, value in known.items() if value is not None}
+    if (note := input_note(job.config)) is not None:
+        tags[NETWORK_INPUT] = note
     tags["reuse.epochs_reused"] = str(outcome.epochs_reused)
     tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
     if len(scores) < job.config.epochs:
