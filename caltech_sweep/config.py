@@ -81,6 +81,7 @@ class DatasetConfig:
     split_seed: int = setting(0, integer(0, LARGEST_SEED))
     background: str = setting("white", COLOUR, "what transparent pixels show")
     exif: str = setting("apply", one_of(("apply", "ignore")), "turn an image as its EXIF orientation says, or not")
+    interpolation: str = setting("bilinear", one_of(("bilinear", "bicubic")), "how images are resized")
     source: str | None = setting(None, optional(TEXT, "none"), "which dataset of torchvision, such as CIFAR10")
     path_column: str = setting("path", TEXT, "of a csv file")
     label_column: str = setting("label", TEXT, "of a csv file")

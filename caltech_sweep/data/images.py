@@ -50,7 +50,7 @@ def decode(content: bytes, resize: int, rules: PixelRules = DEFAULT_RULES) -> np
 
     def resized(image: Image.Image) -> Image.Image:
         _check_shape(image.size, resize)
-        return tvf.resize(image, [resize])
+        return tvf.resize(image, [resize], tvf.InterpolationMode(rules.interpolation))
 
     return np.asarray(read_rgb(content, rules, resized))
 

@@ -91,6 +91,7 @@ def model_spec(
         "background": config.dataset.background,
         "exif": config.dataset.exif,
         "grey_bits": grey_bits,
+        "interpolation": config.dataset.interpolation,
         "mean": mean,
         "std": std,
         "transform_input": metadata.get("transform_input") == "true",

@@ -614,7 +614,8 @@ def input_note(config: TrialConfig) -> str | None:
         return None
     mean, std = (", ".join(f"{value:.3g}" for value in values) for values in mean_and_std(normalization(config)))
     side, interpolation = published
-    size = f"resized to {config.dataset.resize} and cropped to {config.dataset.crop} pixels, bilinear"
+    dataset = config.dataset
+    size = f"resized to {dataset.resize} and cropped to {dataset.crop} pixels, {dataset.interpolation}"
     return (
         f"{config.arch} sees mean {mean} and standard deviation {std}, {size}; its weights are published for {side} "
         f"pixels, {interpolation}"
