@@ -223,7 +223,8 @@ def _keys(paths: Sequence[Path], resize: int, rules: PixelRules, read: Read) -> 
         content = _content_digest(paths, read)
     except OSError as error:
         raise DatasetError(f"{readable(str(error.filename))} cannot be read: {error.strerror}") from error
-    plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}|{content}")
+    size = f"{resize}" if rules.interpolation == "bilinear" else f"{resize} {rules.interpolation}"
+    plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{size}|{content}")
     return plain, _digest(f"{plain}|{VERSION}|{rules.rgb}|{rules.exif}")
 
 
