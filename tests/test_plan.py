@@ -287,7 +287,9 @@ def test_a_plan_writes_nothing_at_all(watched: tuple[Path, ...]) -> None:
         plan = invoke("plan", *arguments)
         assert plan.exit_code == 0, plan.output
         assert everything(*watched) == before, arguments
-        assert ("weights of squeezenet1_1 are not here yet; a run downloads them" in plan.stdout) == (arguments == PLANS[2])
+        assert ("weights of squeezenet1_1 are not here yet; a run downloads them" in plan.stdout) == (
+            arguments == PLANS[2]
+        )
 
 
 @pytest.mark.slow

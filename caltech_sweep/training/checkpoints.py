@@ -41,7 +41,6 @@ from caltech_sweep.training.keys import (
 )
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
-from caltech_sweep.training.schedule import EpochRates, learning_rates
 from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming

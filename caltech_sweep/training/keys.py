@@ -52,7 +52,7 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     A setting that nothing reads, such as the angle of a rotation that is not used, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
-    idle = {*schedule_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_BY_NAME}
+    idle = {*epoch_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_BY_NAME}
     if config.optimizer != "sgd":
         idle.add("momentum")
     counted = config.counted()

@@ -11,7 +11,7 @@ from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.metrics import objective
 from caltech_sweep.sweep.executors.base import Done, Epoch, Job
-from caltech_sweep.tracking.records import MISSING_TAG
+from caltech_sweep.tracking.records import MISSING_TAG, NETWORK_INPUT
 from caltech_sweep.training.stopping import last_epoch
 
 
