@@ -179,6 +179,18 @@ def test_the_frozen_epochs_are_shared_and_use_kept_features(data: LoadedData, tm
     assert common_epochs(replace(MOBILE, unfreeze_epoch=2), MOBILE) == 3  # nothing is frozen, so nothing changes
 
 
+def test_a_trial_that_ends_while_frozen_is_the_same_from_a_later_state(data: LoadedData, tmp_path: Path) -> None:
+    """Its patience ends it after two epochs; another trial has trained on, all layers, and left only its last state."""
+    patient = replace(HEAD_FIRST, patience=1, min_delta=0.9)
+    want = run(patient, data)
+    assert len(want[0]) == 2
+    run(HEAD_FIRST, data, use_of(tmp_path, save_at=frozenset()))
+    got = run(patient, data, use_of(tmp_path))
+    assert (got[1].epochs_reused, got[1].epochs_trained) == (2, 0)
+    assert got[1].metrics() == want[1].metrics()
+    assert all(torch.equal(got[1].weights[name], value) for name, value in want[1].weights.items())
+
+
 # -- how it is written -------------------------------------------------------------------------------------------------
 
 

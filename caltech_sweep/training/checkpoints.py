@@ -169,6 +169,8 @@ def restore(training: Training, stage: Checkpoint, end: int | None = None) -> No
 
     ``end`` is the epoch after which it has ended, where the state is a later one: no epoch may be trained after that.
     """
+    if training.config.thaws(len(stage.header["history"])):
+        training.thaw()
     model, optimizer = training.model, training.optimizer
     load_state(model, stage.group("model"), strict=False)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -183,6 +185,7 @@ def restore(training: Training, stage: Checkpoint, end: int | None = None) -> No
         EpochResult(**{**record, "val": Evaluation(record["val"], p, c), "reused": True}) for record, p, c in values
     ][:end]
     training.epoch = len(training.history)
+    training.thawed = training.config.thaws(training.epoch)
     training.best = training.history[stage.header["best_epoch"] - 1]
     best = stage.group("best")
     state = model.state_dict()

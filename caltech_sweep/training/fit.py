@@ -90,6 +90,7 @@ class Training:
     best: EpochResult | None = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # sentences for the user
+    thawed: bool = False  # whether layers that were frozen at first are trained by now
 
     def __post_init__(self) -> None:
         config = self.config
@@ -111,13 +112,13 @@ class Training:
                 f"batch_size: {config.batch_size} is more than the {len(self._labels)} training images and drop_last "
                 "is set, so no step would be trained; lower batch_size or set drop_last to false"
             )
-        self._features, self._thawed = self._frozen_features(), False
+        self._features = self._frozen_features()
 
     def thaw(self) -> None:
         """Train the frozen layers, too, from the next epoch on."""
-        if not self._thawed:
+        if not self.thawed:
             self.optimizer.add_param_group({"params": thaw(self.model, self.config)})
-            self._features, self._thawed = None, True
+            self.thawed = True
 
     def _frozen_features(self) -> FrozenFeatures | None:
         """Return the frozen layers apart, where the images that they see are the same in every epoch."""
@@ -175,14 +176,14 @@ class Training:
 
     def _inputs(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return what :meth:`_network` takes: images, or what the frozen layers made of them."""
-        if self._features is not None:
+        if self._features is not None and not self.thawed:
             return self._features.rows(part, index, draws)
         return self._images(part, index, draws)
 
     @property
     def _network(self) -> nn.Module:
         """The layers after the frozen ones, where these are apart; the whole model elsewhere."""
-        return self._features.tail if self._features is not None else self.model
+        return self._features.tail if self._features is not None and not self.thawed else self.model
 
     def evaluate(self, part: str, views: str = "center") -> Evaluation:
         """Evaluate the current weights on "val" or "test", by centre crops or TenCrop views."""
