@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, objective_names
 from caltech_sweep.rules import (
@@ -21,11 +21,13 @@ from caltech_sweep.rules import (
     COLOUR,
     EPOCHS,
     FRACTION,
+    FREEZE,
     LARGEST_SEED,
     LEVEL,
     NOT_NEGATIVE,
     ODD,
     POSITIVE,
+    PRETRAINED,
     PROBABILITY,
     SHARE,
     SIGMA,
@@ -43,10 +45,7 @@ from caltech_sweep.rules import (
 from caltech_sweep.training.augment import AUGMENTATIONS
 from caltech_sweep.training.schedule import SCHEDULES
 
-FREEZE_CHOICES = ("none", "conv", "fc", "fc_but_last")
 OPTIMIZER_CHOICES = ("sgd", "adam", "adamw")
-
-Freeze = Literal["none", "conv", "fc", "fc_but_last"]
 
 
 # The fields that count at their default, too, since the first fingerprints were made of them. A new field does not
@@ -91,6 +90,7 @@ class DatasetConfig:
     on_bad_image: str = setting("stop", one_of(("stop", "skip")), "what an image that cannot be read does to a study")
     folds: int = setting(1, integer(1, 1000), "equal parts of train and val, one of which is val; 1: by val_fraction")
     fold: int | None = setting(None, optional(integer(1, 1000), "each in turn"), "which of the folds is val")
+    interpolation: str = setting("bilinear", one_of(("bilinear", "bicubic")), "how images are resized")
     source: str | None = setting(None, optional(TEXT, "none"), "which dataset of torchvision, such as CIFAR10")
     path_column: str = setting("path", TEXT, "of a csv file")
     label_column: str = setting("label", TEXT, "of a csv file")
@@ -109,10 +109,10 @@ class TrialConfig:
     """
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    arch: str = setting("alexnet", TEXT, "any torchvision classification model")
+    arch: str = setting("alexnet", TEXT, "a network of torchvision, timm/NAME, or MODULE:FACTORY of your own")
     weights: str = setting("none", WEIGHTS, "what the training starts from")
     outputs: int | None = setting(None, optional(integer(2, 100_000), "one for each class"), "size of the last layer")
-    freeze: Freeze = setting("none", one_of(FREEZE_CHOICES), "which layers are not trained")
+    freeze: str = setting("none", FREEZE, "which layers are not trained")
     optimizer: str = setting("sgd", one_of(OPTIMIZER_CHOICES))
     lr: float = setting(0.01, POSITIVE, "learning rate that the schedule starts from")
     momentum: float = setting(0.9, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of sgd")
@@ -146,6 +146,9 @@ class TrialConfig:
     )
     head_lr_factor: float = setting(1.0, POSITIVE, "of the learning rate, for the classifier")
     layer_decay: float = setting(1.0, SHARE, "of the learning rate, from each block to the one before")
+    unfreeze_epoch: int | None = setting(
+        None, optional(integer(2), "never"), "first epoch in which frozen layers are trained, too"
+    )
     schedule: str = setting("step", one_of(SCHEDULES), "of the learning rate")
     warmup_epochs: int = setting(0, integer(0), "in which the learning rate rises from almost nothing, step by step")
     warmup_steps: int = setting(0, integer(0), "the same in steps; they come on top")
@@ -170,6 +173,15 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         _normalise(self)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the training starts from the published weights of its network."""
+        return self.weights in PRETRAINED
+
+    def thaws(self, epoch: int) -> bool:
+        """Tell whether the frozen layers are trained in a 1-based epoch."""
+        return self.freeze != "none" and self.unfreeze_epoch is not None and epoch >= self.unfreeze_epoch
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain nested dict that :meth:`from_dict` reads back."""
@@ -201,6 +213,7 @@ class TrialConfig:
         values = _counted(self, FIRST_TRIAL_FIELDS)
         values["dataset"] = _counted(self.dataset, FIRST_DATASET_FIELDS)
         del values["dataset"]["root"]
+        values["weights"] = as_stored(self.weights)
         return values
 
     def fingerprint(self) -> str:
@@ -210,6 +223,11 @@ class TrialConfig:
         """
         canonical = json.dumps(self.counted(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def as_stored(weights: Any) -> Any:
+    """Return the word that stores know weights by: the published ones by the older word."""
+    return "imagenet" if weights in PRETRAINED else weights
 
 
 def _counted(config: TrialConfig | DatasetConfig, always: frozenset[str]) -> dict[str, Any]:

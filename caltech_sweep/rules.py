@@ -33,6 +33,7 @@ class Rule:
     kind: str = "other"  # integer | number | other
     most: float = math.inf
     order: Collection[str] | None = None  # of a list whose order means nothing
+    form: Callable[[Any], Any] | None = None  # gives the one form of a value that can be written in a way of its own
 
     @property
     def words(self) -> str:
@@ -49,6 +50,8 @@ class Rule:
 
     def normal(self, value: Any) -> Any:
         """Return the one form of a value that can be written in several: 1 and 1.0, a list and a tuple."""
+        if self.form is not None:
+            return self.form(value)
         if self.kind == "number" and is_number(value):
             return float(value)
         return tuple(value) if isinstance(value, list) else value
@@ -143,8 +146,35 @@ def optional(rule: Rule, missing: str) -> Rule:
     )
 
 
+FREEZE_CHOICES = ("none", "conv", "fc", "fc_but_last")
+
+
+def _as_freeze(value: Any) -> Any:
+    """Return {up_to: layer3} as up_to:layer3, and {first: 0.5} as first:0.5."""
+    if isinstance(value, dict) and len(value) == 1:
+        [(kind, argument)] = value.items()
+        if isinstance(argument, str) or is_number(argument):
+            return f"{kind}:{argument}"
+    return value
+
+
+def _is_freeze(value: Any) -> bool:
+    text = _as_freeze(value)
+    if not isinstance(text, str):
+        return False
+    kind, _, argument = text.partition(":")
+    if kind == "first":
+        with contextlib.suppress(ValueError):
+            return 0 < float(argument) < 1
+        return False
+    return text in FREEZE_CHOICES or (kind == "up_to" and bool(argument.strip()))
+
+
+PRETRAINED = ("pretrained", "imagenet")  # words for the published weights of a network; the second is the older one
+
+
 def _is_weights(value: Any) -> bool:
-    if value in ("none", "imagenet"):
+    if value in ("none", *PRETRAINED):
         return True
     if not isinstance(value, str):
         return False
@@ -182,7 +212,10 @@ AT_LEAST_1 = number("of at least 1", lambda v: v >= 1)
 SIGMA = number("of at least 0.1", lambda v: v >= 0.1)
 LEVEL = Rule("an integer from 0 to 30", lambda v: is_integer(v) and 0 <= v <= 30, "integer")
 ODD = Rule("an odd integer from 3 to 15", lambda v: is_integer(v) and 3 <= v <= 15 and v % 2 == 1, "integer")
-WEIGHTS = Rule("none, imagenet, file:PATH, run:RUN_ID or study:NAME", _is_weights)
+WEIGHTS = Rule("none, pretrained, file:PATH, run:RUN_ID or study:NAME", _is_weights)
+FREEZE = Rule(
+    f"one of {', '.join(FREEZE_CHOICES)}, {{up_to: LAYER}} or {{first: FRACTION}}", _is_freeze, form=_as_freeze
+)
 CLASSES = Rule("a number of at least 2, first_half, second_half, a list of class names, or null", _is_classes)
 EPOCHS = Rule("a list of numbers of epochs of at least 1, each larger than the one before", _is_epochs)
 COLOUR = Rule("an opaque colour such as white or '#ff8800', in quotes", _is_colour)

@@ -171,5 +171,5 @@ def test_a_study_says_that_it_downloads_before_anything_runs(
     options = (f"--set=arch={ARCH}", "--set=weights=imagenet", "--set=epochs=1", "--row", "First")
     result = invoke("run", "tiny", "--in-process", "--threads", "1", *options)
     assert result.exit_code == 0 and "study tiny: 1 complete" in result.output, result.output
-    assert result.output.index("downloading ImageNet weights: ") < result.output.index("First: started")
+    assert result.output.index("downloading published weights: ") < result.output.index("First: started")
     assert len(server.asked) == 1

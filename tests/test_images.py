@@ -39,12 +39,16 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "images"
 
 
-def test_crops_equal_torchvision_bit_for_bit(root: Path) -> None:
-    data = load_dataset(DatasetConfig(root=str(root), **CONFIG))
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_equal_torchvision_bit_for_bit(interpolation: str, root: Path) -> None:
+    data = load_dataset(DatasetConfig(root=str(root), interpolation=interpolation, **CONFIG))
+    assert (data.fingerprint == load_dataset(DatasetConfig(root=str(root), **CONFIG)).fingerprint) is (
+        interpolation == "bilinear"
+    )
     for part in ("train", "val", "test"):
         crops = data.center_crops(part, 32)
         for index, item in enumerate(data.split.part(part)):
-            resized = v2.Resize(40)(Image.open(item.path).convert("RGB"))
+            resized = v2.Resize(40, v2.InterpolationMode(interpolation))(Image.open(item.path).convert("RGB"))
             assert torch.equal(crops[index], v2.functional.pil_to_tensor(v2.CenterCrop(32)(resized)))
             views = torch.stack([v2.functional.pil_to_tensor(view) for view in v2.TenCrop(32)(resized)])
             assert torch.equal(data.ten_crops(part, index, 32), views)

@@ -26,6 +26,7 @@ from caltech_sweep.config import (
 from caltech_sweep.data import load_dataset
 from caltech_sweep.errors import StudyFileError
 from caltech_sweep.metrics import METRICS, Metric
+from caltech_sweep.rules import FREEZE_CHOICES
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import list_studies, load_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
@@ -195,11 +196,12 @@ def test_milestones_can_be_sampled_and_tried_for_each_sampled_setting(tmp_path: 
 
 def values_of(name: str, field: object) -> st.SearchStrategy:
     special = {
-        "weights": st.sampled_from(["none", "imagenet", "file:a+b.pt", "run:12", "study:none"]),
+        "weights": st.sampled_from(["none", "imagenet", "pretrained", "file:a+b.pt", "run:12", "study:none"]),
         "channels_last": st.one_of(st.none(), st.booleans()),
         "augment": st.sets(st.sampled_from(list(AUGMENTATIONS))).map(tuple),
         "milestones": st.sampled_from([(), (3,), (1, 20)]),
-        "arch": st.sampled_from(["alexnet", "1", "resnet18"]),
+        "arch": st.sampled_from(["alexnet", "1", "resnet18", "timm/hf-hub:a/b", "a.b:c"]),
+        "freeze": st.sampled_from([*FREEZE_CHOICES, "up_to:layer3.1", "up_to:a+b", {"up_to": 3}, {"first": 0.5}]),
         "dataset.root": st.one_of(st.none(), st.sampled_from(["a+b", "/x y", "12", "[x"])),
         "dataset.classes": st.one_of(
             st.none(), st.integers(2, 99), st.sampled_from(["first_half", ("a", "b"), ("a+b", "c"), ("1", "2")])

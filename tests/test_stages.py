@@ -25,7 +25,7 @@ from caltech_sweep.training import keys as reuse
 from caltech_sweep.training.cache import Cache, default_budget
 from caltech_sweep.training.checkpoints import identity, stored_epochs
 from caltech_sweep.training.fit import EpochResult
-from caltech_sweep.training.keys import CacheOptions, checkpoint_key, prefix_key
+from caltech_sweep.training.keys import CacheOptions, checkpoint_key, epoch_marks, prefix_key
 from caltech_sweep.training.schedule import epoch_rates, learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
@@ -354,7 +354,8 @@ def test_two_schedules_share_exactly_the_epochs_in_which_their_rates_agree(
     agree = True
     for epoch in range(1, min(one.epochs, other.epochs) + 1):
         agree = agree and rates[epoch - 1] == others[epoch - 1]
-        assert (checkpoint_key("base", rates[:epoch]) == checkpoint_key("base", others[:epoch])) == agree
+        keys = [checkpoint_key("base", epoch_marks(config)[:epoch]) for config in (one, other)]
+        assert (keys[0] == keys[1]) == agree
 
 
 def test_what_sets_two_trunks_apart() -> None:

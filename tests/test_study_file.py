@@ -89,7 +89,9 @@ rows:
         "x.yaml:10: space.epochs.choices: must be an integer >= 1, got 1.5",
         f"x.yaml:11: space.augment.subset_of: must be a list of {', '.join(AUGMENTATIONS)}, each at most once, "
         "got ['hflip', 'flip']",
-        "x.yaml:14: rows[0].set.freeze: must be one of none, conv, fc, fc_but_last, got 'some'",
+        "x.yaml:14: rows[0].set.freeze: must be one of none, conv, fc, fc_but_last, {up_to: LAYER} or "
+        "{first: FRACTION}, "
+        "got 'some'",
         "x.yaml:15: rows[1].name: 'One' is a duplicate row name",
         "x.yaml:16: rows[1].set.lr: must be a number above 0, got -1",
         "x.yaml:17: rows[1].reference.val_accuracy: must be a number between 0 and 1, got 87.9",

@@ -52,7 +52,7 @@ def decode(content: bytes, resize: int, rules: PixelRules = DEFAULT_RULES) -> np
 
     def resized(image: Image.Image) -> Image.Image:
         _check_shape(image.size, resize)
-        return tvf.resize(image, [resize])
+        return tvf.resize(image, [resize], tvf.InterpolationMode(rules.interpolation))
 
     return np.asarray(read_rgb(content, rules, resized))
 
@@ -229,7 +229,8 @@ def _digest(text: str) -> str:
 def _keys(digests: Sequence[bytes], resize: int, rules: PixelRules) -> tuple[str, str]:
     """Return the digests that name the cache of these files: where all are plain, and where the rules count."""
     content = hashlib.sha256(b"".join(digests)).hexdigest()
-    plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{resize}|{content}")
+    size = f"{resize}" if rules.interpolation == "bilinear" else f"{resize} {rules.interpolation}"
+    plain = _digest(f"{FORMAT}|{PIL.__version__}|{torchvision.__version__}|{size}|{content}")
     return plain, _digest(f"{plain}|{VERSION}|{rules.rgb}|{rules.exif}")
 
 

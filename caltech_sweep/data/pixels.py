@@ -55,11 +55,12 @@ class PixelRules:
     background: str = "white"  # a colour that Pillow's ImageColor knows
     exif: str = "apply"  # apply | ignore
     grey_bits: int = 16  # of DEPTHS
+    interpolation: str = "bilinear"  # of the resize that follows: bilinear | bicubic
 
     @classmethod
     def of(cls, config: DatasetConfig, grey_bits: int = 16) -> PixelRules:
         """Return the rules of a dataset."""
-        return cls(config.background, config.exif, grey_bits)
+        return cls(config.background, config.exif, grey_bits, config.interpolation)
 
     @property
     def rgb(self) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ from caltech_sweep.report.statistics import (
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.reader import StoredStudy
-from caltech_sweep.tracking.records import PAUSED_AT, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import NETWORK_INPUT, PAUSED_AT, StudyRecord, TrialRecord
 
 # The one setting that a table of the report shows besides LR, step size and epochs.
 REPORT_COLUMNS: dict[str, str | None] = {
@@ -297,7 +297,8 @@ def _notes(record: StudyRecord, entries: Sequence[Entry]) -> tuple[str, ...]:
         notes.append(f"A subset of the dataset: {'; '.join(subset)}.{warning}")
     if overrides:
         notes.append("Overridden settings: " + ", ".join(_override(k, v, entries) for k, v in overrides.items()) + ".")
-    return tuple(notes)
+    inputs = dict.fromkeys(run.tags.get(NETWORK_INPUT, "") for entry in entries for run in entry.runs)
+    return (*notes, *(f"{note}." for note in inputs if note))
 
 
 def _classes(classes: Any) -> str:

@@ -108,9 +108,10 @@ def _example(side: int) -> pd.DataFrame:
     return pd.DataFrame({"image": [file.getvalue()]})
 
 
-def _requirements() -> list[str]:
+def _requirements(arch: str) -> list[str]:
     """Return the versions that are installed; a build label such as +cpu is no part of a published version."""
-    return [f"{name}=={installed(name).partition('+')[0]}" for name in _PACKAGES]
+    packages = (*_PACKAGES, "timm") if arch.startswith("timm/") else _PACKAGES
+    return [f"{name}=={installed(name).partition('+')[0]}" for name in packages]
 
 
 def _save_model(folder: Path, trained: _Trained, metadata: Mapping[str, Any], mlflow_model: Model) -> None:
@@ -132,7 +133,7 @@ def _save_model(folder: Path, trained: _Trained, metadata: Mapping[str, Any], ml
                 artifacts={"weights": weights.as_uri(), "card": spec.as_uri()},
                 signature=SIGNATURE,
                 input_example=_example(trained.spec["crop"]),
-                pip_requirements=_requirements(),
+                pip_requirements=_requirements(trained.spec["arch"]),
                 metadata=dict(metadata),
                 mlflow_model=mlflow_model,
             )

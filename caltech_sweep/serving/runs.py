@@ -18,7 +18,7 @@ from caltech_sweep.errors import ModelError
 from caltech_sweep.tracking.records import grey_bits
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.models import not_finite
-from caltech_sweep.training.networks import NORMALIZE
+from caltech_sweep.training.networks import mean_and_std
 
 MODEL_NAME = "model"  # of the logged model in its run
 _PICKLED = (f"{Path(CHECKPOINT).stem}.pt", f"{Path(CHECKPOINT).stem}.pth")
@@ -37,8 +37,8 @@ def model_spec(
     those of the sixteen-bit grey images that it was trained on.
     """
     metadata = metadata or {}
-    usual = config.normalize if config.normalize != "auto" else "imagenet" if config.weights == "imagenet" else "half"
-    mean, std = NORMALIZE[metadata.get("normalize", usual)]
+    usual = config.normalize if config.normalize != "auto" else "imagenet" if config.pretrained else "half"
+    mean, std = mean_and_std(metadata.get("normalize", usual))
     extra = [f"output {number}" for number in range(len(classes), config.outputs or 0)]
     return {
         "arch": config.arch,
@@ -48,6 +48,7 @@ def model_spec(
         "background": config.dataset.background,
         "exif": config.dataset.exif,
         "grey_bits": grey_bits,
+        "interpolation": config.dataset.interpolation,
         "mean": mean,
         "std": std,
         "transform_input": metadata.get("transform_input") == "true",

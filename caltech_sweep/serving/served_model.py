@@ -57,7 +57,9 @@ class Classifier:
         self.names: list[str] = list(spec["outputs"])
         self._resize, self._crop = int(spec["resize"]), int(spec["crop"])
         # Cards of models that were promoted before these settings were recorded lack them.
-        self._rules = PixelRules(**{key: spec[key] for key in ("background", "exif", "grey_bits") if key in spec})
+        self._rules = PixelRules(
+            **{key: spec[key] for key in ("background", "exif", "grey_bits", "interpolation") if key in spec}
+        )
         self._device = device
         mean, std = (torch.tensor(spec[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
         self._mean, self._std = mean, std

@@ -59,8 +59,8 @@ _LONGEST_NAME = 150  # bytes: a file's name has 255, of which three stand for on
 
 
 def weights_key(config: TrialConfig) -> str:
-    """Return the name of the weights that a trial starts from; every network has its own ImageNet weights."""
-    return f"imagenet {config.arch}" if config.weights == "imagenet" else config.weights
+    """Return the name of the weights that a trial starts from; each network has published ones of its own."""
+    return f"imagenet {config.arch}" if config.pretrained else config.weights
 
 
 def _plain(node: Any) -> Any:

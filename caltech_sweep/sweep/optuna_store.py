@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.storages._rdb.models import TrialModel
 
 from caltech_sweep.addresses import STUDIES
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import TrialConfig, as_stored
 from caltech_sweep.errors import UsageError
 from caltech_sweep.stores import Address, Store, await_server, study_store, tune_sqlite
 from caltech_sweep.study.components import make_pruner
@@ -107,7 +107,9 @@ def by_content(identity: Mapping[str, Any], weights: Mapping[str, InitialWeights
     """Return an identity in which a file of fixed weights goes by its contents: its name and place do not count."""
     result = dict(identity)
     for part in ("fixed", "overrides"):
-        name = result.get(part, {}).get("weights")
+        name = as_stored(result.get(part, {}).get("weights"))
+        if name == "imagenet":
+            result[part] = {**result[part], "weights": name}
         if isinstance(name, str) and name.startswith("file:") and name in weights:
             result[part] = {**result[part], "weights": f"file with SHA-256 {weights[name].digest}"}
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import TrialConfig, as_stored
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
@@ -30,9 +31,9 @@ from caltech_sweep.sweep.preflight import (
     check_options,
     find_weights,
     identity_of,
-    imagenet_weights,
     kept_epochs,
     left_out,
+    published_weights,
 )
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.sharing import new_epochs
@@ -149,7 +150,7 @@ def _state(row: Row, config: TrialConfig, records: Sequence[TrialRecord]) -> str
 def _other_weights(record: TrialRecord, weights: Mapping[str, InitialWeights]) -> str | None:
     """Return a sentence when a run started from other contents than its weights have now."""
     name = record.params.get("weights", "none")
-    if name == "imagenet":
+    if as_stored(name) == "imagenet":
         name = f"imagenet {record.params.get('arch')}"
     was, now = record.tags.get("weights.digest"), weights.get(name)
     if was is None or now is None or was == now.digest:
@@ -322,7 +323,7 @@ def _planned_sampled(
         f"sampled x {total * size}",
         span,
         _sampled_images(definition, data, span) if data else None,
-        _trained(list(variants(definition, ("arch", "freeze", "outputs"), rows=False)), data),
+        _trained(list(variants(definition, ("arch", "freeze", "unfreeze_epoch", "outputs"), rows=False)), data),
         (f"{done} of {total * size} done" + (f", {paused} paused" if paused else "")) if done + paused else "to sample",
         _total([*((count * (1 + folds),) * 2 for count, _ in begun), _times(missing * (1 + folds), asked)]),
         _total(
@@ -366,6 +367,17 @@ def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
         return f"{name}: the images cannot be read, see below; what depends on them is unknown"
     sizes = ", ".join(f"{part} {len(data.split.part(part)):,}" for part in SPLITS)
     return f"{name}: {len(data.split.classes)} classes, {sizes} images"
+
+
+def _inputs(definition: StudyDefinition) -> list[str]:
+    """Return a sentence for each way in which a network with published weights sees the images."""
+    from caltech_sweep.training.networks import input_note
+
+    found: list[str] = []
+    for config in variants(definition, ("arch", "weights", "normalize")):
+        with contextlib.suppress(CaltechSweepError):  # of a network that is not there; the run is refused for that
+            found += [note] if (note := input_note(config)) is not None else []
+    return list(dict.fromkeys(found))
 
 
 def _text(
@@ -430,15 +442,15 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     records = tuple(record for record in records if record.run_id not in other)
     rows = _planned_rows(definition, options.rows, data, records, kept_epochs(options, data, weights))
     sampled = None if options.rows else _planned_sampled(definition, data, records)
-    about = [_about_data(definition, data), *(left_out(definition, data.split) if data else [])]
+    about = [_about_data(definition, data), *(left_out(definition, data.split) if data else []), *_inputs(definition)]
     if weights is not None:
-        missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.weights == "imagenet"}
+        missing = {c.arch for c in variants(definition, ("arch", "weights")) if c.pretrained}
         missing -= {name.removeprefix("imagenet ") for name in weights}
         about += [
-            f"the ImageNet weights of {arch} are not here yet; a run downloads them first" for arch in sorted(missing)
+            f"the published weights of {arch} are not here yet; a run downloads them first" for arch in sorted(missing)
         ]
     return Plan(_text(definition, about, rows, sampled, records), tuple(problems))
 
 
 def _find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
-    return find_weights(definition, tracking) | imagenet_weights(definition, None)
+    return find_weights(definition, tracking) | published_weights(definition, None)

@@ -77,8 +77,8 @@ def _digested(path: Path, run_id: str | None = None) -> InitialWeights:
         raise ModelError(f"weights: {path} cannot be read ({error.strerror})") from error
 
 
-def imagenet_weights(definition: StudyDefinition, progress: Callable[[int, int], None] | None) -> Weights:
-    """Resolve the ImageNet weights of a study to files and their contents.
+def published_weights(definition: StudyDefinition, progress: Callable[[int, int], None] | None) -> Weights:
+    """Resolve the published weights of a study to files and their contents.
 
     Those that are not there are downloaded, of which ``progress`` is told; without it they are left out.
     """
@@ -86,7 +86,7 @@ def imagenet_weights(definition: StudyDefinition, progress: Callable[[int, int],
 
     found: Weights = {}
     for config in variants(definition, ("arch", "weights")):
-        if config.weights == "imagenet" and weights_key(config) not in found:
+        if config.pretrained and weights_key(config) not in found:
             source = source_of(config.arch)
             path = source.published_file(config.arch) if progress is None else source.fetch(config.arch, progress)
             if path is not None:
@@ -112,7 +112,8 @@ def _batch_sizes(definition: StudyDefinition, config: TrialConfig, images: int) 
 def _variants(definition: StudyDefinition, images: int) -> Iterator[TrialConfig]:
     """Yield every row, and every sampled combination of what decides whether a network can be trained."""
     yield from (definition.row_config(row) for row in definition.rows)
-    for config in variants(definition, ("arch", "weights", "outputs", "freeze", "batch_size", "drop_last"), rows=False):
+    keys = ("arch", "weights", "outputs", "freeze", "unfreeze_epoch", "batch_size", "drop_last")
+    for config in variants(definition, keys, rows=False):
         yield from _batch_sizes(definition, config, images)
 
 
@@ -137,11 +138,11 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
                 "a batch that is not full; lower it (--set batch_size=...) or set drop_last to false"
             )
         batches = batch_kinds(config, images)
-        model = (config.arch, config.weights, config.outputs, config.freeze, batches)
+        model = (config.arch, config.weights, config.outputs, config.freeze, config.thaws(config.epochs), batches)
         if model not in seen:
             seen.add(model)
             source = weights.get(weights_key(config))
-            if config.weights == "imagenet" and source is None:  # not here yet; they cannot be held against the model
+            if config.pretrained and source is None:  # not here yet; they cannot be held against the model
                 config = replace(config, weights="none")
             rehearse(config, classes, batches, *((source.path, source.digest) if source else ()))
 
@@ -185,10 +186,14 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[Sto
 
 
 def identity_of(definition: StudyDefinition, data: LoadedData, weights: Weights) -> dict[str, Any]:
-    """Return what must stay the same of a study under its name: its definition, its images, its weights."""
+    """Return what must stay the same of a study under its name: its definition, images, weights and networks."""
+    from caltech_sweep.training.networks import SOURCE, source_of
+
     initial = {name: source.digest for name, source in weights.items()}
     known = by_content(definition.identity(), weights)
-    return {**known, "images": data.fingerprint, "initial_weights": initial}
+    archs = {config.arch for config in variants(definition, ("arch",))}
+    own = {arch: version[SOURCE] for arch in sorted(archs) if SOURCE in (version := source_of(arch).version(arch))}
+    return {**known, "images": data.fingerprint, "initial_weights": initial, **({"networks": own} if own else {})}
 
 
 def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights | None) -> Callable[[TrialConfig], int]:
@@ -247,8 +252,8 @@ def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:
         data = load_dataset(dataset, progress)
-    with progress_line("downloading ImageNet weights", write, 1e6, " MB") as progress:
-        weights |= imagenet_weights(definition, progress)
+    with progress_line("downloading published weights", write, 1e6, " MB") as progress:
+        weights |= published_weights(definition, progress)
     check(definition, data, weights)
     for sentence in left_out(definition, data.split):
         write(sentence)

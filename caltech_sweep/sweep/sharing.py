@@ -14,16 +14,16 @@ from typing import Any
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition, SubsetOf
-from caltech_sweep.training.keys import prefix_key
-from caltech_sweep.training.schedule import EpochRates, learning_rates, schedule_settings, shared_epochs
+from caltech_sweep.training.keys import EpochKey, epoch_keys, epoch_settings, prefix_key
+from caltech_sweep.training.schedule import shared_epochs
 
 MAX_CHOICES = 16  # values of one setting, above which two sampled trials rarely meet
 MAX_BRANCHES = 4096  # schedules of one trunk that are compared
 
 
 @lru_cache(maxsize=4096)
-def _prefix(config: TrialConfig) -> tuple[str, tuple[EpochRates, ...]]:
-    return prefix_key(config), learning_rates(config)
+def _prefix(config: TrialConfig) -> tuple[str, tuple[EpochKey, ...]]:
+    return prefix_key(config), epoch_keys(config)
 
 
 def common_epochs(one: TrialConfig, other: TrialConfig) -> int:
@@ -37,7 +37,7 @@ def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = No
 
     ``stored`` says how many epochs of each are kept already.
     """
-    known: set[tuple[str, tuple[EpochRates, ...]]] = set()
+    known: set[tuple[str, tuple[EpochKey, ...]]] = set()
     counts = []
     for config, there in zip(configs, stored or [0] * len(configs), strict=True):
         prefix, rates = _prefix(config)
@@ -67,7 +67,7 @@ def _siblings(definition: StudyDefinition, config: TrialConfig) -> Iterable[Tria
     choices: dict[str, list[Any]] = {key: list(values) for key, values in definition.expand.items()}
     sampled = {key: _values(dimension) for key, dimension in definition.space.items()}
     if all(values is not None or isinstance(definition.space[key], SubsetOf) for key, values in sampled.items()):
-        known = schedule_settings()
+        known = epoch_settings()
         choices.update({key: values for key, values in sampled.items() if key in known and values is not None})
     for values in itertools.islice(itertools.product(*choices.values()), MAX_BRANCHES):
         yield replace(config, **dict(zip(choices, values, strict=True)))

@@ -180,6 +180,7 @@ class StudyRecord:
         return owner is None or self.store is None or owner == self.store or owner in self.former
 
 
+NETWORK_INPUT = "network.input"  # tag: what a network sees and what its weights were published for
 GREY_BITS = "dataset.grey_bits"  # the tag of a run whose sixteen-bit grey images use fewer bits
 
 

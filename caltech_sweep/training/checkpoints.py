@@ -37,12 +37,11 @@ from caltech_sweep.training.keys import (
     CacheOptions,
     checkpoint_key,
     digest,
-    rate_mark,
+    epoch_marks,
     recipe,
 )
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
-from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
@@ -71,17 +70,20 @@ def _known_digest(path: Path, size: int, changed: int) -> str:
 def initial_weights(config: TrialConfig, weights_file: Path | None, known: str | None = None) -> str:
     """Return what names the initial weights: the contents of a file, whatever its name.
 
-    ImageNet weights go by the name of the published file, which holds its checksum and is checked when it is read.
+    Published weights go by the name of their file where it holds a checksum, which is checked when they are read.
     ``known`` is the file's SHA-256, where that is checked when it is read; otherwise it is computed here. Raises
     ModelError for a file that is not there.
     """
     if config.weights == "none":
         return "none"
-    if config.weights == "imagenet":
-        return f"imagenet {source_of(config.arch).published_key(config.arch)}"
+    source, published = source_of(config.arch), config.pretrained
+    if published and (key := source.published_key(config.arch)) is not None:
+        return f"imagenet {key}"
     if known is not None:
         return f"file {known}"
     path = expanded(config.weights[5:]) if config.weights.startswith("file:") else weights_file
+    if published:
+        path = source.published_file(config.arch)
     try:
         if path is None:
             raise FileNotFoundError
@@ -110,6 +112,7 @@ def identity(
         **recipe(config),
         **augmentation,
         **frozen,
+        **source_of(config.arch).version(config.arch),
         "initial": initial_weights(config, weights_file, known),
         "outputs": config.outputs or len(data.split.classes),
         "data": data.fingerprint,
@@ -117,10 +120,6 @@ def identity(
         "surroundings": numerics(config, device),
         "features": features and device.type != "cpu",
     }
-
-
-def _marks(config: TrialConfig, steps: int) -> tuple[str, ...]:
-    return tuple(rate_mark(epoch_rates(config, epoch, steps)) for epoch in range(1, config.epochs + 1))
 
 
 def _name(base: str, marks: Sequence[str]) -> str:
@@ -135,7 +134,7 @@ def stored_epochs(
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
     base = digest(identity(config, data, device, weights_file, use.features))
-    rates = _marks(config, steps_of(config, len(data.split.part("train"))))
+    rates = epoch_marks(config, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
     return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
 
@@ -171,6 +170,8 @@ def restore(training: Training, stage: Checkpoint, end: int | None = None) -> No
 
     ``end`` is the epoch after which it has ended, where the state is a later one: no epoch may be trained after that.
     """
+    if training.config.thaws(len(stage.header["history"])):
+        training.thaw()
     model, optimizer = training.model, training.optimizer
     load_state(model, stage.group("model"), strict=False)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -186,6 +187,7 @@ def restore(training: Training, stage: Checkpoint, end: int | None = None) -> No
         EpochResult(**{**record, "val": Evaluation(record["val"], p, c), "reused": True}) for record, p, c in values
     ][:end]
     training.epoch = len(training.history)
+    training.thawed = training.config.thaws(training.epoch)
     training.best = training.history[stage.header["best_epoch"] - 1]
     best = stage.group("best")
     state = model.state_dict()
@@ -208,7 +210,7 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), _marks(config, training.steps)
+        self._base, self._rates = digest(self._identity), epoch_marks(config, training.steps)
         self._saved = time.monotonic()
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained

@@ -15,6 +15,7 @@ import torchvision
 from caltech_sweep import __version__
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
+from caltech_sweep.training.networks import source_of
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +93,8 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the versions and hardware that, besides the config, decide the numbers of a trial."""
+def environment(device: torch.device, arch: str) -> dict[str, Any]:
+    """Return the versions and hardware that, besides the config, decide the numbers of a trial of a network."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "caltech_sweep": __version__,
@@ -102,6 +103,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
         "numpy": np.__version__,
+        **source_of(arch).version(arch),
         "device": device.type,
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,

@@ -26,9 +26,9 @@ from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.loss import class_weights, loss_share, mixed, mixes
-from caltech_sweep.training.models import train_mode
-from caltech_sweep.training.networks import NORMALIZE, normalization, source_of
-from caltech_sweep.training.optimizer import make_optimizer, set_rate
+from caltech_sweep.training.models import thaw, train_mode
+from caltech_sweep.training.networks import mean_and_std, normalization, source_of
+from caltech_sweep.training.optimizer import make_optimizer, parameter_groups, set_rate
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
@@ -84,6 +84,7 @@ class Training:
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # sentences for the user
     average: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights over the steps, where it is kept
+    thawed: bool = False  # whether layers that were frozen at first are trained by now
 
     def __post_init__(self) -> None:
         config = self.config
@@ -95,7 +96,7 @@ class Training:
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self._format)
         self.optimizer = make_optimizer(config, self.model)
-        mean, std = NORMALIZE[normalization(config)]
+        mean, std = mean_and_std(normalization(config))
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
         self._resident: dict[str, torch.Tensor] = {}
@@ -110,10 +111,19 @@ class Training:
             )
         self._features = self._frozen_features()
 
+    def thaw(self) -> None:
+        """Train the frozen layers, too, from the next epoch on."""
+        if not self.thawed:
+            for group in parameter_groups(self.config, self.model, thaw(self.model, self.config)):
+                self.optimizer.add_param_group(group)
+            self.thawed = True
+
     def _frozen_features(self) -> FrozenFeatures | None:
         """Return the frozen layers apart, where the images that they see are the same in every epoch."""
         config = self.config
         if mixes(config) or not all(augment.AUGMENTATIONS[op].fixed for op in config.augment):
+            return None
+        if config.freeze == "none":
             return None
         train_mode(self.model, config)
         split = split_model(self.model, source_of(config.arch).tail(self.model))
@@ -130,6 +140,7 @@ class Training:
             "data": self.data.fingerprint,
             "crop": config.dataset.crop,
             "normalize": normalization(config),
+            **source_of(config.arch).version(config.arch),
         }
         counts = {part: len(self.data.split.part(part)) for part in SPLITS}
         return FrozenFeatures(split, self._images, counts, self._autocast, self.store, known)
@@ -163,14 +174,14 @@ class Training:
 
     def _inputs(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return what :meth:`_network` takes: images, or what the frozen layers made of them."""
-        if self._features is not None:
+        if self._features is not None and not self.thawed:
             return self._features.rows(part, index, draws)
         return self._images(part, index, draws)
 
     @property
     def _network(self) -> nn.Module:
         """The layers after the frozen ones, where these are apart; the whole model elsewhere."""
-        return self._features.tail if self._features is not None else self.model
+        return self._features.tail if self._features is not None and not self.thawed else self.model
 
     def evaluate(self, part: str, views: str = "center") -> Evaluation:
         """Evaluate the current weights on "val" or "test", by centre crops or TenCrop views."""
@@ -300,6 +311,8 @@ class Training:
     def run_epoch(self) -> EpochResult:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
         epoch, start = self.epoch + 1, time.perf_counter()
+        if self.config.thaws(epoch):
+            self.thaw()
         loss, accuracy, seen = self.train_epoch(epoch)
         with self._averaged():
             try:

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig
+from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig, as_stored
 from caltech_sweep.training.augment import idle_settings
 from caltech_sweep.training.networks import normalization
-from caltech_sweep.training.schedule import EpochRates, schedule_settings
+from caltech_sweep.training.schedule import NOMINAL_STEPS, EpochRates, learning_rates, schedule_settings
 
 AUGMENTATION_VERSION = 2  # of what the augmentations draw and do; counts where there are any
 FROZEN_VERSION = 2  # of how a frozen backbone runs: in evaluation mode, in chunks
 SPLIT_BEFORE = ("alexnet", "mobilenet_v3", "resnet", "resnext", "vgg", "wide_resnet")  # which ran so in the first, too
+
+EpochKey = tuple[EpochRates, bool]  # the learning rates of an epoch, and whether layers that were frozen are trained
 
 _TEST_ONLY = ("test_views", "test_batch_size")  # validation has a batch size of its own
 _ENDING = ("patience", "min_delta")  # they end a training, and change no epoch before its end
@@ -51,7 +53,7 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     A setting that nothing reads, such as the angle of a rotation that is not used, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
-    idle = {*schedule_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_BY_NAME}
+    idle = {*epoch_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_BY_NAME}
     if config.optimizer != "sgd":
         idle.add("momentum")
     counted = config.counted()
@@ -61,14 +63,32 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     return values
 
 
-def prefix_key(config: TrialConfig) -> str:
-    """Return a key that is equal for two configs of one study exactly when only their schedules set them apart.
+def epoch_settings() -> frozenset[str]:
+    """Return the settings that decide the weights only by what :func:`epoch_keys` says of each epoch."""
+    return schedule_settings() | {"unfreeze_epoch"}
 
-    Such trials share an epoch for each learning rate that their lists have in common from the start. Weights and
+
+def epoch_keys(config: TrialConfig, steps: int = NOMINAL_STEPS) -> tuple[EpochKey, ...]:
+    """Return what an epoch of so many steps does to the weights: its learning rates, and which layers it trains."""
+    return tuple((rates, config.thaws(epoch)) for epoch, rates in enumerate(learning_rates(config, steps), start=1))
+
+
+def prefix_key(config: TrialConfig) -> str:
+    """Return a key that is equal for two configs of one study exactly when only their epochs set them apart.
+
+    Such trials share an epoch for each of :func:`epoch_keys` that they have in common from the start. Weights and
     dataset count by name here, since no file is read; in the store their contents count.
     """
     dataset = config.counted()["dataset"]
-    return digest([recipe(config), dataset, config.weights, config.outputs, config.precision, config.channels_last])
+    weights = as_stored(config.weights)
+    return digest([recipe(config), dataset, weights, config.outputs, config.precision, config.channels_last])
+
+
+def epoch_marks(config: TrialConfig, steps: int = NOMINAL_STEPS) -> tuple[str, ...]:
+    """Return what stands for each epoch of so many steps in a key: its learning rates, and whether layers thawed."""
+    return tuple(
+        f"thawed {rate_mark(rates)}" if thawed else rate_mark(rates) for rates, thawed in epoch_keys(config, steps)
+    )
 
 
 def rate_mark(rates: EpochRates) -> str:
@@ -78,8 +98,8 @@ def rate_mark(rates: EpochRates) -> str:
 
 
 def checkpoint_key(base: str, marks: Sequence[str]) -> str:
-    """Return the key of the state after so many epochs; ``base`` is the key of all but the learning rates.
+    """Return the key of the state after so many epochs; ``base`` is the key of all but these.
 
-    ``marks`` are :func:`rate_mark` of each epoch.
+    ``marks`` are :func:`epoch_marks`, up to that epoch.
     """
     return digest([base, list(marks)])

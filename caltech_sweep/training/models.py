@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
@@ -119,33 +120,81 @@ def _load(arch: str, model: nn.Module, weights: _Weights) -> None:
 
 
 def freeze(model: nn.Module, config: TrialConfig) -> None:
-    """Stop the gradients of the layers that ``config.freeze`` names (reference report).
-
-    ``conv``: all but the classifier. ``fc``: the whole classifier, its new last layer included. ``fc_but_last``:
-    the classifier without its last layer.
-    """
-    how, head = config.freeze, source_of(config.arch).tail(model)[-1]
-    last = last_layer(model, head)
-    chosen = 0
+    """Stop the gradients of the layers that ``config.freeze`` names; raise ModelError where it names none or all."""
+    names = frozen_names(model, config)
     for name, parameter in model.named_parameters():
-        in_head, in_last = is_in(name, head), is_in(name, last)
-        frozen = {"none": False, "conv": not in_head, "fc": in_head, "fc_but_last": in_head and not in_last}[how]
-        parameter.requires_grad_(not frozen)
-        chosen += frozen
-    if how != "none" and not chosen:
-        raise ModelError(f"freeze: {how} freezes nothing here, the classifier of this model is only its last layer")
+        if name in names:
+            parameter.requires_grad_(False)
+
+
+def thaw(model: nn.Module, config: TrialConfig) -> list[nn.Parameter]:
+    """Let the layers that :func:`freeze` stopped be trained; return their parameters."""
+    names = frozen_names(model, config)
+    thawed = [parameter for name, parameter in model.named_parameters() if name in names]
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+    return thawed
+
+
+def frozen_names(model: nn.Module, config: TrialConfig) -> frozenset[str]:
+    """Return the names of the parameters that are not trained.
+
+    ``conv``: all but the classifier's. ``fc``: those of the whole classifier, its new last layer included.
+    ``fc_but_last``: those of the classifier without its last layer (reference report). ``up_to:LAYER``: all from the
+    beginning to those of a layer. ``first:FRACTION``: those of a share of the layers that have any.
+    """
+    if config.freeze == "none":
+        return frozenset()
+    names = [name for name, _ in model.named_parameters()]
+    kind, _, argument = config.freeze.partition(":")
+    if kind == "up_to":
+        return frozenset(_up_to(model, names, argument))
+    if kind == "first":
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        first = set(layers[: int(float(argument) * len(layers))])
+        chosen = {name for name in names if name.rpartition(".")[0] in first}
+        reason = f"so small a part of its {len(layers)} layers is none"
+    else:
+        head = source_of(config.arch).tail(model)[-1]
+        last = last_layer(model, head) if kind == "fc_but_last" else None
+        in_head = {name for name in names if is_in(name, head) and not (last and is_in(name, last))}
+        chosen = set(names) - in_head if kind == "conv" else in_head
+        reason = "the classifier of this model is only its last layer"
+    if not chosen:
+        raise ModelError(f"freeze: {config.freeze} freezes nothing here, {reason}")
+    return frozenset(chosen)
+
+
+def _up_to(model: nn.Module, names: list[str], layer: str) -> list[str]:
+    """Return the names of all parameters from the first one to the last of a layer, in the network's own order."""
+    known = [name for name, _ in model.named_modules() if name]
+    if layer not in known:
+        near = difflib.get_close_matches(layer, known, 1)
+        top = ", ".join(name for name, _ in model.named_children())
+        hint = f"did you mean {near[0]!r}?" if near else f"its parts are {top}, and theirs follow after a dot"
+        raise ModelError(f"freeze: this network has no layer {layer!r}; {hint}")
+    places = [place for place, name in enumerate(names) if is_in(name, layer)]
+    if not places:
+        raise ModelError(f"freeze: layer {layer!r} has no weights; name the one before it")
+    if places[-1] == len(names) - 1:
+        raise ModelError(f"freeze: nothing is left to train after layer {layer!r}; name one before it")
+    return names[: places[-1] + 1]
 
 
 def train_mode(model: nn.Module, config: TrialConfig) -> None:
-    """Set training mode, but not that of a frozen backbone, and keep the statistics of frozen batch normalisation."""
+    """Set training mode, but not that of frozen layers, which drop nothing and keep their batch statistics.
+
+    A frozen classifier does drop (reference report); it keeps its batch statistics like every other part.
+    """
     model.train()
-    tail = source_of(config.arch).tail(model)
+    tail = source_of(config.arch).tail(model) if config.freeze == "conv" else ()
+    backbone = [p for name, p in model.named_parameters() if not any(is_in(name, part) for part in tail)]
+    backbone_rests = not any(parameter.requires_grad for parameter in backbone)
     for name, module in model.named_modules():
-        parameters = list(module.parameters())
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        frozen_norm = is_norm and parameters and not any(p.requires_grad for p in parameters)
+        frozen = not any(p.requires_grad for p in module.parameters()) and any(True for _ in module.parameters())
+        rests = frozen and (":" in config.freeze or isinstance(module, nn.modules.batchnorm._BatchNorm))
         in_backbone = name and not any(is_in(part, name) or is_in(name, part) for part in tail)
-        if frozen_norm or (config.freeze == "conv" and in_backbone):
+        if rests or (config.freeze == "conv" and backbone_rests and in_backbone):
             module.eval()
 
 
@@ -160,11 +209,10 @@ def _network(arch: str, outputs: int, weights: _Weights | None, seed: int) -> nn
 def _initial(config: TrialConfig, weights_file: Path | None, digest: str | None) -> _Weights | None:
     if config.weights == "none":
         return None
-    if config.weights == "imagenet":
+    if config.pretrained:
         source = source_of(config.arch)
         path = source.fetch(config.arch, lambda done, total: beat())
-        metadata = source.published_metadata(config.arch)
-        return _Weights(read_weights(path, digest).state, metadata, "the ImageNet weights")
+        return _Weights(*source.published(config.arch, read_weights(path, digest).state), "the published weights")
     if config.weights.startswith("file:"):
         return read_weights(weights_file or expanded(config.weights[5:]), digest)
     if weights_file is None:
@@ -213,5 +261,7 @@ def model_on_meta(
 def count_parameters(config: TrialConfig, num_classes: int, weights_file: Path | None = None) -> tuple[int, int]:
     """Return how many parameters a trial trains, and how many its model has, without allocating the model."""
     model = model_on_meta(config, num_classes, weights_file)
+    if config.thaws(config.epochs):
+        thaw(model, config)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,18 +39,21 @@ def rate_factors(config: TrialConfig, model: nn.Module) -> dict[str, float]:
     return factors
 
 
-def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the configured optimiser over the parameters that are trained, as one fused pass over memory.
+def parameter_groups(config: TrialConfig, model: nn.Module, trained: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return some parameters of a network as groups of an optimiser, each with the ``factor`` of its learning rate."""
+    if config.head_lr_factor == 1 and config.layer_decay == 1:
+        return [{"params": list(trained)}]
+    factors, by_factor = rate_factors(config, model), dict[float, list[nn.Parameter]]()
+    chosen = set(map(id, trained))
+    for name, parameter in model.named_parameters():
+        if id(parameter) in chosen:
+            by_factor.setdefault(factors[name], []).append(parameter)
+    return [{"params": those, "factor": factor} for factor, those in by_factor.items()]
 
-    The factor of a group's learning rate is its ``factor``, where it has one.
-    """
-    groups: list[Any] = [p for p in model.parameters() if p.requires_grad]
-    if config.head_lr_factor != 1 or config.layer_decay != 1:
-        factors, by_factor = rate_factors(config, model), dict[float, list[nn.Parameter]]()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                by_factor.setdefault(factors[name], []).append(parameter)
-        groups = [{"params": those, "factor": factor} for factor, those in by_factor.items()]
+
+def make_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the configured optimiser over the parameters that are trained, as one fused pass over memory."""
+    groups = parameter_groups(config, model, [p for p in model.parameters() if p.requires_grad])
     decay = config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=decay, fused=True)

@@ -15,8 +15,8 @@ from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
-from caltech_sweep.training.models import model_on_meta, train_mode
-from caltech_sweep.training.networks import source_of
+from caltech_sweep.training.models import build_model, model_on_meta, thaw, train_mode
+from caltech_sweep.training.networks import OwnNetworks, source_of
 
 
 def batch_kinds(config: TrialConfig, images: int) -> frozenset[int]:
@@ -39,8 +39,18 @@ def rehearse(
     ``batches`` holds how many images they have; more than two are as good as two.
     """
     model = model_on_meta(config, num_classes, weights_file, digest)
-    outputs = config.outputs or num_classes
-    for size in sorted(batches, reverse=True):
+    outputs, sizes = config.outputs or num_classes, sorted(batches, reverse=True)
+    own = isinstance(source_of(config.arch), OwnNetworks)
+    if own and any(_problem(model, size, config, outputs) for size in sizes):
+        model = build_model(config, num_classes, weights_file, digest)  # code that nobody knows may need numbers
+    _rehearse(model, config, sizes, outputs)
+    if config.thaws(config.epochs):
+        thaw(model, config)
+        _rehearse(model, config, sizes, outputs)
+
+
+def _rehearse(model: nn.Module, config: TrialConfig, sizes: Iterable[int], outputs: int) -> None:
+    for size in sizes:
         if (problem := _problem(model, size, config, outputs)) is None:
             continue
         if size == 1 and _problem(model, 2, config, outputs) is None:
@@ -58,9 +68,10 @@ def _problem(model: nn.Module, size: int, config: TrialConfig, outputs: int) -> 
     """Train a batch and evaluate one; return the first line of what a layer says against it, or None."""
     try:
         train_mode(model, config)
-        images = torch.zeros(size, 3, config.dataset.crop, config.dataset.crop, device="meta")
+        device = next(iter(model.parameters())).device
+        images = torch.zeros(size, 3, config.dataset.crop, config.dataset.crop, device=device)
         logits = model(images)
-        F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device="meta")).backward()
+        F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device=device)).backward()
         model.eval()
         with torch.no_grad():
             evaluated = model(images)
@@ -76,6 +87,8 @@ def _problem(model: nn.Module, size: int, config: TrialConfig, outputs: int) -> 
 def _way_out(arch: str, model: nn.Module) -> str:
     """Return what the crop has to be: of some networks exactly one size, of others at least one."""
     side, exactly = source_of(arch).input_size(arch, model)
+    if side is None:
+        return "set dataset.crop, and dataset.resize to at least that, to a size that it takes"
     if exactly:
         return f"it takes exactly {side}: set dataset.crop to {side}, and dataset.resize to at least that"
     return f"set dataset.crop to {side} or more, and dataset.resize to at least that, or choose another arch"

@@ -133,7 +133,7 @@ def learning_rates(config: Scheduled, steps: int = NOMINAL_STEPS) -> tuple[Epoch
     return tuple(epoch_rates(config, epoch, steps) for epoch in range(1, config.epochs + 1))
 
 
-def shared_epochs(rates: Sequence[EpochRates], others: Sequence[EpochRates]) -> int:
-    """Return in how many epochs from the start two lists of learning rates agree."""
+def shared_epochs(rates: Sequence[object], others: Sequence[object]) -> int:
+    """Return in how many epochs from the start two lists agree: of learning rates, or of more about each epoch."""
     pairs = enumerate(zip(rates, others, strict=False))
     return next((epoch for epoch, (rate, other) in pairs if rate != other), min(len(rates), len(others)))

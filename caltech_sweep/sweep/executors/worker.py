@@ -11,7 +11,7 @@ from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.metrics import objective
 from caltech_sweep.sweep.executors.base import Done, Epoch, Job
-from caltech_sweep.tracking.records import MISSING_TAG
+from caltech_sweep.tracking.records import MISSING_TAG, NETWORK_INPUT
 from caltech_sweep.training.stopping import last_epoch
 
 
@@ -23,6 +23,7 @@ def _dataset(config: DatasetConfig) -> LoadedData:
 def train(job: Job) -> Generator[Epoch, None, Done]:
     """Run one job, yielding an event an epoch."""
     from caltech_sweep.training.device import environment, pick_device
+    from caltech_sweep.training.networks import input_note
     from caltech_sweep.training.results import write_artifacts
     from caltech_sweep.training.trial import run_trial
 
@@ -40,7 +41,10 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
         last = last_epoch(job.config, scores) is not None
         yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last)
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
-    tags = {f"environment.{key}": str(value) for key, value in environment(device).items() if value is not None}
+    known = environment(device, job.config.arch)
+    tags = {f"environment.{key}": str(value) for key, value in known.items() if value is not None}
+    if (note := input_note(job.config)) is not None:
+        tags[NETWORK_INPUT] = note
     tags["reuse.epochs_reused"] = str(outcome.epochs_reused)
     tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
     if len(scores) < job.config.epochs:
