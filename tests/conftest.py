@@ -32,7 +32,8 @@ def no_other_place(monkeypatch: pytest.MonkeyPatch, template: Path) -> None:
     """Let no store or dataset outside a test's own folder be seen."""
     migrate_once(template)
     for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "TORCH_HOME"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # or what a test leaves there would stay
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from caltech_sweep.artifacts import artifact_problems
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data.images import ImageStore, LoadedData, OpenedStore
 from caltech_sweep.data.splits import Sample, Split
-from caltech_sweep.tracking.records import MISSING_TAG, TrialRecord
+from caltech_sweep.errors import ArtifactError
+from caltech_sweep.tracking.records import MISSING_TAG, missing_artifacts
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.figure import draw_confusion_matrix, fonts_for
@@ -71,7 +72,7 @@ def outcome_of(classes: int, tmp_path: Path) -> tuple[TrialConfig, LoadedData, T
     part = tuple(Sample(Path(name) / "a.png", i, name) for i, name in enumerate(names))
     store = OpenedStore(ImageStore(np.zeros(0, np.uint8), []), "key")
     data = LoadedData(Split(names, part, part, part), store, None)
-    result = Evaluation(0.1, 1.0, torch.arange(classes), torch.ones(classes))
+    result = Evaluation({"loss": 0.1, "accuracy": 1.0}, torch.arange(classes), torch.ones(classes))
     epoch = EpochResult(1, 0.1, 0.1, 1.0, result, 1.0, 5)
     return (
         TrialConfig(dataset=DatasetConfig(name="shapes")),
@@ -91,12 +92,20 @@ def test_an_artifact_that_cannot_be_made_is_recorded_with_its_reason_and_the_oth
     assert len(rows) == classes + 1 and rows[5] == ["c4", "1", "1.0000", "1", "1.0000", "1.0000"]
     assert (tmp_path / "run" / CHECKPOINT).stat().st_size > 0
 
-    metrics, tags = outcome.metrics(), {MISSING_TAG: json.dumps(missing)}
-    record = TrialRecord("id", "s", "t", None, 0, "complete", "FINISHED", "f", {}, metrics, tags, 0, "")
+    def find(path: str) -> Path:
+        file = tmp_path / "run" / path
+        if not file.exists():
+            raise ArtifactError(path, "is missing")
+        return file
+
+    def problems() -> list[str]:
+        known = missing_artifacts({MISSING_TAG: json.dumps(missing)})
+        return list(artifact_problems(outcome.metrics(), lambda path: find(path).read_text(), find, images, known))
+
     images = {"val": classes, "test": classes, "classes": classes}
-    assert not list(artifact_problems(record, tmp_path / "run", images))
+    assert not problems()
     (tmp_path / "run" / "per_class.csv").unlink()
-    assert list(artifact_problems(record, tmp_path / "run", images)) == ["per_class.csv is missing or empty"]
+    assert problems() == ["per_class.csv is missing"]
 
 
 STUDY = """\

@@ -17,7 +17,6 @@ from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import StudyFileError, UsageError
-from caltech_sweep.stores import tracking_uri
 from caltech_sweep.study.definition import Component, Range, Row, StudyDefinition
 from caltech_sweep.study.file import load_study
 from caltech_sweep.sweep.executors.base import Job
@@ -232,7 +231,7 @@ def test_a_study_file_stops_its_sampled_trials_and_the_table_says_where(cli: Cli
     done = cli("run", "early", "--in-process", "--threads", "1", "--device", "cpu")
     assert done.exit_code == 0, done.output
     assert "stopped early at epoch 3 of 5" in done.output  # such a learning rate changes nothing
-    reader = open_reader(tracking_uri(None))
+    reader = open_reader(None)
     assert reader.names() == ["early"]
     row, sampled = reader.studies(["early"])[0].trials
     assert "stopped_early" not in row.tags and sampled.tags["stopped_early"] == "epoch 3 of 5"

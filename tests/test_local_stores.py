@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.stores import study_store, tracking_store
 from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.kernel import mounted_without_shared_memory
@@ -42,14 +43,18 @@ def mount(tmp_path: Path) -> Path:
 
 
 def local_stores(mount: Path, folder: Path) -> LocalStores:
-    return LocalStores(f"sqlite:///{mount}/mlflow.db", f"sqlite:///{mount}/optuna.db", folder)
+    return LocalStores(tracking_store(f"{mount}/mlflow.db"), study_store(f"{mount}/optuna.db"), folder)
+
+
+def file_of(local: LocalStores) -> Path:
+    assert local.storage.file is not None
+    return local.storage.file
 
 
 def test_a_snapshot_is_whole_in_one_file_while_others_have_the_store_open(mount: Path, tmp_path: Path) -> None:
     local = local_stores(mount, tmp_path / "disk")
     local.restore(print)
-    file = local.storage.file
-    assert file is not None
+    file = file_of(local)
     add(file, 1, 2)
     with closing(sqlite3.connect(file, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
@@ -65,7 +70,7 @@ def test_the_next_machine_starts_from_the_mount_and_the_same_one_from_what_it_ha
     told: list[str] = []
     first = local_stores(mount, tmp_path / "first")
     first.restore(told.append)
-    file = Path(first.storage.removeprefix("sqlite:///"))
+    file = file_of(first)
     add(file, 1)
     first.save(told.append)
     add(file, 2)  # and the process is killed
@@ -73,7 +78,7 @@ def test_the_next_machine_starts_from_the_mount_and_the_same_one_from_what_it_ha
     assert rows(file) == [1, 2] and not told
     second = local_stores(mount, tmp_path / "second")
     second.restore(told.append)
-    other = Path(second.storage.removeprefix("sqlite:///"))
+    other = file_of(second)
     assert rows(other) == [1]
     add(other, 3)
     second.save(told.append)
@@ -90,9 +95,10 @@ def test_the_next_machine_starts_from_the_mount_and_the_same_one_from_what_it_ha
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from caltech_sweep.sweep import local_stores
+from caltech_sweep.stores import study_store, tracking_store
+from caltech_sweep.sweep.local_stores import LocalStores
 mount = Path(sys.argv[1])
-local = local_stores.LocalStores(f"sqlite:///{mount}/mlflow.db", f"sqlite:///{mount}/optuna.db", Path(sys.argv[2]))
+local = LocalStores(tracking_store(f"{mount}/mlflow.db"), study_store(f"{mount}/optuna.db"), Path(sys.argv[2]))
 calls = int(sys.argv[3])
 def count(event, arguments):
     global calls
@@ -108,7 +114,7 @@ local.save(print)
 def test_a_process_may_be_killed_at_any_moment_of_a_copy(mount: Path, tmp_path: Path) -> None:
     local = local_stores(mount, tmp_path / "disk")
     local.restore(print)
-    file = Path(local.storage.removeprefix("sqlite:///"))
+    file = file_of(local)
     add(file, 0)
     local.save(print)
     for step in range(1, 100):
@@ -129,7 +135,7 @@ def test_a_process_may_be_killed_at_any_moment_of_a_copy(mount: Path, tmp_path: 
 def test_a_mount_that_takes_nothing_is_said_once_and_caught_up_with(small_disk: Path, tmp_path: Path) -> None:
     local, told = local_stores(small_disk, tmp_path / "own"), []
     local.restore(told.append)
-    file = Path(local.storage.removeprefix("sqlite:///"))
+    file = file_of(local)
     add(file, 1)
     local.save(told.append)
     with (small_disk / "filler").open("wb", buffering=0) as filler:
@@ -147,7 +153,7 @@ def test_a_mount_that_takes_nothing_is_said_once_and_caught_up_with(small_disk: 
 
 def test_stores_on_servers_have_no_file_to_copy(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="both stores are on servers"):
-        LocalStores("http://localhost:5000", "postgresql+psycopg://localhost/x", tmp_path)
+        LocalStores(tracking_store("http://localhost:5000"), study_store("postgresql+psycopg://localhost/x"), tmp_path)
 
 
 @pytest.mark.slow

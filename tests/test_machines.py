@@ -45,7 +45,7 @@ from caltech_sweep.files import alone, locked, locked_directory
 for place in Path("file.lock"), Path.cwd():
     with locked(place) as held:
         assert held is None
-with stores.study_lock(f"sqlite:///{Path.cwd()}/x.db", "study"), alone(Path.cwd()):
+with stores.study_lock(stores.study_store("x.db"), "study"), alone(Path.cwd()):
     with locked_directory(Path.cwd(), "work-") as place:
         assert place.is_dir()
 print("done")
@@ -61,14 +61,14 @@ TABLES = """
 from pathlib import Path
 import sqlalchemy as sa
 from caltech_sweep import stores
-uri = f"sqlite:///{Path.cwd()}/x.db"
+store = stores.study_store("x.db")
 def make(address):
     engine = sa.create_engine(address)
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE TABLE t (n)"))
     engine.dispose()
-stores.make_whole(uri, make)
-engine = sa.create_engine(uri)
+store.make_whole(make)
+engine = sa.create_engine(store.uri)
 stores.tune_sqlite(engine, 1)
 for n in range(2):
     with engine.begin() as connection:
@@ -76,7 +76,7 @@ for n in range(2):
 with engine.connect() as connection:
     pragmas = [connection.execute(sa.text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")]
     print(*pragmas, connection.execute(sa.text("SELECT count(*) FROM t")).scalar())
-print(stores.without_log(uri))
+print(stores.without_log(store))
 """
 
 

@@ -30,7 +30,6 @@ from caltech_sweep.sweep.optuna_trials import is_paused, seen_trials
 from caltech_sweep.sweep.queue import sampler_for
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
-from caltech_sweep.tracking.writer import is_outage
 from helpers.searches import COMBINATIONS, ENOUGH, GRID, ROWS, STOCK, searched, settings_of, stock
 from helpers.studies import Killed, Unreliable, told
 
@@ -404,7 +403,7 @@ def test_a_kill_between_any_two_writes_leaves_no_trace(at: int) -> None:
 
 def test_an_outage_while_trials_pause_and_go_on_ends_with_every_result_once(tmp_path: Path) -> None:
     def run(tracker: Unreliable, folder: Path) -> Any:
-        journaling = JournalingTracker(tracker, Journal(folder / "journal"), is_outage, lambda line: None)
+        journaling = JournalingTracker(tracker, Journal(folder / "journal"), lambda line: None)
         (folder / "scratch").mkdir(parents=True)
         study = open_study(SHORT, MEMORY, SHORT.identity())
         assert scripted_coordinator(SHORT, Watched(noisy(60)), journaling, folder / "scratch", study).run().complete

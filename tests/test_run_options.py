@@ -65,6 +65,11 @@ def name(place: Path) -> None:
     assert MlflowTracker().study("tiny") is None and len(trials("other")) == 1
 
 
+def budget(place: Path) -> None:
+    run(*RUN, "--set", "epochs=1", "--budget", "epochs=2", says="the study ends within its budget, with 2 of 2 epochs")
+    assert [t.row for t in trials()] == ["First", "Views"]
+
+
 def tracking_uri(place: Path) -> None:
     run(*FIRST, "--tracking-uri", "else/mlflow.db")
     assert len(trials(store="else/mlflow.db")) == 1
@@ -195,7 +200,7 @@ TESTS: dict[str, Callable[[Path], None]] = {
     **{"trials": trials_in_total},
     **{f.__name__: f for f in (overrides, data, name, tracking_uri, storage, adopt, workers, per_device, device)},
     **{f.__name__: f for f in (threads, rows, replicates, confirm, reuse, cache_size, hang_timeout, max_failures)},
-    **{"in_process": in_process, "resume_trials": resume_trials, "local_stores": local_stores},
+    **{"in_process": in_process, "resume_trials": resume_trials, "local_stores": local_stores, "budget": budget},
 }
 SLOW = {"workers", "per_device", "hang_timeout", "resume_trials"}  # these start workers, or train much
 
