@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pty
 import shutil
@@ -478,3 +479,34 @@ def test_a_reader_that_goes_away_ends_no_study(place: Path) -> None:
     tracker = MlflowTracker()
     study = tracker.study("tiny")
     assert study is not None and [trial.outcome for trial in tracker.trials(study)] == ["complete"]
+
+
+FAULTS = """
+import resource, sys, torch
+from caltech_sweep.machine import keeps_freed_memory
+torch.set_num_threads(1)
+print(keeps_freed_memory() if sys.argv[1] == "kept" else None)
+def step():
+    for size in (1 << 20, 3 << 20, 9 << 20):
+        torch.ones(size)
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc")
+def test_memory_that_a_training_step_frees_is_there_for_the_next_one() -> None:
+    def faults(mode: str, **variables: str) -> tuple[str, int]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | variables
+        output = subprocess.run(
+            [sys.executable, "-c", FAULTS, mode], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        return output[0], int(output[1])
+
+    kept, usual, own = faults("kept"), faults("usual"), faults("kept", MALLOC_ARENA_MAX="2")
+    assert kept[0] == "True" and kept[1] < usual[1] / 100
+    assert own[0] == "False" and own[1] > usual[1] / 2  # what the user has set stays

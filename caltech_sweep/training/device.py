@@ -15,6 +15,7 @@ import torchvision
 from caltech_sweep import __version__
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
+from caltech_sweep.machine import keeps_freed_memory
 from caltech_sweep.training.networks import source_of
 
 if TYPE_CHECKING:
@@ -111,4 +112,5 @@ def environment(device: torch.device, arch: str) -> dict[str, Any]:
         "system": platform.system(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "keeps_freed_memory": keeps_freed_memory(),
     }

@@ -9,6 +9,7 @@ from functools import lru_cache
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
+from caltech_sweep.machine import keeps_freed_memory
 from caltech_sweep.metrics import objective
 from caltech_sweep.sweep.executors.base import Done, Epoch, Job
 from caltech_sweep.tracking.records import MISSING_TAG, NETWORK_INPUT
@@ -27,6 +28,7 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
     from caltech_sweep.training.results import write_artifacts
     from caltech_sweep.training.trial import run_trial
 
+    keeps_freed_memory()
     device = pick_device(job.device)
     data = _dataset(job.config.dataset)
     epochs = run_trial(job.config, data, device, job.weights_file, job.stages, job.weights_digest)
