@@ -423,7 +423,7 @@ def test_training_predict_the_served_model_and_the_page_see_the_same_pixels(plac
 
     mlflow.set_tracking_uri(tracker.uri)
     served = mlflow.pyfunc.load_model(f"models:/{promoted.name}/{promoted.version}").unwrap_python_model()
-    config = datasets_of(study.document, run, None)[0]
+    config = datasets_of(study.definition, run, None)[0]
     thumbnail = find_thumbnails([config], run)
     rules = PixelRules("#20c040", "apply", 12)
     data = load_dataset(config)

@@ -39,6 +39,8 @@ _TURNS = {
 }
 _LARGEST_FILE = 1 << 30  # bytes: what Pillow reads has no more
 _STRIP = 1 << 22  # pixels that are converted at once
+# Larger blocks than Pillow's own go back to the system when an image is freed, rather than into a pool of each thread.
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 _SHARE, _SHARES = 1 << 22, 32  # pixels a share, and shares: 134 million pixels are held at once, or one larger image
 _ROOM, _TURNSTILE = threading.BoundedSemaphore(_SHARES), threading.Lock()
 # EPS starts Ghostscript; IPTC opens what it holds as any format; the others are no images, or read by no decoder.

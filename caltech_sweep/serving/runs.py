@@ -102,7 +102,9 @@ def _read_run(tracker: MlflowTracker, run_id: str, allow_pickle: bool = False) -
     if not pickled:
         path = tracker.checked_artifact(run_id, CHECKPOINT)
         weights, metadata = _read_checkpoint(path, run_id, run.data.tags.get("fingerprint", ""))
-        return _Trained(model_spec(config, json.loads(metadata["classes"]), metadata), path, weights)
+        return _Trained(
+            model_spec(config, json.loads(metadata["classes"]), metadata, grey_bits(run.data.tags)), path, weights
+        )
     if not allow_pickle:
         raise ModelError(
             f"run {run_id} has its weights as a pickle ({folder}/{pickled[0]}), which can run code when it is loaded; "
