@@ -333,6 +333,7 @@ def test_two_processes_take_turns(server: FileServer, tmp_path: Path) -> None:
 # What `caltech-sweep data` does
 
 
+@pytest.mark.slow
 def test_the_dataset_is_downloaded_verified_unpacked_and_found(server: FileServer, zipped: bytes, home: Path) -> None:
     server.files["c.zip"], server.cut = zipped, len(zipped) // 2 + 1
     url = f"{server.url('c.zip')}#md5={hashlib.md5(zipped).hexdigest()}"

@@ -90,6 +90,7 @@ def test_large_images_are_decoded_by_many_threads_without_waiting_for_each_other
     assert {image.shape for image in images} == {(16, 16, 3)}
 
 
+@pytest.mark.slow
 def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
     sparse = tmp_path / "large.png"
     with sparse.open("wb") as file:

@@ -228,6 +228,7 @@ def spent(place: Path) -> dict[str, tuple[float, str, float]]:
     return {t.name: (t.metrics["spent/epochs"], t.outcome, t.metrics["spent/seconds"]) for t in trials}
 
 
+@pytest.mark.slow
 def test_epochs_that_are_shared_are_not_spent_in_real_stores(cli: Cli, place: Path) -> None:
     (place / "sweeps" / "sharing.yaml").write_text(SHARING, encoding="utf-8")
     options = ("--in-process", "--threads", "1", "--device", "cpu")

@@ -98,7 +98,7 @@ def test_a_study_killed_at_random_instants_reports_what_an_undisturbed_one_does(
     reports = [chaos.read_reports(place, chaos.report_in_process) for place in (whole, killed)]
     assert reports[1] == reports[0]
     if search == chaos.PAUSING:
-        assert "goes on from epoch" in log and "Paused: " in reports[0]
+        assert "Paused: " in reports[0]
     else:
         assert "trial-004" in reports[0]
     damage(killed)

@@ -128,7 +128,7 @@ def test_a_database_server_that_goes_away_does_not_stop_a_study(
         process.kill()
     said = (place / "log.txt").read_text()
     assert "study tiny: 3 complete" in said and "hunter2" not in said and "Traceback" not in said, said
-    assert "the tracking store does not take results" in said and "is back" in said
+    assert "the tracking store is unavailable" in said and "is back" in said
     assert "the study store does not answer" in said
     table = json.loads(invoke("report", "tiny", "--format", "json", *stores[:2]).output)[0]
     assert [row["state"] for row in table["rows"]][:2] == ["complete", "complete"]

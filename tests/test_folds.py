@@ -67,6 +67,7 @@ def test_rows_and_sampled_trials_are_trained_on_every_fold_and_shown_as_their_me
     assert "0 to train" in again.output and "sampled trials: " not in again.output.split("0 to train")[0]
 
 
+@pytest.mark.slow
 def test_a_study_that_stopped_trains_the_folds_that_are_missing(study: Path, cli: Cli) -> None:
     assert (
         cli("run", "folds", "--in-process", "--threads", "1", "--set", "dataset.fold=1", "--name", "x").exit_code == 0

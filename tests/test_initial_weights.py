@@ -136,6 +136,7 @@ def test_a_study_of_an_older_version_goes_on_with_a_sentence_once(cli: Cli, plac
     assert cli("run", "tiny", *RUN).exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_source_whose_checkpoint_was_rewritten_is_refused(cli: Cli, place: Path, trained: str) -> None:
     source = runs()[0]
     (place / "sweeps" / "child.yaml").write_text((place / "sweeps" / "tiny.yaml").read_text(encoding="utf-8"))

@@ -498,6 +498,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc")
 def test_memory_that_a_training_step_frees_is_there_for_the_next_one() -> None:
     def faults(mode: str, **variables: str) -> tuple[str, int]:

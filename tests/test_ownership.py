@@ -234,6 +234,7 @@ def test_what_an_adoption_finds_interrupted_waits_and_a_number_without_a_run_sta
     assert all([m.step for m in tracker.history(run.run_id, "train/loss")] == [1, 2, 3, 4] for run in runs)
 
 
+@pytest.mark.slow
 def test_an_adoption_that_was_cut_short_is_refused_until_it_is_done_anew(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +295,7 @@ def test_a_study_of_an_earlier_version_is_adopted_by_its_settings(copied: Path, 
     assert adopted.exit_code == 0 and "nothing to do" in adopted.output, adopted.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claimed", ["new", "without an owner"])
 def test_of_study_stores_that_claim_one_study_together_one_gets_it(
     tmp_path: Path, claimed: str, monkeypatch: pytest.MonkeyPatch

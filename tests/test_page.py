@@ -309,6 +309,7 @@ def test_a_setting_that_decides_is_found_with_thirty_trials_and_its_share_is_opt
         assert weigh(TWO, trials) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [6, FEWEST, 30, pytest.param(200, marks=pytest.mark.slow)])
 def test_noise_is_no_ranking_of_settings(number: int) -> None:
     ranked = 0

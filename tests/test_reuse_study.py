@@ -109,7 +109,10 @@ def test_plan_finds_the_weights_of_another_study_in_the_store_that_it_is_given(c
     assert "rows: 2 epochs requested, 2 to train" in cli(*plan).output  # the default store has no study tiny
 
 
-LATER = "    warmup: int = 0\n    betas: tuple[float, ...] = (0.9, 0.999)\n"
+LATER = """\
+    warmup: int = setting(0, integer(0))
+    betas: tuple[float, ...] = setting((0.9, 0.999), Rule("two numbers", lambda v: len(v) == 2))
+"""
 
 
 @pytest.mark.slow
@@ -118,7 +121,7 @@ def test_a_version_with_new_settings_goes_on_with_the_study_of_this_one(copied: 
     package = tmp_path / "later" / "caltech_sweep"
     shutil.copytree(Path(caltech_sweep.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     config = (package / "config.py").read_text(encoding="utf-8")
-    last = "    channels_last: bool | None = None  # None: on CUDA only\n"
+    last = '    channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")\n'
     assert config.count(last) == 1
     (package / "config.py").write_text(config.replace(last, last + LATER), encoding="utf-8")
     study = copied / "sweeps" / "tiny.yaml"

@@ -83,6 +83,7 @@ def test_a_study_that_is_opened_anew_again_and_again_samples_what_one_run_does(
     assert outcome(definition, uri) == stock(name, pruner, definition.trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STOCK)
 def test_four_workers_stopped_again_and_again_run_each_trial_once(name: str, uri: str, tmp_path: Path) -> None:
     definition, tracker = searched(name, trials=ENOUGH.get(name, 20)), MemoryTracker()

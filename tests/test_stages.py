@@ -218,6 +218,7 @@ print(json.dumps([(outcome.epochs_trained, outcome.warnings) for outcome in foun
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_saving_not_the_trials(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]

@@ -225,6 +225,7 @@ def test_every_step_of_training_and_evaluation_gives_a_sign_of_life(
     assert len(signs) == sum(steps)
 
 
+@pytest.mark.slow
 def test_a_tiny_set_is_learnt_by_heart_and_tencrop_is_evaluated(data: LoadedData) -> None:
     epochs, outcome = run(
         replace(CONFIG, epochs=24, lr=0.02, step_size=18, augment=(), test_views="tencrop", drop_last=False), data
