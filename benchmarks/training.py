@@ -108,6 +108,8 @@ def main() -> None:
             taken = connection.recv()
             if number:  # the first round warms up
                 seconds[side].append(taken)
+    for connection in connections.values():
+        connection.send(False)
     base = statistics.median(seconds["bare torch"])
     for side, values in seconds.items():
         middle = statistics.median(values)
