@@ -36,8 +36,8 @@ def threads() -> int:
 def keeps_freed_memory() -> bool:
     """Let this process keep the memory that it frees, where its C library can (glibc's mallopt); tell whether it does.
 
-    Otherwise glibc gives each large tensor back to the kernel, which clears and maps its pages anew in the next step: a
-    quarter of a step's time on two cores. Settings of the user's own, in the environment, are left as they are.
+    Otherwise glibc gives each large tensor back to the kernel, which clears and maps its pages anew in the next step.
+    Settings of the user's own, in the environment, are left as they are.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return False

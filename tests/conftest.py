@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from helpers.migrations import migrate_once
-from helpers.places import Cli, clone, furnish, invoke
+from helpers.places import Cli, clone, furnish, invoke, ran
 
 # One thread a process: the suite's tiny models gain nothing from more, and it shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,12 +53,8 @@ def cli(place: Path) -> Cli:
 def finished_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder whose study ``tiny`` has run; made once, so tests leave its study as it is."""
     folder = furnish(tmp_path_factory.mktemp("finished"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA"):
-            patch.delenv(name, raising=False)
-        result = invoke("run", "tiny", "--in-process", "--threads", "1")
-        assert result.exit_code == 0 and "study tiny: 3 complete" in result.output, result.output
+    output = ran(folder, "run", "tiny", "--in-process", "--threads", "1")
+    assert "study tiny: 3 complete" in output, output
     return folder
 
 

@@ -21,7 +21,7 @@ from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.optuna_store import open_storage, stored_studies
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
-from helpers.places import Cli, clone, furnish, invoke
+from helpers.places import Cli, clone, furnish, ran
 
 ARCH = "shufflenet_v2_x0_5"
 RUN = ("--in-process", "--threads", "1", "--row", "First")
@@ -56,10 +56,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = furnish(tmp_path_factory.mktemp("original"))
     write_weights(folder / "pre.safetensors", 1)
     use(folder, "file:pre.safetensors")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        result = invoke("run", "tiny", *RUN)
-        assert result.exit_code == 0, result.output
+    ran(folder, "run", "tiny", *RUN)
     return folder
 
 

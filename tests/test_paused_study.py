@@ -16,7 +16,7 @@ from caltech_sweep.sweep.optuna_trials import RUNG, is_paused
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.cache import Cache
-from helpers.places import Cli, clone, invoke
+from helpers.places import Cli, clone, invoke, ran
 
 STUDY = """\
 title: A study that pauses
@@ -41,13 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pausing")
     (folder / "sweeps").mkdir()
     (folder / "sweeps" / "pausing.yaml").write_text(STUDY, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA"):
-            patch.delenv(name, raising=False)
-        result = invoke(*RUN)
-        assert result.exit_code == 0, result.output
-        (folder / "said.txt").write_text(result.output)
+    (folder / "said.txt").write_text(ran(folder, *RUN))
     return folder
 
 

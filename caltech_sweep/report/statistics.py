@@ -40,8 +40,8 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Return the p-value of the exact McNemar test that two models are right equally often on the same images."""
     from scipy.stats import binomtest
 
-    study_lock = [one for one, other in zip(first, second, strict=True) if one != other]
-    return float(binomtest(sum(study_lock), len(study_lock)).pvalue) if study_lock else 1.0
+    differing = [one for one, other in zip(first, second, strict=True) if one != other]
+    return float(binomtest(sum(differing), len(differing)).pvalue) if differing else 1.0
 
 
 def paired_permutation(

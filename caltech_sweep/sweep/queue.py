@@ -114,8 +114,9 @@ class TrialQueue:
         enqueue_missing_rows(self.study, self.definition, self.only)
         for trial in filter(is_family_base, self.study.get_trials(deepcopy=False)):
             complete_family(self.study, self.definition, trial)
-        for trial in self.study.get_trials(deepcopy=False):
-            enqueue_folds(self.study, self.definition, trial)
+        if self.definition.folds > 1:
+            for trial in self.study.get_trials(deepcopy=False):
+                enqueue_folds(self.study, self.definition, trial)
         if self.definition.sampler.name in EXHAUSTIVE:
             retry_failed(self.study)
 
@@ -290,7 +291,7 @@ class TrialQueue:
     def end(self, queued: QueuedTrial, outcome: str, value: float | None) -> None:
         """Give a trial the state of its outcome; an interrupted or paused one waits again."""
         optuna_trials.end_trial(self.study, queued.number, outcome, value)
-        if outcome == "complete":
+        if outcome == "complete" and self.definition.folds > 1:
             enqueue_folds(self.study, self.definition, self.study.get_trials(deepcopy=False)[queued.number])
 
 
@@ -363,7 +364,7 @@ def enqueue_confirmations(study: optuna.Study, objective: Objective, count: int,
 
 def enqueue_folds(study: optuna.Study, definition: StudyDefinition, base: FrozenTrial) -> None:
     """Let a sampled trial that is complete be trained on the other folds too, unless it is or waits to be."""
-    if definition.folds == 1 or base.state != TrialState.COMPLETE or {"row", *REPEAT_TAGS} & base.user_attrs.keys():
+    if base.state != TrialState.COMPLETE or {"row", *REPEAT_TAGS} & base.user_attrs.keys():
         return
     config = TrialConfig.from_dict(base.user_attrs["config"])
     known = {

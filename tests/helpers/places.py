@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 TINY = """\
@@ -34,6 +35,17 @@ def furnish(folder: Path) -> Path:
     (folder / "sweeps").mkdir()
     (folder / "sweeps" / "tiny.yaml").write_text(TINY, encoding="utf-8")
     return folder
+
+
+def ran(folder: Path, *arguments: str) -> str:
+    """Run a command in a folder, with no other place in the environment, for a fixture; return what it said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA"):
+            patch.delenv(name, raising=False)
+        result = invoke(*arguments)
+        assert result.exit_code == 0, result.output
+    return result.output
 
 
 def invoke(*arguments: str) -> Result:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -82,13 +82,20 @@ def serve() -> Iterator[FileServer]:
     handler = type("Handler", (_Handler,), {"state": state})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         state.address = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
+        with _serving(server):
             yield state
-        finally:
-            server.shutdown()
-            thread.join()
+
+
+@contextmanager
+def _serving(server: HTTPServer) -> Iterator[None]:
+    """Answer in a thread until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 def free_port() -> int:
@@ -217,12 +224,8 @@ def gated_mlflow(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Ga
         quiet = type("Quiet", (WSGIRequestHandler,), {"log": lambda *_: None})
         server = make_server("127.0.0.1", 0, answer, threaded=True, request_handler=quiet, ssl_context=tls)
         gate.address = f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield gate
-        finally:
-            gate.open()
-            server.shutdown()
-            thread.join()
-            server.server_close()
+        with server, _serving(server):
+            try:
+                yield gate
+            finally:
+                gate.open()
