@@ -114,6 +114,12 @@ def _storage(context: click.Context, option: click.Parameter, address: str | Non
     return study_store(address)
 
 
+def _slots(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and value != "max" and not (value.isdecimal() and 0 < int(value) <= MOST):
+        raise click.BadParameter(f"{value!r} is neither max nor a number of at least 1.", context, option)
+    return value
+
+
 tracking_option = click.option(
     "--tracking-uri", callback=_tracking, help="MLflow store; default MLFLOW_TRACKING_URI or mlruns/mlflow.db."
 )
@@ -196,6 +202,12 @@ def main() -> None:
     help="Disk for what is shared.",
 )
 @click.option(
+    "--cache",
+    type=_Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep what is shared in FOLDER, which every node of a cluster sees (default: below the data folder).",
+)
+@click.option(
     "--local-stores",
     type=_Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
@@ -218,6 +230,37 @@ def main() -> None:
     help="Stop after so many trials in a row that crashed, ran out of memory or met bad data.",
 )
 @click.option("--in-process", is_flag=True, help="Train in this process, for debugging.")
+@click.option(
+    "--executor",
+    type=click.Choice(["processes", "ray"]),
+    default="processes",
+    show_default=True,
+    envvar="CALTECH_SWEEP_EXECUTOR",
+    help="Train in processes of this machine, or on a Ray cluster; default also CALTECH_SWEEP_EXECUTOR.",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Of the Ray cluster, which this machine is a node of (default: a private one on this machine).",
+)
+@click.option(
+    "--slots",
+    callback=_slots,
+    metavar="N|max",
+    help="Trials at once on the Ray cluster (default: max, as many as it has room for).",
+)
+@click.option(
+    "--cpus-per-trial",
+    type=_Number(0.01),
+    metavar="CPUS",
+    help="CPUs of a Ray node for each trial (default: --threads, or all of a node; 1 with a GPU).",
+)
+@click.option(
+    "--gpus-per-trial",
+    type=_Number(0),
+    metavar="GPUS",
+    help="GPUs for each trial, also a fraction (default: 1 where the cluster has GPUs).",
+)
 def run(
     study: str,
     overrides: tuple[str, ...],

@@ -62,6 +62,13 @@ def script(config: TrialConfig) -> Script:
     return Script([] if config.seed in failures else accuracies, failure=failures.get(config.seed))
 
 
+def on_ray() -> Executor:
+    from caltech_sweep.sweep.executors.cluster import Demand
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    return RayExecutor(runner, Demand(1, 0, 1), device="cpu")
+
+
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "in-process": lambda: InProcessExecutor(runner, "cpu"),
     "processes": lambda: processes(1),
@@ -69,11 +76,25 @@ EXECUTORS: dict[str, Callable[[], Executor]] = {
 }
 
 
-@pytest.fixture(params=EXECUTORS)
+@pytest.fixture(params=[*EXECUTORS, pytest.param("ray", marks=pytest.mark.slow)])
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
-    made = EXECUTORS[request.param]()
+    if request.param == "ray":
+        request.getfixturevalue("ray_here")
+    made = EXECUTORS.get(request.param, on_ray)()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A private Ray cluster on this machine, whose workers can import the tests."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from caltech_sweep.sweep.executors.cluster import connected
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        with connected(cpus=1):
+            yield
 
 
 def processes(workers: int) -> ProcessExecutor:
@@ -84,7 +105,7 @@ def job(tmp_path: Path, number: int = 0, seed: int = 0, epochs: int = 3, wait_ea
     return Job(number, TrialConfig(seed=seed, epochs=epochs), tmp_path, wait_each_epoch=wait_each_epoch)
 
 
-def drain(executor: Executor, until: int = 1, seconds: float = 30) -> list[Event]:
+def drain(executor: Executor, until: int = 1, seconds: float = 120) -> list[Event]:
     """Poll until so many jobs ended."""
     events: list[Event] = []
     end = time.monotonic() + seconds

@@ -224,6 +224,15 @@ def without(split: Split, bad: Mapping[Path, str], root: Path | None) -> Split:
     return replace(split, skipped=skipped, notes=(*split.notes, note))
 
 
+def moved(split: Split, old: Path | None, new: Path) -> Split:
+    """Return a split whose images lie below ``new`` as they did below ``old``, or by their whole names without it."""
+
+    def there(items: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        return tuple(replace(item, path=new / (item.path.relative_to(old) if old else item.path)) for item in items)
+
+    return replace(split, train=there(split.train), val=there(split.val), test=there(split.test))
+
+
 def in_two_parts(split: Split, files: Sequence[bytes], root: Path | None) -> Split:
     """Return a split with a note about images that are in more than one part, told by the content of their files."""
     places: dict[bytes, dict[str, Path]] = {}

@@ -268,7 +268,7 @@ class Coordinator:
 
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
         code = event.exit_code or 0
-        message = f"its worker process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+        message = event.why or f"its worker process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
         if event.hung is not None:
             message = f"its worker was unresponsive for {event.hung:g} s and was killed"
         if running.attempt >= MAX_RETRIES:

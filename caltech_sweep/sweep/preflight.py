@@ -50,6 +50,12 @@ class RunOptions:
     max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
     local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
+    cache: Path | None = None  # where they are kept; None: below the data folder
+    executor: str = "processes"  # or "ray"
+    address: str | None = None  # of a Ray cluster; None: a private one
+    cpus_per_trial: float | None = None  # on the node of a cluster
+    gpus_per_trial: float | None = None
+    slots: str | None = None  # how many trials run at once on a cluster: a number, or "max"
 
 
 def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
@@ -154,6 +160,18 @@ def _check_rows(definition: StudyDefinition, rows: tuple[str, ...]) -> None:
             raise UsageError(f"--row: study {definition.name!r} has no row {name!r}{suggestion(name, names)}")
 
 
+def check_executor(options: RunOptions) -> None:
+    """Raise UsageError for options of one executor that are given to another."""
+    on_ray = options.executor == "ray"
+    if on_ray and options.in_process:
+        raise UsageError("--executor ray: trains in the processes of a cluster; leave --in-process out")
+    if on_ray and (options.workers or options.per_device != RunOptions.per_device):
+        raise UsageError("--executor ray: takes --slots and --gpus-per-trial in place of --workers and --per-device")
+    for name in ("address", "cpus_per_trial", "gpus_per_trial", "slots"):
+        if not on_ray and getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: is for --executor ray")
+
+
 @dataclass(frozen=True)
 class _Checked:
     """What a run starts from, once nothing that can be known before is wrong."""
@@ -173,7 +191,9 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[Sto
     from caltech_sweep.training.device import pick_device
 
     _check_rows(definition, options.rows)
-    pick_device(options.device)
+    check_executor(options)
+    if options.executor != "ray":
+        pick_device(options.device)
     tracking, storage = tracking_store(options.tracking_uri), study_store(options.storage)
     if tracking.is_same(storage):
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 
 from caltech_sweep import machine, paths
+from caltech_sweep.data import dataset_root
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
 from caltech_sweep.stores import Address, Store, study_store, tracking_store, without_log
@@ -41,6 +42,7 @@ from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
 from caltech_sweep.tracking.writer import MlflowTracker, Owner, provenance
 from caltech_sweep.training.keys import CacheOptions
 
+_MARK = ".run-"  # a folder in the data folder, by which the nodes of a cluster see that they share it
 _SCRATCH = "caltech-sweep-run-"  # the folder of what trials leave, until the tracking store has it
 
 
@@ -50,7 +52,7 @@ def cache_options(options: RunOptions) -> CacheOptions | None:
         return None
     from caltech_sweep.training.cache import default_budget
 
-    folder = paths.cache_folder().resolve()
+    folder = (options.cache or paths.cache_folder()).resolve()
     budget = default_budget(folder) if options.cache_size is None else int(options.cache_size * 10**9)
     return CacheOptions(folder, budget)
 
@@ -66,7 +68,7 @@ def job_of(
         queued.number,
         config,
         scratch / str(queued.number),
-        weights_file=source.path if source else None,
+        weights_file=source.path.absolute() if source else None,
         weights_digest=source.digest if source else None,
         wait_each_epoch=queued.prunable,
         stages=stages,
@@ -78,6 +80,39 @@ def table_of(study: str, tracking: Store) -> str:
     from caltech_sweep.report.build import build_report
 
     return build_report([study], "markdown", 3, tracking)
+
+
+def _executor(
+    stack: ExitStack, definition: StudyDefinition, options: RunOptions, checked: _Checked, note: Callable[[str], None]
+) -> Callable[[], Executor]:
+    """Return what makes the executor; raise UsageError for a cluster that cannot be used, before anything is written.
+
+    The stack ends the connection to the cluster.
+    """
+    if options.executor != "ray":
+        return partial(make_executor, options)
+    from caltech_sweep.sweep.executors.cluster import connected
+    from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
+    from caltech_sweep.sweep.executors.ray import RayExecutor, with_supply
+
+    dataset, home = definition.config({}).dataset, paths.data_home()
+    home.mkdir(parents=True, exist_ok=True)
+    mark = stack.enter_context(locked_directory(home.absolute(), _MARK))
+    slots = None if options.slots in (None, "max") else int(options.slots)
+    demand, threads = stack.enter_context(
+        connected(options.address, slots, options.cpus_per_trial, options.gpus_per_trial, options.threads, note)
+    )
+    cache_size = None if options.cache_size is None else int(options.cache_size * 10**9)
+    luggage = replace(
+        luggage_of(dataset, checked.data, dataset_root(dataset), mark),
+        shared_cache=options.cache is not None,
+        cache_size=cache_size,
+    )
+    if options.address is not None:
+        files = {source.digest: source.path.absolute() for source in checked.weights.values()}
+        luggage = with_supply(luggage, files)
+    device = options.device or ("cuda" if demand.gpus else "cpu")
+    return lambda: RayExecutor(Trainer(luggage), demand, threads, device, options.hang_timeout)
 
 
 def make_executor(options: RunOptions) -> Executor:
@@ -215,6 +250,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
     checked = _checked(definition, options, write)
     identity = identity_of(definition, checked.data, checked.weights)
     with ExitStack() as stack:
+        make = _executor(stack, definition, options, checked, write)
         used = stack.enter_context(_stores_in_use(checked, options, definition.name, write))
         tracker = MlflowTracker(used.tracking, used.artifacts, create=True)
         opening = _Opening(definition, identity, checked.weights, tracker, used.storage, options.adopt)
@@ -229,7 +265,7 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
         journaling = JournalingTracker(tracker, journal, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
-        executor = make_executor(options)
+        executor = make()
         stack.callback(executor.close)
         recorder = Recorder(
             journaling,

@@ -77,12 +77,14 @@ class Failed:
 class WorkerDied:
     """The worker process of a job ended unexpectedly; the job may be tried again.
 
-    ``hung`` is the number of seconds that it was silent for, where it was killed because of that.
+    ``hung`` is the number of seconds that it was silent for, where it was killed because of that. ``why`` says what
+    happened, where an executor knows it better than by an exit code.
     """
 
     job: int
     exit_code: int | None
     hung: float | None = None
+    why: str = ""
 
 
 Event = Epoch | Done | Stopped | Failed | WorkerDied

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 
 from caltech_sweep.config import DatasetConfig
@@ -21,8 +21,8 @@ def _dataset(config: DatasetConfig) -> LoadedData:
     return load_dataset(config)
 
 
-def train(job: Job) -> Generator[Epoch, None, Done]:
-    """Run one job, yielding an event an epoch."""
+def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = _dataset) -> Generator[Epoch, None, Done]:
+    """Run one job, yielding an event an epoch; ``load`` returns its images."""
     from caltech_sweep.training.device import environment, pick_device
     from caltech_sweep.training.networks import input_note
     from caltech_sweep.training.results import write_artifacts
@@ -30,7 +30,7 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
 
     keeps_freed_memory()
     device = pick_device(job.device)
-    data = _dataset(job.config.dataset)
+    data = load(job.config.dataset)
     epochs = run_trial(job.config, data, device, job.weights_file, job.stages, job.weights_digest)
     scores: list[float] = []
     while True:

@@ -1,0 +1,202 @@
+"""The Ray cluster that trials run on: one that was named, or a private one on this machine that ends with the run."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caltech_sweep import machine
+from caltech_sweep.errors import UsageError
+from caltech_sweep.files import locked_directory, remove_abandoned
+from caltech_sweep.text import counted, one_line
+
+try:
+    import ray
+    import ray._private.worker
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ImportError as error:
+    raise UsageError(
+        "--executor ray: Ray is not installed here; install it with: pip install 'caltech-sweep[ray]'"
+    ) from error
+
+_FOLDER = "cs-ray-"  # of a private cluster; short, since the names of its sockets may have 107 characters
+_STORE_BYTES = 256 << 20  # shared memory of a private cluster, for what travels
+_ANSWER_SECONDS = 5.0  # that a cluster has to take a connection
+_PROBE_SECONDS = 90.0  # that a node has to start a process and answer
+_VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What each trial asks of its node, and how many may run at once; None: as many as the cluster has room for."""
+
+    cpus: float
+    gpus: float
+    slots: int | None = None
+
+    def fits(self, node: dict[str, float]) -> int:
+        """Return how many trials a node with these resources has room for at once."""
+        asked = (("CPU", self.cpus), ("GPU", self.gpus))
+        return min((int(node.get(kind, 0.0) / each + 1e-9) for kind, each in asked if each), default=0)
+
+    def check(self) -> int:
+        """Return how many trials the cluster has room for; raise UsageError, saying what it has, where that is none."""
+        known = nodes()
+        if room := sum(map(self.fits, known.values())):
+            return room
+        sizes = Counter((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in known.values())
+        has = "; ".join(
+            f"{counted(count, 'node')} with {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}"
+            for (cpus, gpus), count in sorted(sizes.items())
+        )
+        raise UsageError(
+            f"--cpus-per-trial, --gpus-per-trial: no node of the Ray cluster has the {self.cpus:g} CPUs and "
+            f"{self.gpus:g} GPUs of a trial; it has {has}"
+        )
+
+
+def nodes() -> dict[str, dict[str, float]]:
+    """Return the resources of every node that is alive, by its id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+@contextmanager
+def connected(
+    address: str | None = None,
+    slots: int | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    threads: int | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[Demand, int]]:
+    """Connect this process to the cluster at ``address``, or to a private one on this machine that is then ended.
+
+    Yields what each trial asks of it, and torch's thread count there. A trial has a GPU where the cluster has any, and
+    otherwise as many CPUs as threads, or a whole node. Raises UsageError where no cluster answers, where it is one of
+    another version, where a node has other packages, or none with room for a trial.
+    """
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"address": address}
+        if address is None:
+            cpus = cpus or float(threads or machine.threads())
+            options = _private(stack, cpus * (slots or 1))
+        else:
+            _check_answers(address)
+        # What Ray prints of each worker and node that dies is told in our own words.
+        ray._private.worker.print_worker_logs = lambda *arguments: None
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        stack.callback(ray.shutdown)
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="CRITICAL")
+        except Exception as error:  # of many kinds, most of them Ray's own
+            raise _refused(address, error) from error
+        demand = _demand(slots, cpus, gpus, threads)
+        room = demand.check()
+        if address is not None:
+            _check_packages()
+        if slots is not None and room < slots:
+            note(f"the Ray cluster has room for {room} of {slots} slots now; the others start when it grows")
+        yield demand, threads or max(1, int(demand.cpus))
+
+
+def _private(stack: ExitStack, cpus: float) -> dict[str, Any]:
+    place = Path("/tmp" if os.name == "posix" else tempfile.gettempdir())
+    remove_abandoned(place, _FOLDER)
+    return {
+        "address": "local",
+        "num_cpus": max(machine.cores(), math.ceil(cpus)),
+        "object_store_memory": _STORE_BYTES,
+        "include_dashboard": False,
+        "_temp_dir": str(stack.enter_context(locked_directory(place, _FOLDER))),
+    }
+
+
+def _demand(slots: int | None, cpus: float | None, gpus: float | None, threads: int | None) -> Demand:
+    known = nodes().values()
+    if gpus is None:
+        gpus = float(any(node.get("GPU") for node in known))
+    if cpus is None:
+        whole = min((node["CPU"] for node in known if node.get("CPU")), default=1.0)
+        cpus = float(threads or (1 if gpus else whole))
+    return Demand(cpus, gpus, slots)
+
+
+PACKAGES = ("caltech-sweep", "torch", "torchvision", "pillow", "numpy")  # that decide the bits of a result
+
+
+def _packages() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in PACKAGES}
+
+
+def _check_packages() -> None:
+    """Raise UsageError for a node with other packages than this machine: its results might be others."""
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    asked = {}
+    for node, resources in nodes().items():
+        if resources.get("CPU"):
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            task = ray.remote(_packages).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked[node] = task.remote()
+    ours = _packages()
+    for node, answer in asked.items():
+        try:
+            theirs: dict[str, str] = ray.get(answer, timeout=_PROBE_SECONDS)
+        except RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise UsageError(
+                f"--executor ray: the node {hosts[node]} cannot run trials ({one_line(last, 200)}); install "
+                f"caltech-sweep {ours['caltech-sweep']} on it as it is here"
+            ) from error
+        for name, version in ours.items():
+            if theirs[name] != version:
+                raise UsageError(
+                    f"--executor ray: the node {hosts[node]} has {name} {theirs[name]}, and this machine {version}; "
+                    "install the same version on every machine"
+                )
+
+
+def _check_answers(address: str) -> None:
+    """Raise UsageError where nothing takes a connection: Ray would try for a minute, with pages of output."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise UsageError(
+            f"--address: {address!r} is not the HOST:PORT of a Ray head node; this machine has to be a node of its "
+            "cluster, too: ray start --address=HOST:PORT --num-cpus=0"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise UsageError(
+            f"--address: no Ray cluster answers at {address} ({error.strerror or error}); start its head node with "
+            "ray start --head, or name another address"
+        ) from error
+
+
+def _refused(address: str | None, error: Exception) -> UsageError:
+    where = "a private Ray cluster could not be started" if address is None else f"--address: the Ray cluster {address}"
+    versions = _VERSIONS.findall(str(error))
+    if len(versions) == 2:
+        (theirs, their_python), (ours, our_python) = versions
+        return UsageError(
+            f"{where} runs Ray {theirs} on Python {their_python}, and this is Ray {ours} on Python {our_python}; "
+            "install the same versions on every machine"
+        )
+    why = one_line(str(error), 200)
+    if address is None:
+        return UsageError(f"--executor ray: {where} ({why})")
+    return UsageError(
+        f"{where} cannot be joined ({why}); this machine has to be one of its nodes: "
+        f"ray start --address={address} --num-cpus=0"
+    )

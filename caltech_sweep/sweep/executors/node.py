@@ -1,0 +1,123 @@
+"""What a slot of a cluster does on its node: it trains one job after the other, and hands over what they leave.
+
+Nothing here knows Ray: a slot is an object whose methods are called from outside, each in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import socket
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from caltech_sweep.files import file_digest, locked_directory, remove_abandoned
+from caltech_sweep.heartbeat import beating
+from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Job, Runner, Stopped, _advance, failure_of
+
+CHUNK = 8 << 20  # bytes that travel at once
+_SCRATCH = "caltech-sweep-node-"  # the folder of what trials leave on a node, until the coordinator has it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slot is: its machine, and its process there."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class LeftFile:
+    """A file that a job left: its path in the job's folder, its bytes, and its SHA-256."""
+
+    path: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A job that ran to its end on a node, whose files are still there."""
+
+    done: Done
+    files: tuple[LeftFile, ...]
+
+
+class Slot:
+    """A place for one job at a time, in a process of its own on some node.
+
+    ``threads`` is torch's thread count, which decides the last bit of a sum. ``run`` trains in the thread that calls
+    it; meanwhile ``listen`` returns what has happened.
+    """
+
+    def __init__(self, runner: Runner, threads: int | None) -> None:
+        self._runner, self._threads = runner, threads
+        self._happened: queue.SimpleQueue[Event | Left | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._open = ExitStack()
+        place = Path(tempfile.gettempdir())
+        remove_abandoned(place, _SCRATCH)
+        self._folder = self._open.enter_context(locked_directory(place, _SCRATCH))
+
+    def start(self) -> Place:
+        """Say where this is; what a training imports is imported meanwhile."""
+        if self._threads is not None:
+            import torch  # noqa: F401
+        return Place(socket.gethostname(), os.getpid())
+
+    def run(self, job: Job) -> None:
+        """Train a job; what happens is told by :meth:`listen`."""
+        try:
+            self._train(job)
+        except Exception as error:  # of the slot itself, such as a full disk
+            self._happened.put(failure_of(job.number, error))
+
+    def _train(self, job: Job) -> None:
+        if self._threads is not None:
+            import torch
+
+            torch.set_num_threads(self._threads)
+        for place in self._folder.iterdir():  # of earlier jobs
+            shutil.rmtree(place)
+        folder = self._folder / str(job.number)
+        folder.mkdir()
+        epochs = self._runner(replace(job, folder=folder))
+        going_on = True
+        while going_on:
+            with beating(lambda: self._happened.put(None)):
+                event = _advance(job.number, epochs)
+                told = Left(event, tuple(_files(folder))) if isinstance(event, Done) else event
+            self._happened.put(told)
+            going_on = isinstance(event, Epoch) and (not job.wait_each_epoch or self._answers.get())
+        if isinstance(event, Epoch):
+            epochs.close()
+            self._happened.put(Stopped(job.number))
+
+    def listen(self) -> list[Event | Left | None]:
+        """Wait for something to happen, and return all that has; None is a heartbeat."""
+        happened = [self._happened.get()]
+        while not self._happened.empty():
+            happened.append(self._happened.get())
+        return happened
+
+    def answer(self, go_on: bool) -> None:
+        """Let a job that waits train its next epoch, or stop."""
+        self._answers.put(go_on)
+
+    def chunk(self, job: int, path: str, start: int) -> bytes:
+        """Return a part of a file that a job left."""
+        with (self._folder / str(job) / path).open("rb") as file:
+            file.seek(start)
+            return file.read(CHUNK)
+
+
+def _files(folder: Path) -> list[LeftFile]:
+    return [
+        LeftFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_digest(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]

@@ -1,0 +1,371 @@
+"""Trials on a Ray cluster: persistent actors, one a slot.
+
+Ray places the slots and says which of them have died; it retries nothing. A slot that is given up is never listened to
+again, so that whatever it still does, after a pause or a cut network, reaches no store. What a trial leaves comes home
+in chunks, the next one asked for when the last one is written, and is checked before its :class:`Done` is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ray
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from caltech_sweep.sweep.executors.base import (
+    HANG_SECONDS,
+    Epoch,
+    Event,
+    Failed,
+    Job,
+    Runner,
+    WorkerDied,
+    failure_of,
+)
+from caltech_sweep.sweep.executors.cluster import Demand, nodes
+from caltech_sweep.sweep.executors.luggage import Files, Luggage
+from caltech_sweep.sweep.executors.node import Left, LeftFile, Place, Slot
+from caltech_sweep.text import one_line
+
+IDLE_SECONDS = 30.0  # after which a slot without a job is given back to the cluster
+_LOOK_SECONDS = 2.0  # between two looks at which nodes there are
+_THREADS = 4  # of a slot: one trains, one waits for what happens, others answer and hand files over
+
+
+@dataclass(frozen=True)
+class _Started:
+    place: Place
+    node: str  # Ray's id of it
+
+
+class _Actor(Slot):
+    """A slot that knows its node."""
+
+    def arrive(self) -> _Started:
+        return _Started(self.start(), ray.get_runtime_context().get_node_id())
+
+
+@dataclass(frozen=True)
+class _Supply:
+    """The coordinator's files, as a node asks for them."""
+
+    actor: Any
+
+    def images(self, first: int) -> list[bytes]:
+        block: list[bytes] = ray.get(self.actor.images.remote(first))
+        return block
+
+    def weights(self, digest: str, start: int) -> bytes:
+        part: bytes = ray.get(self.actor.weights.remote(digest, start))
+        return part
+
+
+def with_supply(luggage: Luggage, weights: Mapping[str, Path]) -> Luggage:
+    """Return what slots are told, with what hands out the files of this machine: ``weights`` by their SHA-256."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Files).options(num_cpus=0, max_concurrency=_THREADS, scheduling_strategy=here)
+    return replace(luggage, supply=_Supply(actor.remote(luggage, weights)))
+
+
+class _Incoming:
+    """The files of one job on their way home; raises OSError when they cannot be written."""
+
+    def __init__(self, left: Left, folder: Path) -> None:
+        self.done, self._folder = left.done, folder
+        self._files = deque(left.files)
+        self._open: BinaryIO | None = None
+        self._sum = hashlib.sha256()
+
+    def next(self) -> tuple[LeftFile, int] | None:
+        """Return the file, and where in it, that the next chunk is of; None when all are here."""
+        if not self._files:
+            return None
+        if self._open is None:
+            target = self._folder / self._files[0].path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._open, self._sum = target.open("wb"), hashlib.sha256()
+        return self._files[0], self._open.tell()
+
+    def take(self, chunk: bytes) -> str:
+        """Write a chunk; return what is wrong with its file, if it is whole and is not the one that was left."""
+        assert self._open is not None
+        file = self._files[0]
+        self._open.write(chunk)
+        self._sum.update(chunk)
+        if chunk and self._open.tell() < file.size:
+            return ""
+        self._open.close()
+        self._open = None
+        self._files.popleft()
+        return "" if self._sum.hexdigest() == file.digest else f"{file.path} did not arrive as it was sent"
+
+
+@dataclass
+class _Slot:
+    actor: Any
+    awaited: Any  # what it is to answer next: its start, what happened, or a chunk
+    node: str = ""  # empty until it has started
+    place: Place | None = None
+    job: Job | None = None
+    incoming: _Incoming | None = None
+    alone: bool = False  # it is for one job, which shares its device with no other
+    last_seen: float = 0.0
+    idle_since: float = 0.0
+
+
+class RayExecutor:
+    """Slots on the nodes of the Ray cluster that this process is connected to.
+
+    A slot is made when a job needs it, and given back when it was idle for ``IDLE_SECONDS``. Jobs wait here until a
+    slot has started: the first one that is ready takes the first job. A slot whose node or process dies is dropped. One
+    that sends nothing for ``hang_seconds`` is killed; only time in which this executor is polled counts.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        demand: Demand,
+        threads: int | None = None,
+        device: str | None = None,
+        hang_seconds: float = HANG_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner, self._demand, self._threads, self._device = ray.put(runner), demand, threads, device
+        self._hang_seconds, self._clock = hang_seconds, clock
+        self._polled = clock()
+        self._slots: list[_Slot] = []
+        self._waiting: deque[Job] = deque()
+        self._node_of: dict[int, str] = {}  # of every job, where it ran last
+        self._nodes: tuple[float, dict[str, dict[str, float]]] = (-math.inf, {})
+
+    # -- how many, and where -----------------------------------------------------------------------------------------
+
+    def _alive(self) -> dict[str, dict[str, float]]:
+        looked, found = self._nodes
+        if self._clock() - looked > _LOOK_SECONDS:
+            self._nodes = (self._clock(), found := nodes())
+        return found
+
+    def _most(self) -> int:
+        if self._demand.slots is not None:
+            return self._demand.slots
+        return max(1, sum(map(self._demand.fits, self._alive().values())))
+
+    def _reserved(self) -> set[str]:
+        """Return the nodes that a job has, or awaits, for itself."""
+        having = {slot.node for slot in self._slots if slot.alone}
+        return having | {self._node_of.get(job.number, "") for job in self._waiting if job.alone}
+
+    def free(self) -> int:
+        """Return how many more jobs may run; while one needs its device to itself, only slots elsewhere are free."""
+        if reserved := self._reserved():
+            elsewhere = sum(slot.job is None and slot.node not in reserved | {""} for slot in self._slots)
+            return max(0, elsewhere - sum(not job.alone for job in self._waiting))
+        return max(0, self._most() - len(self._waiting) - sum(slot.job is not None for slot in self._slots))
+
+    def submit(self, job: Job) -> None:
+        """Run a job in the first slot that is ready; one to run alone waits until the others on its node have ended."""
+        self._waiting.append(replace(job, device=job.device or self._device))
+        self._place()
+
+    def _place(self) -> None:
+        """Give the jobs that wait to the slots that are ready, and make slots for the others."""
+        for job in [job for job in self._waiting if job.alone]:
+            self._place_alone(job)
+        reserved = self._reserved()
+        jobs = [job for job in self._waiting if not job.alone]
+        ready = [s for s in self._slots if s.place is not None and s.job is None and not s.alone]
+        for job, slot in zip(jobs, (slot for slot in ready if slot.node not in reserved), strict=False):
+            self._waiting.remove(job)
+            self._run(slot, job)
+        starting = [slot for slot in self._slots if slot.place is None and not slot.alone]
+        missing = sum(not job.alone for job in self._waiting) - len(starting)
+        for slot in starting[: max(0, -missing)]:  # others were free first
+            self._drop(slot)
+        for _ in range(0 if reserved else max(0, min(missing, self._most() - len(self._slots)))):
+            self._slots.append(self._start())
+
+    def _place_alone(self, job: Job) -> None:
+        """Make a slot for a job on the node that it ran on, once no other one is there: a new process on whole GPUs."""
+        node = self._node_of.get(job.number, "")
+        mine = [slot for slot in self._slots if slot.alone and slot.job is None and slot.node in ("", node)]
+        if mine and mine[0].place is not None:
+            self._waiting.remove(job)
+            self._run(mine[0], job)
+        elif not mine and all(slot.job is None for slot in self._slots if slot.node in ("", node)):
+            for slot in [slot for slot in self._slots if slot.node in ("", node)]:
+                self._drop(slot)
+            self._slots.append(self._start(node, alone=True))
+
+    def _start(self, node: str = "", alone: bool = False) -> _Slot:
+        gpus = math.ceil(self._demand.gpus) if alone else self._demand.gpus
+        there = NodeAffinitySchedulingStrategy(node, soft=False) if node in self._alive() else None
+        actor = (
+            ray.remote(_Actor)
+            .options(
+                num_cpus=self._demand.cpus,
+                num_gpus=gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=_THREADS,
+                scheduling_strategy=there,
+            )
+            .remote(self._runner, self._threads)
+        )
+        return _Slot(actor, actor.arrive.remote(), alone=alone)
+
+    def _run(self, slot: _Slot, job: Job) -> None:
+        slot.job, slot.last_seen = job, self._clock()
+        self._node_of[job.number] = slot.node
+        slot.actor.run.remote(job)
+        slot.awaited = slot.actor.listen.remote()
+
+    def _drop(self, slot: _Slot) -> None:
+        """Give a slot up: nothing that it sends is heard any more."""
+        self._slots.remove(slot)
+        with suppress(RayError):
+            ray.kill(slot.actor)
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Return the events that have arrived; slots that hang are killed, those that are idle for long given back."""
+        self._place()
+        now = self._clock()
+        for slot in self._slots:  # no poll listened since the last one
+            slot.last_seen = min(now, slot.last_seen + (now - self._polled))
+        events = [event for slot in self._answered(timeout) for event in self._receive(slot)]
+        self._polled = self._clock()
+        for slot in list(self._slots):
+            if slot.job is not None and self._polled - slot.last_seen > self._hang_seconds:
+                events.append(WorkerDied(slot.job.number, None, self._hang_seconds))
+                self._drop(slot)
+            elif slot.job is None and slot.place is not None and self._polled - slot.idle_since > IDLE_SECONDS:
+                self._drop(slot)
+        self._place()
+        return events
+
+    def _answered(self, timeout: float) -> list[_Slot]:
+        awaited = {slot.awaited: slot for slot in self._slots if slot.awaited is not None}
+        if not awaited:
+            time.sleep(0.01)
+            return []
+        ready, _ = ray.wait(list(awaited), timeout=timeout)
+        if ready:
+            ready, _ = ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
+        return [awaited[each] for each in ready]
+
+    def _receive(self, slot: _Slot) -> list[Event]:
+        """Take what a slot has answered."""
+        if slot not in self._slots:
+            return []
+        try:
+            answer = ray.get(slot.awaited)
+        except RayError as error:
+            return self._lost(slot, error)
+        slot.last_seen = slot.idle_since = self._clock()
+        if isinstance(answer, _Started):
+            slot.place, slot.node, slot.awaited = answer.place, answer.node, None
+            return []
+        if isinstance(answer, bytes):
+            return self._arrived(slot, answer)
+        events: list[Event] = []
+        for event in answer:
+            if isinstance(event, Left):
+                return events + self._begin(slot, event)
+            if event is not None:
+                events.append(event)
+                if not isinstance(event, Epoch):
+                    self._end(slot)
+                    return events
+        slot.awaited = slot.actor.listen.remote()
+        return events
+
+    def _end(self, slot: _Slot) -> None:
+        slot.job, slot.awaited, slot.incoming = None, None, None
+        if slot.alone:
+            self._drop(slot)
+
+    def _begin(self, slot: _Slot, left: Left) -> list[Event]:
+        assert slot.job is not None
+        slot.incoming = _Incoming(left, slot.job.folder)
+        return self._fetch(slot)
+
+    def _fetch(self, slot: _Slot) -> list[Event]:
+        """Ask for the next chunk of what a job left, or end the job."""
+        assert slot.job is not None and slot.incoming is not None
+        try:
+            wanted = slot.incoming.next()
+        except OSError as error:
+            return self._spoilt(slot, failure_of(slot.job.number, error))
+        if wanted is None:
+            done = slot.incoming.done
+            self._end(slot)
+            return [done]
+        slot.awaited = slot.actor.chunk.remote(slot.job.number, wanted[0].path, wanted[1])
+        return []
+
+    def _arrived(self, slot: _Slot, chunk: bytes) -> list[Event]:
+        assert slot.job is not None and slot.incoming is not None
+        try:
+            problem = slot.incoming.take(chunk)
+        except OSError as error:
+            return self._spoilt(slot, failure_of(slot.job.number, error))
+        if problem:
+            return self._spoilt(slot, WorkerDied(slot.job.number, None, why=problem))
+        return self._fetch(slot)
+
+    def _spoilt(self, slot: _Slot, event: Event) -> list[Event]:
+        self._end(slot)
+        return [event]
+
+    def _lost(self, slot: _Slot, error: RayError) -> list[Event]:
+        """Drop a slot that answers with an error; one that has never started counts against a job that waits."""
+        self._drop(slot)
+        job = slot.job
+        if job is None and slot.place is None:
+            job = next((each for each in self._waiting if each.alone == slot.alone), None)
+            if job is not None:
+                self._waiting.remove(job)
+        if job is None:
+            return []
+        host = slot.place.host if slot.place is not None else "a node"
+        if isinstance(error, OutOfMemoryError):
+            why = f"Ray ended its worker since {host} ran low on memory; lower batch_size, or raise --cpus-per-trial"
+            return [Failed(job.number, "out_of_memory", why)]
+        return [WorkerDied(job.number, None, why=self._cause(slot, host, error))]
+
+    def _cause(self, slot: _Slot, host: str, error: RayError) -> str:
+        if isinstance(error, RayTaskError) or slot.place is None and "creation task" in str(error):
+            return f"its worker on {host} could not start ({one_line(str(error).strip().splitlines()[-1], 200)})"
+        if isinstance(error, RayActorError) and error.preempted:
+            return f"its node {host} was taken back"
+        if isinstance(error, ActorUnavailableError):
+            return f"its node {host} does not answer"
+        return f"its worker process on {host} ended" if slot.node in nodes() else f"its node {host} left the cluster"
+
+    def answer(self, job: int, go_on: bool) -> None:
+        """Let the slot that waits go on or stop."""
+        for slot in self._slots:
+            if slot.job is not None and slot.job.number == job:
+                slot.actor.answer.remote(go_on)
+
+    @property
+    def places(self) -> dict[int, Place]:
+        """Where each running job is."""
+        return {slot.job.number: slot.place for slot in self._slots if slot.job is not None and slot.place is not None}
+
+    def close(self) -> None:
+        """End every slot at once."""
+        self._waiting.clear()
+        for slot in list(self._slots):
+            self._drop(slot)
