@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
+RAY := $(VENV)/.ray
 
 STUDY ?= demo
 TRIALS ?=
@@ -11,15 +12,19 @@ DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan report test test-slow test-all chaos check format lint types docs docs-check ui
+.PHONY: help setup sweep plan report test test-slow test-all chaos chaos-cluster check format lint types docs docs-check ui
 
 help: ## show these targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 $(SETUP): setup.cfg constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages (several GB the first time) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(RAY): $(SETUP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	@touch $@
 
 setup: $(SETUP) ## create the virtual environment
@@ -39,14 +44,17 @@ ui: $(SETUP) ## serve the MLflow UI on loopback
 test: $(SETUP) ## run the default test suite
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
-test-slow: $(SETUP) ## run only the slow tests: they start servers, browsers and processes
+test-slow: $(RAY) ## run only the slow tests: they start servers, browsers and processes
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow -rs $(ARGS)
 
-test-all: $(SETUP) ## run every test, the slow ones too
+test-all: $(RAY) ## run every test, the slow ones too
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow or not slow" $(ARGS)
 
 chaos: $(SETUP) ## kill a study a hundred times and compare its report: make chaos KILLS=100 SEED=0
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+chaos-cluster: $(RAY) ## kill nodes and workers of a Ray cluster: make chaos-cluster EVENTS=60 SEED=0
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/chaos_cluster.py $(if $(EVENTS),--events $(EVENTS)) $(if $(SEED),--seed $(SEED))
 
 format: $(SETUP) ## rewrite the code in the project's format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -616,6 +616,21 @@ def doctor(study: str | None, fix: bool, tracking_uri: Store, storage: Store) ->
 
 
 @main.command()
+@click.argument("study", required=False)
+@tracking_option
+@storage_option
+def status(study: str | None, tracking_uri: Store, storage: Store) -> None:
+    """Say which studies are being run, or how far STUDY is: who runs it, each trial, where, and how long it takes.
+
+    Example: caltech-sweep status
+    """
+    from caltech_sweep.sweep.status import status as lines
+
+    for line in lines(study, tracking_uri, storage):
+        click.echo(line)
+
+
+@main.command()
 @tracking_option
 @click.option(
     "--storage", callback=_storage, help="Optuna store, next to which the journals are; default mlruns/optuna.db."

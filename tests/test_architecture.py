@@ -93,6 +93,13 @@ def test_mlflow_is_imported_by_tracking_and_serving_only() -> None:
     assert {name.split("/")[0] for name in users_of("mlflow")} == {"tracking", "serving"}
 
 
+def test_ray_is_imported_by_its_executor_only_and_by_nothing_that_runs_without_it() -> None:
+    assert users_of("ray") == {"sweep/executors/cluster.py", "sweep/executors/ray.py"}
+    own = {"caltech_sweep.sweep.executors.cluster", "caltech_sweep.sweep.executors.ray"}
+    users = {name for name, path in MODULES.items() if imports(path, top_level_only=True) & own}
+    assert users == {"sweep/executors/ray.py"}
+
+
 # What is private of a library, and the modules that may use it.
 PRIVATE = {
     r"\._thread_local\b|study\._storage\b|\._study_id\b|optuna\.\w*\._|optuna\.storages\._rdb": {
@@ -103,6 +110,7 @@ PRIVATE = {
     r"mlflow\.store|mlflow\.tracking\._|_tracking_client|mlflow\.utils\.(validation|uri|file_utils)|MlflowClient\(": {
         "tracking/client.py"
     },
+    r"ray\._private": {"sweep/executors/cluster.py"},
 }
 
 

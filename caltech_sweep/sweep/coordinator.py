@@ -214,6 +214,8 @@ class Coordinator:
         """Log and report an epoch; one that the stores have already, from before an interruption, changes neither."""
         running.epoch = event.epoch
         self.ledger.epoch(event)
+        if event.host != running.run.host:
+            self.recorder.place(running.run, event.host)
         if event.epoch <= running.queued.paused_at and not (event.reused or running.retrains):
             running.retrains = True
             self.progress.note(

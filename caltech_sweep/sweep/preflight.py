@@ -218,8 +218,8 @@ def identity_of(definition: StudyDefinition, data: LoadedData, weights: Weights)
 
 def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights | None) -> Callable[[TrialConfig], int]:
     """Return what tells how many epochs of a trial are kept from earlier trials of any study."""
-    if data is None or weights is None or not options.reuse:
-        return lambda config: 0
+    if data is None or weights is None or not options.reuse or options.address is not None:
+        return lambda config: 0  # what other machines keep is not known here
     import torch
 
     from caltech_sweep.training.checkpoints import stored_epochs
@@ -227,7 +227,7 @@ def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights |
     from caltech_sweep.training.keys import CacheOptions
 
     torch.set_num_threads(options.threads or machine.threads())
-    device, use = pick_device(options.device), CacheOptions(paths.cache_folder().resolve(), 0)
+    device, use = pick_device(options.device), CacheOptions((options.cache or paths.cache_folder()).resolve(), 0)
 
     def kept(config: TrialConfig) -> int:
         try:

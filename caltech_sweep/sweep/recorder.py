@@ -20,7 +20,15 @@ from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Spent
 from caltech_sweep.sweep.queue import QueuedTrial
 from caltech_sweep.tracking.background import Background
-from caltech_sweep.tracking.records import STORE_TAG, EpochLog, InitialWeights, Tracker, TrialRecord, records_by_trial
+from caltech_sweep.tracking.records import (
+    HOST,
+    STORE_TAG,
+    EpochLog,
+    InitialWeights,
+    Tracker,
+    TrialRecord,
+    records_by_trial,
+)
 
 DESCRIBE_SECONDS = 60.0  # at most so often the table in the tracking store is renewed while trials run
 FLUSH_SECONDS = 5.0  # how long epochs may wait to be logged together
@@ -46,6 +54,7 @@ class RecordedTrial:
     pending: list[EpochLog] = field(default_factory=list)
     flushed: float = field(default_factory=time.monotonic)
     spent: Spent = field(default_factory=Spent)
+    host: str = ""  # the machine that trains it, where that is not this one
 
 
 class Recorder:
@@ -90,11 +99,12 @@ class Recorder:
         key, params = (queued.number, config.fingerprint()), config.to_params()
         record = self.records.get(key)
         known = record.run_id if record is not None else self._opened.get(key)
+        here = {HOST: self.tags[HOST]} if HOST in self.tags else {}
         if known is None:
             known = self.tracker.start_trial(self.definition.name, queued.name, params, self._tags(queued))
             run = RecordedTrial(known)
         else:
-            run = RecordedTrial(known, self.tracker.resume_trial(known, self._weights_tags(config)))
+            run = RecordedTrial(known, self.tracker.resume_trial(known, {**self._weights_tags(config), **here}))
         if record is not None and len(record.params) < len(params):  # its process died before it had written all this
             self.tracker.log_params(known, params)
         self._opened[key] = known
@@ -128,6 +138,12 @@ class Recorder:
         """Open a run again whose trial is tried once more."""
         self.flush(run)
         run.logged = self.tracker.resume_trial(run.run_id, {"attempt": str(attempt)})
+
+    def place(self, run: RecordedTrial, host: str) -> None:
+        """Record which machine a trial goes on at."""
+        self.flush(run)
+        self.tracker.resume_trial(run.run_id, {HOST: host})
+        run.host = host
 
     def epoch(self, run: RecordedTrial, epoch: int, metrics: Mapping[str, float]) -> None:
         """Log an epoch, soon; one that the store has from before an interruption is logged once."""

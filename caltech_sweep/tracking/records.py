@@ -42,6 +42,7 @@ OUTCOMES = {
 UNFINISHED = ("interrupted", "paused")  # a trial that ended so may go on, in the same run
 SUGGESTED_BY = "suggested_by"  # the tag of a sampled trial: "model" or "random", where its sampler has a model
 PAUSED_AT = "paused_at"  # the tag of a paused trial's run: the epoch it is paused at
+HOST = "host"  # the tag of a trial's run: the machine that trains it, as that calls itself
 END_TAGS = ("outcome", "reason", PAUSED_AT)  # a run that goes on loses these
 
 

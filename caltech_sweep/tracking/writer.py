@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from caltech_sweep.tracking.reader import ClientReader
 from caltech_sweep.tracking.records import (
     END_TAGS,
     FORMER_TAG,
+    HOST,
     MISSING_TAG,
     OUTCOMES,
     STORE_TAG,
@@ -54,6 +56,7 @@ STEP_METRIC = TRAIN_LOSS  # logged by every epoch, so its last step is the last 
 def provenance() -> dict[str, str]:
     """Return the tags of who starts a run, how, and from which git commit; those that cannot be known are left out."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    tags[HOST] = socket.gethostname()
     with suppress(OSError, KeyError, ImportError):  # of a process whose user has no name
         tags["mlflow.user"] = getpass.getuser()
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])

@@ -85,7 +85,7 @@ def furnish(folder: Path, search: str, trials: int = 12, epochs: int = 4) -> Pat
     return folder
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     hidden = ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA")
     return {**{k: v for k, v in os.environ.items() if k not in hidden}, "OMP_NUM_THREADS": "1"}
 
@@ -100,7 +100,7 @@ def report_by_command(place: Path, kind: str) -> str:
     done = subprocess.run(
         command("report", "killed", "--format", kind, "--best", "100"),
         cwd=place,
-        env=_environment(),
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -237,7 +237,7 @@ def launched(place: Path, workers: int) -> Iterator[tuple[subprocess.Popen[bytes
     arguments = command("run", "killed", "--threads", "1", "--workers", str(workers))
     with log.open("ab") as out:
         process = subprocess.Popen(
-            arguments, cwd=place, env=_environment(), stdout=out, stderr=out, start_new_session=True
+            arguments, cwd=place, env=environment(), stdout=out, stderr=out, start_new_session=True
         )
 
     def said() -> str:
@@ -273,9 +273,9 @@ def intrude(place: Path, tally: Tally) -> None:
     other = place.with_name(f"{place.name}-other")
     if not other.exists():
         shutil.copytree(place / "sweeps", other / "sweeps")
-    environment = {**_environment(), "MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlruns' / 'mlflow.db'}"}
+    theirs = {**environment(), "MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlruns' / 'mlflow.db'}"}
     for arguments in (("run", "killed", "--threads", "1", "--in-process"), ("plan", "killed")):
-        done = subprocess.run(command(*arguments), cwd=other, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command(*arguments), cwd=other, env=theirs, capture_output=True, text=True)
         if done.returncode != 2 or "belongs to another study store" not in done.stderr:
             tally.problems.append(f"a second user's {arguments[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
         tally.refused += 1

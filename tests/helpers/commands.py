@@ -24,6 +24,8 @@ TAKES_OTHER_TEXT = {
     "model",
     "compare",
     "budget",
+    "address",
+    "slots",
 }
 ARGUMENTS = {"study": ["tiny"], "studies": ["tiny"], "images": ["image.png"]}
 FURTHER = {  # what else a command is given, so that it comes as far as it can

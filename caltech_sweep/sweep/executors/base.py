@@ -45,6 +45,7 @@ class Epoch:
     metrics: Mapping[str, float]
     reused: bool = False  # not trained by this job
     last: bool = False  # the job trains no more: all epochs are done, or it stops early
+    host: str = ""  # the machine that has trained it, where that may be another one than the coordinator's
 
 
 @dataclass(frozen=True)

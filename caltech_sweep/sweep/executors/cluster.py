@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
+import signal
 import socket
 import tempfile
 from collections import Counter
@@ -96,10 +98,13 @@ def connected(
         ray._private.worker.print_worker_logs = lambda *arguments: None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         stack.callback(ray.shutdown)
+        before = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options, log_to_driver=False, logging_level="CRITICAL")
+            ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
         except Exception as error:  # of many kinds, most of them Ray's own
-            raise _refused(address, error) from error
+            raise refused(address, error) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)  # Ray has one of its own
         demand = _demand(slots, cpus, gpus, threads)
         room = demand.check()
         if address is not None:
@@ -184,7 +189,7 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-def _refused(address: str | None, error: Exception) -> UsageError:
+def refused(address: str | None, error: Exception) -> UsageError:
     where = "a private Ray cluster could not be started" if address is None else f"--address: the Ray cluster {address}"
     versions = _VERSIONS.findall(str(error))
     if len(versions) == 2:

@@ -109,10 +109,10 @@ class _Incoming:
         return "" if self._sum.hexdigest() == file.digest else f"{file.path} did not arrive as it was sent"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     actor: Any
-    awaited: Any  # what it is to answer next: its start, what happened, or a chunk
+    awaited: Any  # what it answers next: its start, what has happened, or a chunk
     node: str = ""  # empty until it has started
     place: Place | None = None
     job: Job | None = None
@@ -227,7 +227,6 @@ class RayExecutor:
         slot.job, slot.last_seen = job, self._clock()
         self._node_of[job.number] = slot.node
         slot.actor.run.remote(job)
-        slot.awaited = slot.actor.listen.remote()
 
     def _drop(self, slot: _Slot) -> None:
         """Give a slot up: nothing that it sends is heard any more."""
@@ -255,9 +254,9 @@ class RayExecutor:
         return events
 
     def _answered(self, timeout: float) -> list[_Slot]:
-        awaited = {slot.awaited: slot for slot in self._slots if slot.awaited is not None}
+        awaited = {slot.awaited: slot for slot in self._slots}
         if not awaited:
-            time.sleep(0.01)
+            time.sleep(min(timeout, 0.1))
             return []
         ready, _ = ray.wait(list(awaited), timeout=timeout)
         if ready:
@@ -274,24 +273,28 @@ class RayExecutor:
             return self._lost(slot, error)
         slot.last_seen = slot.idle_since = self._clock()
         if isinstance(answer, _Started):
-            slot.place, slot.node, slot.awaited = answer.place, answer.node, None
-            return []
+            slot.place, slot.node = answer.place, answer.node
+            return self._listen(slot)
         if isinstance(answer, bytes):
             return self._arrived(slot, answer)
         events: list[Event] = []
         for event in answer:
             if isinstance(event, Left):
                 return events + self._begin(slot, event)
-            if event is not None:
+            if isinstance(event, Epoch) and slot.place is not None:
+                events.append(replace(event, host=slot.place.host))
+            elif event is not None:
                 events.append(event)
-                if not isinstance(event, Epoch):
-                    self._end(slot)
-                    return events
+                self._end(slot)
+        return events + self._listen(slot)
+
+    def _listen(self, slot: _Slot) -> list[Event]:
+        """Wait for what a slot says next; also of an idle one, which may die."""
         slot.awaited = slot.actor.listen.remote()
-        return events
+        return []
 
     def _end(self, slot: _Slot) -> None:
-        slot.job, slot.awaited, slot.incoming = None, None, None
+        slot.job, slot.incoming = None, None
         if slot.alone:
             self._drop(slot)
 
@@ -310,7 +313,7 @@ class RayExecutor:
         if wanted is None:
             done = slot.incoming.done
             self._end(slot)
-            return [done]
+            return [done, *self._listen(slot)]
         slot.awaited = slot.actor.chunk.remote(slot.job.number, wanted[0].path, wanted[1])
         return []
 
@@ -326,7 +329,7 @@ class RayExecutor:
 
     def _spoilt(self, slot: _Slot, event: Event) -> list[Event]:
         self._end(slot)
-        return [event]
+        return [event, *self._listen(slot)]
 
     def _lost(self, slot: _Slot, error: RayError) -> list[Event]:
         """Drop a slot that answers with an error; one that has never started counts against a job that waits."""

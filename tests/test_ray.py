@@ -1,0 +1,253 @@
+"""A study on a Ray cluster: the report of one machine, whatever nodes have and lose; and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Job, WorkerDied
+from helpers.clusters import add_node, cluster_of, reports
+from helpers.places import Cli
+
+pytestmark = pytest.mark.slow
+ON_RAY = ("run", "tiny", "--threads", "1", "--executor", "ray")
+
+
+def slowly(job: Job) -> Epochs:
+    """Count epochs, each of which takes a while; the artifacts are more than one chunk."""
+    for epoch in range(1, job.config.epochs + 1):
+        yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10})
+        time.sleep(0.2)
+    (job.folder / "deep").mkdir()
+    (job.folder / "deep" / "large").write_bytes(bytes(range(256)) * 100_000)
+    (job.folder / "empty").touch()
+    return Done(job.number, {"best/val_accuracy": 0.5})
+
+
+def job(tmp_path: Path, number: int = 0, epochs: int = 3) -> Job:
+    folder = tmp_path / str(number)
+    folder.mkdir(exist_ok=True)
+    return Job(number, TrialConfig(epochs=epochs), folder)
+
+
+def until(executor: Any, kind: type[Event], count: int = 1, seconds: float = 120) -> list[Event]:
+    """Poll until there are so many events of a kind."""
+    events: list[Event] = []
+    end = time.monotonic() + seconds
+    while sum(isinstance(event, kind) for event in events) < count:
+        assert time.monotonic() < end, events
+        events += executor.poll(0.2)
+    return events
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with cluster_of(tmp_path_factory.mktemp("nodes"), 2) as made:
+        yield made
+
+
+def test_a_study_on_two_nodes_gives_the_report_of_one_machine(
+    cluster: Any, cli: Cli, place: Path, finished_place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = cli(*ON_RAY, "--address", cluster.address)
+    assert result.exit_code == 0 and "study tiny: 3 complete" in result.output, result.output
+    assert "raylet" not in result.output and not (place / "data" / "reuse").exists()
+    ours = reports("tiny")
+    assert cli("doctor").exit_code == 0
+    monkeypatch.chdir(finished_place)
+    assert ours == reports("tiny")
+
+
+def test_slots_come_with_jobs_and_go_when_idle_and_files_come_home_whole(cluster: Any, tmp_path: Path) -> None:
+    from caltech_sweep.sweep.executors import ray as on_ray
+    from caltech_sweep.sweep.executors.cluster import Demand, connected, nodes
+
+    with connected(cluster.address, cpus=1):
+        executor = on_ray.RayExecutor(slowly, Demand(1, 0))
+        assert executor.free() == 2 and not executor.places
+        for number in (0, 1):
+            executor.submit(job(tmp_path, number))
+        assert executor.free() == 0
+        until(executor, Done, 2)
+        assert executor.free() == 2
+        for number in (0, 1):
+            assert (tmp_path / str(number) / "deep" / "large").read_bytes() == bytes(range(256)) * 100_000
+            assert (tmp_path / str(number) / "empty").read_bytes() == b""
+        later = time.monotonic() + on_ray.IDLE_SECONDS
+        executor._clock = lambda: later + 1
+        executor.poll(0)
+        executor.poll(0)
+        import ray
+
+        end = time.monotonic() + 60
+        while ray.available_resources().get("CPU") != sum(node.get("CPU", 0) for node in nodes().values()):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        executor.close()
+
+
+def test_a_worker_that_is_killed_is_told_and_one_that_wakes_after_it_was_given_up_writes_nothing(
+    cluster: Any, tmp_path: Path
+) -> None:
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    with connected(cluster.address, cpus=1):
+        executor = RayExecutor(slowly, Demand(1, 0, 2), hang_seconds=3)
+        executor.submit(job(tmp_path, 0))
+        until(executor, Epoch)
+        os.kill(executor.places[0].pid, signal.SIGKILL)
+        assert "worker process on" in until(executor, WorkerDied)[-1].why
+        executor.submit(job(tmp_path, 1))
+        until(executor, Epoch)
+        pid = executor.places[1].pid
+        os.kill(pid, signal.SIGSTOP)
+        assert until(executor, WorkerDied)[-1].hung == 3
+        os.kill(pid, signal.SIGCONT)
+        end = time.monotonic() + 15
+        while time.monotonic() < end and Path(f"/proc/{pid}").exists():
+            assert executor.poll(0.2) == []
+        assert not list((tmp_path / "1").iterdir()) and not Path(f"/proc/{pid}").exists()
+        executor.submit(job(tmp_path, 1))
+        assert [event.epoch for event in until(executor, Done) if isinstance(event, Epoch)] == [1, 2, 3]
+        executor.close()
+
+
+def test_the_trial_of_a_node_that_dies_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    third = add_node(cluster, tmp_path / "third", num_cpus=2)
+    with connected(cluster.address, cpus=2):
+        executor = RayExecutor(slowly, Demand(2, 0))
+        assert executor.free() == 1
+        executor.submit(job(tmp_path, 0, epochs=1000))
+        until(executor, Epoch)
+        cluster.remove_node(third, allow_graceful=False)
+        died = until(executor, WorkerDied)[-1]
+        assert "its node" in died.why, died
+        add_node(cluster, tmp_path / "fourth", num_cpus=2)
+        executor.submit(job(tmp_path, 0))
+        until(executor, Done)
+        executor.close()
+
+
+def test_a_node_that_sees_no_image_gets_them_and_the_weights_from_the_coordinator(
+    cluster: Any, cli: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node is in a mount name space in which an empty file system lies over all of the coordinator's files."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no mount name space can be made here")
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    for kind in "ab":
+        for number in range(12):
+            file = place / "photos" / kind / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 255, (40, 40, 3), np.uint8)).save(file)
+    text = (place / "sweeps" / "tiny.yaml").read_text()
+    text = text.replace("{name: shapes,", "{name: folder, root: photos,").replace(
+        ", classes: 3, images_per_class: 8", ""
+    )
+    (place / "sweeps" / "tiny.yaml").write_text(text)
+    assert cli("run", "tiny", "--in-process", "--threads", "1", "--name", "base").exit_code == 0
+    more = ("--set", "weights=study:base", "--row", "First", "--data", "photos")
+    assert cli("run", "tiny", "--in-process", "--threads", "1", "--no-reuse", *more).exit_code == 0
+    ours = reports("tiny")
+    data = tmp_path.parent / f"{tmp_path.name}-node"
+    data.mkdir()
+    start = f"mount -t tmpfs none {place} && exec {sys.executable} -m ray.scripts.scripts start --block"
+    start += f" --address={cluster.address} --num-cpus=3 --object-store-memory=100000000"
+    environment = {**os.environ, "CALTECH_SWEEP_DATA": str(data), "RAY_TMPDIR": os.environ["RAY_TMPDIR"]}
+    node = subprocess.Popen(["unshare", "-m", "sh", "-c", start], env=environment, cwd="/", start_new_session=True)
+    try:
+        from caltech_sweep.tracking.writer import MlflowTracker
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlruns' / 'mlflow.db'}")
+        wait_for_cpus(cluster, 3)
+        on_node = ("--executor", "ray", "--address", cluster.address, "--cpus-per-trial", "3", "--threads", "1")
+        result = cli("run", "tiny", *on_node, *more, "--name", "far")
+        assert result.exit_code == 0, result.output
+        assert reports("far").replace("far", "tiny") == ours
+        assert len(list((data / "received").rglob("*.png"))) == 24
+        assert len(list((data / "received").rglob("*.safetensors"))) == 1
+        assert MlflowTracker(os.environ["MLFLOW_TRACKING_URI"]).study("far") is not None
+    finally:
+        os.killpg(node.pid, signal.SIGTERM)
+        node.wait(30)
+
+
+def wait_for_cpus(cluster: Any, cpus: int) -> None:
+    """Wait until a node has so many."""
+    end = time.monotonic() + 90
+    while not any(node["Alive"] and node["Resources"].get("CPU") == cpus for node in cluster.global_state.node_table()):
+        assert time.monotonic() < end
+        time.sleep(0.5)
+
+
+def test_what_no_node_has_is_refused_with_what_there_is_and_nothing_is_written(
+    cluster: Any, cli: Cli, place: Path
+) -> None:
+    result = cli(*ON_RAY, "--address", cluster.address, "--cpus-per-trial", "99", "--gpus-per-trial", "2")
+    assert result.exit_code == 2 and "nodes with 1 CPU and 0 GPUs" in result.output, result.output
+    assert result.output.count("\n") == 1 and not (place / "mlruns").exists()
+
+
+REFUSED = {
+    ("--address", "127.0.0.1:1"): "no Ray cluster answers at 127.0.0.1:1",
+    ("--address", "nonsense"): "is not the HOST:PORT of a Ray head node",
+    ("--address", "ray://127.0.0.1:10001"): "is not the HOST:PORT of a Ray head node",
+    ("--in-process",): "leave --in-process out",
+    ("--workers", "2"): "takes --slots and --gpus-per-trial",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_a_cluster_that_cannot_be_used_is_refused_in_a_sentence(cli: Cli, place: Path, options: tuple[str]) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    result = cli(*ON_RAY, *options)
+    assert result.exit_code == 2 and REFUSED[options] in result.output
+    assert result.output.count("\n") == 1 and not (place / "mlruns").exists()
+
+
+def test_without_ray_the_command_names_what_to_install(place: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None; from caltech_sweep.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *ON_RAY], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'caltech-sweep[ray]'" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (place / "mlruns").exists()
+
+
+def test_another_version_of_ray_or_python_is_named() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from caltech_sweep.sweep.executors.cluster import refused
+
+    said = RuntimeError(
+        "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.10.1\n"
+        "This process on node 1 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+    )
+    assert "runs Ray 2.9.0 on Python 3.10.1, and this is Ray 2.60.0 on Python 3.11.7" in str(refused("a:1", said))
+
+
+def test_no_cluster_is_joined_that_was_not_named_and_the_private_one_ends(
+    cli: Cli, place: Path, finished_place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("CALTECH_SWEEP_EXECUTOR", "ray")
+    result = cli(*ON_RAY[:-2], "--slots", "2")
+    assert result.exit_code == 0, result.output
+    assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "raylet"], capture_output=True).stdout
+    ours = reports("tiny")
+    monkeypatch.chdir(finished_place)
+    assert ours == reports("tiny")
