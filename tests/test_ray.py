@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Job, WorkerDied
+from caltech_sweep.errors import OutOfMemoryError
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Failed, Job, WorkerDied
 from helpers.clusters import add_node, cluster_of, reports
 from helpers.places import Cli
 
@@ -48,6 +50,16 @@ def until(executor: Any, kind: type[Event], count: int = 1, seconds: float = 120
         assert time.monotonic() < end, events
         events += executor.poll(0.2)
     return events
+
+
+class Clock:
+    """A clock that moves on by ``step`` each time it is read."""
+
+    now = step = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +115,8 @@ def test_a_worker_that_is_killed_is_told_and_one_that_wakes_after_it_was_given_u
     from caltech_sweep.sweep.executors.ray import RayExecutor
 
     with connected(cluster.address, cpus=1):
-        executor = RayExecutor(slowly, Demand(1, 0, 2), hang_seconds=3)
+        clock = Clock()
+        executor = RayExecutor(slowly, Demand(1, 0, 2), hang_seconds=60, clock=clock)
         executor.submit(job(tmp_path, 0))
         until(executor, Epoch)
         os.kill(executor.places[0].pid, signal.SIGKILL)
@@ -112,9 +125,11 @@ def test_a_worker_that_is_killed_is_told_and_one_that_wakes_after_it_was_given_u
         until(executor, Epoch)
         pid = executor.places[1].pid
         os.kill(pid, signal.SIGSTOP)
-        assert until(executor, WorkerDied)[-1].hung == 3
+        clock.step = 40
+        assert until(executor, WorkerDied)[-1].hung == 60
+        clock.step = 0
         os.kill(pid, signal.SIGCONT)
-        end = time.monotonic() + 15
+        end = time.monotonic() + 30
         while time.monotonic() < end and Path(f"/proc/{pid}").exists():
             assert executor.poll(0.2) == []
         assert not list((tmp_path / "1").iterdir()) and not Path(f"/proc/{pid}").exists()
@@ -186,6 +201,82 @@ def test_a_node_that_sees_no_image_gets_them_and_the_weights_from_the_coordinato
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         node.wait(30)
+
+
+def test_a_trial_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_nodes_see(
+    cluster: Any, tmp_path: Path
+) -> None:
+    from caltech_sweep.config import DatasetConfig
+    from caltech_sweep.data import load_dataset
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+    from caltech_sweep.training.keys import CacheOptions
+
+    dataset = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=8)
+    luggage = replace(luggage_of(dataset, load_dataset(dataset), None, tmp_path / "mark"), shared_cache=True)
+    config = TrialConfig(dataset=dataset, arch="squeezenet1_1", batch_size=8, epochs=40)
+    states = CacheOptions(tmp_path / "states", 10**9, save_at=frozenset(range(1, 40)))
+    trial = replace(job(tmp_path), config=config, stages=states, device="cpu")
+    doomed = add_node(cluster, tmp_path / "fifth", num_cpus=5)
+    with connected(cluster.address, cpus=5):
+        executor = RayExecutor(Trainer(luggage), Demand(5, 0), threads=1)
+        executor.submit(trial)
+        seen = [event.epoch for event in until(executor, Epoch, 3) if isinstance(event, Epoch)]
+        cluster.remove_node(doomed, allow_graceful=False)
+        until(executor, WorkerDied)
+        add_node(cluster, tmp_path / "sixth", num_cpus=5)
+        executor.submit(trial)
+        events = until(executor, Done)
+        epochs = [event for event in events if isinstance(event, Epoch)]
+        assert [epoch.epoch for epoch in epochs] == list(range(1, 41))
+        assert all(epoch.reused for epoch in epochs[: seen[-1] - 1]) and not epochs[-1].reused
+        executor.close()
+
+
+def short_of_memory(job: Job) -> Epochs:
+    """Need the device for itself, or take a while; say when and where it ended."""
+    if job.config.seed == 5 and not job.alone:
+        raise OutOfMemoryError("a batch of 256 images did not fit on cpu")
+    yield Epoch(job.number, 1, {"val/accuracy": 0.1})
+    time.sleep(3 if job.config.seed != 5 else 0)
+    return Done(job.number, {"best/val_accuracy": 0.5}, {"at": str(time.time()), "pid": str(os.getpid())})
+
+
+def test_a_job_alone_has_a_new_process_on_its_node_once_the_others_there_have_ended(
+    cluster: Any, tmp_path: Path
+) -> None:
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    node = add_node(cluster, tmp_path / "seventh", num_cpus=14, num_gpus=1)
+    with connected(cluster.address, cpus=7, gpus=0.5):
+        executor = RayExecutor(short_of_memory, Demand(7, 0.5), device="cpu")
+        assert executor.free() == 2
+        greedy = replace(job(tmp_path, 0), config=TrialConfig(seed=5))
+        executor.submit(greedy)
+        executor.submit(job(tmp_path, 1))
+        failed = next(event for event in until(executor, Failed) if isinstance(event, Failed))
+        assert failed.outcome == "out_of_memory"
+        executor.submit(replace(greedy, alone=True))
+        assert executor.free() == 0
+        ended = {event.job: event.tags for event in until(executor, Done, 2) if isinstance(event, Done)}
+        assert ended[0]["at"] > ended[1]["at"] and ended[0]["pid"] != ended[1]["pid"]
+        assert executor.free() == 2
+        executor.close()
+    cluster.remove_node(node)
+
+
+def test_a_worker_that_the_memory_monitor_ends_ran_out_of_memory(tmp_path: Path) -> None:
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    with cluster_of(tmp_path, 1, memory_usage_threshold=0.01) as full, connected(full.address, cpus=1):
+        executor = RayExecutor(slowly, Demand(1, 0))
+        executor.submit(job(tmp_path, 0, epochs=1000))
+        failed = next(event for event in until(executor, Failed) if isinstance(event, Failed))
+        assert failed.outcome == "out_of_memory" and "ran low on memory" in failed.message
+        executor.close()
 
 
 def wait_for_cpus(cluster: Any, cpus: int) -> None:

@@ -31,6 +31,7 @@ def cluster_of(folder: Path, nodes: int, **system: Any) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", str(short))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # or workers starve next to other tests
         patch.setenv("PYTHONPATH", str(TESTS))
         patch.delenv("RAY_ADDRESS", raising=False)
         head = {"num_cpus": 0, "include_dashboard": False, **({"_system_config": system} if system else {})}

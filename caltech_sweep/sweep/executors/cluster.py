@@ -122,6 +122,7 @@ def _private(stack: ExitStack, cpus: float) -> dict[str, Any]:
         "num_cpus": max(machine.cores(), math.ceil(cpus)),
         "object_store_memory": _STORE_BYTES,
         "include_dashboard": False,
+        "_system_config": {"worker_niceness": 0},  # trials are no background work
         "_temp_dir": str(stack.enter_context(locked_directory(place, _FOLDER))),
     }
 

@@ -354,7 +354,8 @@ class RayExecutor:
             return f"its node {host} was taken back"
         if isinstance(error, ActorUnavailableError):
             return f"its node {host} does not answer"
-        return f"its worker process on {host} ended" if slot.node in nodes() else f"its node {host} left the cluster"
+        gone = "node has died" in str(error) or "node death" in str(error) or slot.node not in nodes()
+        return f"its node {host} left the cluster" if gone else f"its worker process on {host} ended"
 
     def answer(self, job: int, go_on: bool) -> None:
         """Let the slot that waits go on or stop."""
