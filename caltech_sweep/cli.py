@@ -203,9 +203,9 @@ def main() -> None:
 )
 @click.option(
     "--cache",
-    type=_Path(file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="Keep what is shared in FOLDER, which every node of a cluster sees (default: below the data folder).",
+    metavar="FOLDER|URL",
+    help="Keep what is shared where every node of a cluster has it: in a folder that all see, or at an address "
+    "such as s3://bucket/states (default: below the data folder).",
 )
 @click.option(
     "--local-stores",

@@ -52,7 +52,7 @@ class RunOptions:
     max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
     local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
-    cache: Path | None = None  # where they are kept; None: below the data folder
+    cache: str | None = None  # the folder that they are kept in, or an address; None: below the data folder
     executor: str = "processes"  # or "ray"
     address: str | None = None  # of a Ray cluster; None: a private one
     cpus_per_trial: float | None = None  # on the node of a cluster
@@ -162,6 +162,14 @@ def _check_rows(definition: StudyDefinition, rows: tuple[str, ...]) -> None:
             raise UsageError(f"--row: study {definition.name!r} has no row {name!r}{suggestion(name, names)}")
 
 
+def cache_place(options: RunOptions) -> tuple[Path, str | None]:
+    """Return the folder of what trials share on this machine, and the address that it is a copy of, if it is one."""
+    given = options.cache
+    if given is not None and "://" not in given:
+        return paths.expanded(given).resolve(), None
+    return paths.cache_folder().resolve(), given
+
+
 def check_executor(options: RunOptions) -> None:
     """Raise UsageError for options of one executor that are given to another."""
     on_ray = options.executor == "ray"
@@ -191,11 +199,14 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[Sto
     Raises UsageError for options that no run takes, StoreError for a store that cannot be written.
     """
     from caltech_sweep.training.device import pick_device
+    from caltech_sweep.training.mirror import check_address
 
     _check_rows(definition, options.rows)
     check_executor(options)
     if options.executor != "ray":
         pick_device(options.device)
+    if url := cache_place(options)[1]:
+        check_address(url)
     tracking, storage = tracking_store(options.tracking_uri), study_store(options.storage)
     if tracking.is_same(storage):
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
@@ -229,7 +240,7 @@ def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights |
     from caltech_sweep.training.keys import CacheOptions
 
     torch.set_num_threads(options.threads or machine.threads())
-    device, use = pick_device(options.device), CacheOptions((options.cache or paths.cache_folder()).resolve(), 0)
+    device, use = pick_device(options.device), CacheOptions(cache_place(options)[0], 0)
 
     def kept(config: TrialConfig) -> int:
         try:

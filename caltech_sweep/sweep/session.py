@@ -32,7 +32,7 @@ from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
-from caltech_sweep.sweep.preflight import RunOptions, Weights, _Checked, _checked, identity_of, kept_epochs
+from caltech_sweep.sweep.preflight import RunOptions, Weights, _Checked, _checked, cache_place, identity_of, kept_epochs
 from caltech_sweep.sweep.progress import Progress, showing
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
@@ -52,9 +52,9 @@ def cache_options(options: RunOptions) -> CacheOptions | None:
         return None
     from caltech_sweep.training.cache import default_budget
 
-    folder = (options.cache or paths.cache_folder()).resolve()
+    folder, url = cache_place(options)
     budget = default_budget(folder) if options.cache_size is None else int(options.cache_size * 10**9)
-    return CacheOptions(folder, budget)
+    return CacheOptions(folder, budget, url=url)
 
 
 def job_of(
@@ -105,7 +105,7 @@ def _executor(
     cache_size = None if options.cache_size is None else int(options.cache_size * 10**9)
     luggage = replace(
         luggage_of(dataset, checked.data, dataset_root(dataset), mark),
-        shared_cache=options.cache is not None,
+        shared_cache=options.cache is not None and cache_place(options)[1] is None,
         cache_size=cache_size,
     )
     if options.address is not None:

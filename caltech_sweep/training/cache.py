@@ -27,7 +27,8 @@ from caltech_sweep.files import NEW, create_atomically, locked, remove_abandoned
 FORMAT = 1
 KINDS = ("stage", "features")
 DEFAULT_BUDGET = 20 * 10**9  # bytes
-_HEADER, _DATA, _HELD = "header.json", "data", "held-"
+HEADER, DATA = "header.json", "data"  # the files of an entry, the header written last
+_HELD = "held-"
 _DROPPED = ".dropped-"
 _BLOCK = 1 << 22  # bytes read at once for a checksum
 
@@ -80,7 +81,7 @@ class Cache:
 
     def has(self, name: str) -> bool:
         """Return whether an entry is there; whether it is sound shows when it is opened."""
-        return os.path.isfile(self.folder / name / _HEADER)  # False of one that only its owner may read
+        return os.path.isfile(self.folder / name / HEADER)  # False of one that only its owner may read
 
     def open(self, name: str) -> tuple[dict[str, Any], Path] | None:
         """Return the header and the data file of an entry, or None; a damaged one is dropped with a warning."""
@@ -98,17 +99,17 @@ class Cache:
             return None
         with contextlib.suppress(OSError):
             os.utime(place)
-        return header, place / _DATA
+        return header, place / DATA
 
     def _verified(self, place: Path) -> dict[str, Any] | None:
         """Return the header of an entry, or None where a checksum is wrong."""
-        if (place / _HEADER).exists() and not self.has(place.name):
+        if (place / HEADER).exists() and not self.has(place.name):
             return None  # a pipe or the like, which would never end
-        checksum, _, text = (place / _HEADER).read_bytes().partition(b"\n")
+        checksum, _, text = (place / HEADER).read_bytes().partition(b"\n")
         if checksum != b"%08x" % zlib.crc32(text):
             return None
         document: dict[str, Any] = json.loads(text)
-        data = place / _DATA
+        data = place / DATA
         if document.get("format") != FORMAT or data.stat().st_size != document["bytes"]:
             return None
         if _checksum(data) != document["crc32"]:
@@ -134,7 +135,7 @@ class Cache:
             self._make_room(size)
             with create_atomically(self.folder / name) as place:
                 place.mkdir()
-                fill(place / _DATA)
+                fill(place / DATA)
                 self._write_header(place, header)
                 if not self.has(name):
                     self.drop(name)  # the remains of an entry that somebody has half removed
@@ -150,10 +151,10 @@ class Cache:
 
     @staticmethod
     def _write_header(place: Path, header: Mapping[str, Any]) -> None:
-        data = place / _DATA
+        data = place / DATA
         document = {"format": FORMAT, "bytes": data.stat().st_size, "crc32": _checksum(data), "header": dict(header)}
         text = json.dumps(document).encode()
-        (place / _HEADER).write_bytes(b"%08x\n" % zlib.crc32(text) + text)
+        (place / HEADER).write_bytes(b"%08x\n" % zlib.crc32(text) + text)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -199,6 +200,10 @@ class Cache:
             if not aside.is_dir():
                 aside.unlink()  # rmtree would wait for the other end of a pipe
         shutil.rmtree(aside, ignore_errors=True)
+
+    def discard(self, name: str) -> None:
+        """Remove an entry that nobody needs any more."""
+        self.drop(name)
 
     def hold(self, name: str, holder: str) -> None:
         """Let an entry be dropped last while ``holder``, which is part of a file's name, may go on from it."""

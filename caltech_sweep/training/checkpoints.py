@@ -26,7 +26,7 @@ from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
 from caltech_sweep.metrics import objective
 from caltech_sweep.paths import expanded
-from caltech_sweep.training.cache import Cache, open_store
+from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.fit import EpochResult, Training, steps_of
@@ -40,6 +40,7 @@ from caltech_sweep.training.keys import (
     epoch_marks,
     recipe,
 )
+from caltech_sweep.training.mirror import store_of
 from caltech_sweep.training.models import load_state
 from caltech_sweep.training.networks import source_of
 from caltech_sweep.training.stopping import last_epoch
@@ -135,7 +136,7 @@ def stored_epochs(
     """
     base = digest(identity(config, data, device, weights_file, use.features))
     rates = epoch_marks(config, steps_of(config, len(data.split.part("train"))))
-    store = open_store(use.folder, use.budget)
+    store = store_of(use)
     return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
 
 
@@ -207,7 +208,7 @@ class TrialCheckpoints:
     ) -> None:
         config = training.config
         self._use, self._training = use, training
-        self._store: Cache = open_store(use.folder, use.budget)
+        self._store: Cache = store_of(use)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
         self._base, self._rates = digest(self._identity), epoch_marks(config, training.steps)
@@ -290,7 +291,7 @@ class TrialCheckpoints:
     def _supersede(self, epoch: int) -> None:
         """Drop the stage that served resuming until there was a later one: it would push out what others need."""
         if self._passing is not None:
-            self._store.drop(self._passing)
+            self._store.discard(self._passing)
         self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
 
     def _is_needed(self, epoch: int) -> bool:

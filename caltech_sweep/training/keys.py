@@ -39,6 +39,7 @@ class CacheOptions:
     every_seconds: float = 60.0  # at most so often for resuming, and never above 2% of the training time
     hold_at: frozenset[int] = frozenset()  # epochs after which the trial may pause: saved, and dropped last
     features: bool = True  # keep the outputs of frozen layers
+    url: str | None = None  # where the folder's entries are sent to, and fetched from, by other machines too
 
 
 def digest(value: Any) -> str:

@@ -12,12 +12,12 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import NotFiniteError, OutOfMemoryError
 from caltech_sweep.metrics import BEST_EPOCH, all_logged, logged_at_best
-from caltech_sweep.training.cache import open_store
 from caltech_sweep.training.checkpoints import TrialCheckpoints
 from caltech_sweep.training.device import is_out_of_memory
 from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.fit import EpochResult, Training, fit
 from caltech_sweep.training.keys import CacheOptions
+from caltech_sweep.training.mirror import store_of
 from caltech_sweep.training.models import build_model, load_state, not_finite
 
 
@@ -79,7 +79,7 @@ def run_trial(
     Raises DivergedError for a number that is NaN or infinite, OutOfMemoryError naming the batch size, or ModelError
     before the first epoch.
     """
-    store = open_store(stages.folder, stages.budget) if stages else None
+    store = store_of(stages) if stages else None
     try:
         model = build_model(config, len(data.split.classes), weights_file, digest)
         training = Training(config, data, model, device, store if stages and stages.features else None)

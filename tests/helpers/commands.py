@@ -26,6 +26,7 @@ TAKES_OTHER_TEXT = {
     "budget",
     "address",
     "slots",
+    "cache",
 }
 ARGUMENTS = {"study": ["tiny"], "studies": ["tiny"], "images": ["image.png"]}
 FURTHER = {  # what else a command is given, so that it comes as far as it can
