@@ -24,7 +24,7 @@ from caltech_sweep.text import counted, one_line
 try:
     import ray
     import ray._private.worker
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
     raise UsageError(
@@ -159,12 +159,14 @@ def _check_packages() -> None:
     for node, answer in asked.items():
         try:
             theirs: dict[str, str] = ray.get(answer, timeout=_PROBE_SECONDS)
-        except RayError as error:
+        except RayTaskError as error:
             last = str(error).strip().splitlines()[-1]
             raise UsageError(
                 f"--executor ray: the node {hosts[node]} cannot run trials ({one_line(last, 200)}); install "
                 f"caltech-sweep {ours['caltech-sweep']} on it as it is here"
             ) from error
+        except RayError:  # the node has died, or is dying: nothing will start there
+            continue
         for name, version in ours.items():
             if theirs[name] != version:
                 raise UsageError(
