@@ -6,10 +6,11 @@ import socket
 from pathlib import Path
 
 from caltech_sweep.stores import study_lock, study_store
-from helpers.places import Cli, sql
+from helpers.places import invoke as cli
+from helpers.places import sql
 
 
-def test_nothing_is_said_of_a_study_that_is_not_run_unless_it_is_named(finished: Path, cli: Cli) -> None:
+def test_nothing_is_said_of_a_study_that_is_not_run_unless_it_is_named(finished: Path) -> None:
     assert cli("status").output == "no study is being run\n"
     assert cli("status", "tiny").output == (
         "tiny: 3 of 3 trials ended, 0 trials running; no process holds it in this study store\n"
@@ -18,7 +19,7 @@ def test_nothing_is_said_of_a_study_that_is_not_run_unless_it_is_named(finished:
     assert result.exit_code == 2 and "did you mean 'tiny'?" in result.output
 
 
-def test_running_trials_are_told_with_their_machine_their_epoch_and_the_time_left(copied: Path, cli: Cli) -> None:
+def test_running_trials_are_told_with_their_machine_their_epoch_and_the_time_left(copied: Path) -> None:
     sql(
         copied,
         "mlflow.db",
