@@ -103,10 +103,14 @@ class _Incoming:
         self._sum.update(chunk)
         if chunk and self._open.tell() < file.size:
             return ""
-        self._open.close()
-        self._open = None
+        self.close()
         self._files.popleft()
         return "" if self._sum.hexdigest() == file.digest else f"{file.path} did not arrive as it was sent"
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
 
 @dataclass(eq=False)
@@ -231,6 +235,8 @@ class RayExecutor:
     def _drop(self, slot: _Slot) -> None:
         """Give a slot up: nothing that it sends is heard any more."""
         self._slots.remove(slot)
+        if slot.incoming is not None:
+            slot.incoming.close()
         with suppress(RayError):
             ray.kill(slot.actor)
 
@@ -294,6 +300,8 @@ class RayExecutor:
         return []
 
     def _end(self, slot: _Slot) -> None:
+        if slot.incoming is not None:
+            slot.incoming.close()
         slot.job, slot.incoming = None, None
         if slot.alone:
             self._drop(slot)
