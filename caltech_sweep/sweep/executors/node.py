@@ -5,14 +5,17 @@ Nothing here knows Ray: a slot is an object whose methods are called from outsid
 
 from __future__ import annotations
 
+import hashlib
 import os
 import queue
 import shutil
 import socket
 import tempfile
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from caltech_sweep.files import file_digest, locked_directory, remove_abandoned
 from caltech_sweep.heartbeat import beating
@@ -45,6 +48,44 @@ class Left:
 
     done: Done
     files: tuple[LeftFile, ...]
+
+
+class Incoming:
+    """The files of one job on their way home; raises OSError when they cannot be written."""
+
+    def __init__(self, left: Left, folder: Path) -> None:
+        self.done, self._folder = left.done, folder
+        self._files = deque(left.files)
+        self._open: BinaryIO | None = None
+        self._sum = hashlib.sha256()
+
+    def next(self) -> tuple[LeftFile, int] | None:
+        """Return the file, and where in it, that the next chunk is of; None when all are here."""
+        if not self._files:
+            return None
+        if self._open is None:
+            target = self._folder / self._files[0].path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._open, self._sum = target.open("wb"), hashlib.sha256()
+        return self._files[0], self._open.tell()
+
+    def take(self, chunk: bytes) -> str:
+        """Write a chunk; return what is wrong with its file, if it is whole and is not the one that was left."""
+        assert self._open is not None
+        file = self._files[0]
+        self._open.write(chunk)
+        self._sum.update(chunk)
+        if chunk and self._open.tell() < file.size:
+            return ""
+        self.close()
+        self._files.popleft()
+        return "" if self._sum.hexdigest() == file.digest else f"{file.path} did not arrive as it was sent"
+
+    def close(self) -> None:
+        """Write nothing more."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
 
 class Slot:

@@ -7,7 +7,6 @@ in chunks, the next one asked for when the last one is written, and is checked b
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
@@ -33,7 +32,7 @@ from caltech_sweep.sweep.executors.base import (
 )
 from caltech_sweep.sweep.executors.cluster import Demand, nodes
 from caltech_sweep.sweep.executors.luggage import Files, Luggage
-from caltech_sweep.sweep.executors.node import Left, LeftFile, Place, Slot
+from caltech_sweep.sweep.executors.node import Incoming, Left, Place, Slot
 from caltech_sweep.text import one_line
 
 IDLE_SECONDS = 30.0  # after which a slot without a job is given back to the cluster
@@ -76,43 +75,6 @@ def with_supply(luggage: Luggage, weights: Mapping[str, Path]) -> Luggage:
     return replace(luggage, supply=_Supply(actor.remote(luggage, weights)))
 
 
-class _Incoming:
-    """The files of one job on their way home; raises OSError when they cannot be written."""
-
-    def __init__(self, left: Left, folder: Path) -> None:
-        self.done, self._folder = left.done, folder
-        self._files = deque(left.files)
-        self._open: BinaryIO | None = None
-        self._sum = hashlib.sha256()
-
-    def next(self) -> tuple[LeftFile, int] | None:
-        """Return the file, and where in it, that the next chunk is of; None when all are here."""
-        if not self._files:
-            return None
-        if self._open is None:
-            target = self._folder / self._files[0].path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._open, self._sum = target.open("wb"), hashlib.sha256()
-        return self._files[0], self._open.tell()
-
-    def take(self, chunk: bytes) -> str:
-        """Write a chunk; return what is wrong with its file, if it is whole and is not the one that was left."""
-        assert self._open is not None
-        file = self._files[0]
-        self._open.write(chunk)
-        self._sum.update(chunk)
-        if chunk and self._open.tell() < file.size:
-            return ""
-        self.close()
-        self._files.popleft()
-        return "" if self._sum.hexdigest() == file.digest else f"{file.path} did not arrive as it was sent"
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-
-
 @dataclass(eq=False)
 class _Slot:
     actor: Any
@@ -120,7 +82,7 @@ class _Slot:
     node: str = ""  # empty until it has started
     place: Place | None = None
     job: Job | None = None
-    incoming: _Incoming | None = None
+    incoming: Incoming | None = None
     alone: bool = False  # it is for one job, which shares its device with no other
     last_seen: float = 0.0
     idle_since: float = 0.0
@@ -308,7 +270,7 @@ class RayExecutor:
 
     def _begin(self, slot: _Slot, left: Left) -> list[Event]:
         assert slot.job is not None
-        slot.incoming = _Incoming(left, slot.job.folder)
+        slot.incoming = Incoming(left, slot.job.folder)
         return self._fetch(slot)
 
     def _fetch(self, slot: _Slot) -> list[Event]:

@@ -1,0 +1,162 @@
+"""A slot of a cluster on its node, without a cluster: jobs, files that come home, and what is brought there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.data import dataset_root, load_dataset
+from caltech_sweep.errors import DatasetError, ModelError
+from caltech_sweep.files import file_digest
+from caltech_sweep.sweep.executors import luggage, node
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Failed, Job, Stopped
+from caltech_sweep.sweep.executors.luggage import Files, Luggage, Trainer, luggage_of
+from caltech_sweep.sweep.executors.node import Incoming, Left, LeftFile, Slot
+
+
+def leaving(job: Job) -> Epochs:
+    """Leave files of several sizes."""
+    for epoch in (1, 2):
+        yield Epoch(job.number, epoch, {})
+    (job.folder / "deep").mkdir()
+    for name, content in FILES.items():
+        (job.folder / name).write_bytes(content)
+    return Done(job.number, {"best/val_accuracy": 0.5})
+
+
+FILES = {"deep/large": bytes(range(256)) * 40, "empty": b"", "exact": bytes(1000)}
+
+
+@pytest.fixture
+def slot(monkeypatch: pytest.MonkeyPatch) -> Slot:
+    monkeypatch.setattr(node, "CHUNK", 1000)
+    return Slot(leaving, None)
+
+
+def heard(slot: Slot) -> Iterator[object]:
+    while True:
+        yield from (event for event in slot.listen() if event is not None)
+
+
+def test_what_a_job_leaves_comes_home_in_chunks_and_whole(slot: Slot, tmp_path: Path) -> None:
+    slot.run(Job(3, TrialConfig(), tmp_path / "elsewhere"))
+    events = heard(slot)
+    assert [type(next(events)) for _ in range(2)] == [Epoch, Epoch]
+    left = next(events)
+    assert isinstance(left, Left)
+    incoming, chunks = Incoming(left, tmp_path / "home"), 0
+    while wanted := incoming.next():
+        assert incoming.take(slot.chunk(3, wanted[0].path, wanted[1])) == ""
+        chunks += 1
+    assert {name: (tmp_path / "home" / name).read_bytes() for name in FILES} == FILES
+    assert chunks == 11 + 1 + 1 and not (tmp_path / "elsewhere").exists()
+    slot.run(Job(4, TrialConfig(), tmp_path))
+    with pytest.raises(FileNotFoundError):  # what an earlier job left goes with the next one
+        slot.chunk(3, "exact", 0)
+
+
+@pytest.mark.parametrize("sent", [b"other", b""])
+def test_a_file_that_arrives_otherwise_than_it_was_sent_is_told(sent: bytes, tmp_path: Path) -> None:
+    right = tmp_path / "right"
+    right.write_bytes(b"right")
+    incoming = Incoming(Left(Done(0, {}), (LeftFile("weights", 5, file_digest(right)),)), tmp_path / "home")
+    assert incoming.next() is not None
+    assert incoming.take(sent) == "weights did not arrive as it was sent"
+
+
+def test_a_job_that_waits_goes_on_or_stops_as_it_is_told(slot: Slot, tmp_path: Path) -> None:
+    thread = threading.Thread(target=slot.run, args=(Job(0, TrialConfig(), tmp_path, wait_each_epoch=True),))
+    thread.start()
+    events = heard(slot)
+    assert isinstance(next(events), Epoch)
+    slot.answer(True)
+    assert isinstance(next(events), Epoch)
+    slot.answer(False)
+    assert next(events) == Stopped(0)
+    thread.join()
+
+
+def test_what_goes_wrong_around_a_job_is_its_failure(slot: Slot, tmp_path: Path) -> None:
+    slot._folder.rmdir()  # the node's temporary files were cleared
+    slot.run(Job(0, TrialConfig(), tmp_path))
+    failed = next(heard(slot))
+    assert isinstance(failed, Failed) and failed.outcome == "crashed"
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Luggage:
+    """What a node is told of a study over a folder of images, of which it then sees none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", str(tmp_path / "coordinator"))
+    draw = np.random.default_rng(0)
+    for number in range(24):
+        file = tmp_path / "photos" / "ab"[number % 2] / "deeper" / f"{number} é.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (20, 20, 3), np.uint8)).save(file)
+    config = DatasetConfig(name="folder", root="photos", resize=16, crop=16)
+    mark = tmp_path / "coordinator" / "mark"
+    known = luggage_of(config, load_dataset(config), dataset_root(config), mark)
+    (tmp_path / "weights.pt").write_bytes(b"weights" * 10)
+    files = Files(known, {file_digest(tmp_path / "weights.pt"): tmp_path / "weights.pt"})
+    monkeypatch.setattr(luggage, "BLOCK", 30)
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", str(tmp_path / "node"))
+    return replace(known, supply=files)
+
+
+def hide(packed: Luggage) -> Luggage:
+    """Name a place that is not there, as the coordinator's folder is on another machine."""
+    return replace(packed, dataset=replace(packed.dataset, root="/not/here"))
+
+
+def test_images_that_a_node_lacks_are_brought_once_and_are_the_same(packed: Luggage, tmp_path: Path) -> None:
+    here = load_dataset(replace(packed.dataset))
+    there = Trainer(hide(packed))._data(packed.dataset)
+    assert there.fingerprint == here.fingerprint == packed.fingerprint
+    assert all(there.paths(part) == here.paths(part) for part in ("train", "val", "test"))
+    assert there.center_crops("test", 16).equal(here.center_crops("test", 16))
+    assert len(list((tmp_path / "node" / "received").rglob("*.png"))) == 24
+    again = Trainer(replace(hide(packed), supply=None))._data(packed.dataset)
+    assert again.fingerprint == packed.fingerprint
+
+
+def test_images_that_a_node_can_read_are_not_brought(packed: Luggage, tmp_path: Path) -> None:
+    assert Trainer(replace(packed, supply=None))._data(packed.dataset).fingerprint == packed.fingerprint
+    assert not (tmp_path / "node" / "received").exists()
+
+
+def test_other_images_at_the_same_place_are_not_taken(packed: Luggage, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for file in (tmp_path / "photos").rglob("*.png"):
+        target = other / file.relative_to(tmp_path / "photos")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), "red").save(target)
+    lying = replace(packed, dataset=replace(packed.dataset, root=str(other)))
+    assert Trainer(lying)._data(packed.dataset).fingerprint == packed.fingerprint
+
+
+def test_images_that_changed_on_the_node_or_cannot_be_had_are_a_sentence(packed: Luggage, tmp_path: Path) -> None:
+    Trainer(hide(packed))._data(packed.dataset)
+    received = next((tmp_path / "node" / "received").rglob("*.png"))
+    Image.new("RGB", (20, 20), "red").save(received)
+    with pytest.raises(DatasetError, match="are not those of the study; remove that folder"):
+        Trainer(hide(packed))._data(packed.dataset)
+    with pytest.raises(DatasetError, match="cannot read the images of the study"):
+        Trainer(replace(hide(packed), supply=None, fingerprint="another"))._data(packed.dataset)
+
+
+def test_weights_are_brought_by_their_content(packed: Luggage, tmp_path: Path) -> None:
+    digest, trainer = file_digest(tmp_path / "weights.pt"), Trainer(packed)
+    assert trainer._weights_file(tmp_path / "weights.pt", digest) == tmp_path / "weights.pt"
+    (tmp_path / "here.pt").write_bytes(b"of another study")
+    brought = Trainer(packed)._weights_file(tmp_path / "here.pt", digest)
+    assert brought.name == "here.pt" and file_digest(brought) == digest
+    (tmp_path / "weights.pt").write_bytes(b"changed meanwhile")
+    with pytest.raises(ModelError, match="changed while the study ran"):
+        Trainer(packed)._weights_file(tmp_path / "gone.pt", digest)
