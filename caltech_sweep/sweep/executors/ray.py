@@ -324,7 +324,7 @@ class RayExecutor:
             return f"its node {host} was taken back"
         if isinstance(error, ActorUnavailableError):
             return f"its node {host} does not answer"
-        gone = "node has died" in str(error) or "node death" in str(error) or slot.node not in nodes()
+        gone = "its node has died" in str(error) or slot.node not in nodes()
         return f"its node {host} left the cluster" if gone else f"its worker process on {host} ended"
 
     def answer(self, job: int, go_on: bool) -> None:
