@@ -175,7 +175,7 @@ class RayExecutor:
     def _start(self, node: str = "", alone: bool = False) -> _Slot:
         gpus = math.ceil(self._demand.gpus) if alone else self._demand.gpus
         there = NodeAffinitySchedulingStrategy(node, soft=False) if node in self._alive() else None
-        actor = (
+        actor: Any = (
             ray.remote(_Actor)
             .options(
                 num_cpus=self._demand.cpus,
