@@ -196,11 +196,51 @@ def in_process(place: Path) -> None:
         run(*FIRST)
 
 
+def cache(place: Path) -> None:
+    run(*FIRST, "--cache", "kept")
+    assert list((place / "kept").glob("stage-*")) and not list((place / "data").rglob("stage-*"))
+    run(*FIRST, "--name", "other", "--cache", (place / "bucket").as_uri())
+    assert list((place / "data").rglob("stage-*"))  # and at the address, when it has been sent
+
+
+def executor(place: Path) -> None:
+    """What it does, and the options that go with it, is tested in test_ray.py."""
+    refused = invoke(*FIRST, "--executor", "ray")
+    assert refused.exit_code == 2 and "leave --in-process out" in refused.output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALTECH_SWEEP_EXECUTOR", "ray")
+        assert invoke(*FIRST).output == refused.output
+
+
+def _of_a_cluster(option: str, value: str, wrong: str) -> None:
+    refused = invoke(*FIRST, option, value)
+    assert refused.exit_code == 2 and f"{option}: is for --executor ray" in refused.output
+    assert invoke(*FIRST, option, wrong).exit_code == 2
+
+
+def address(place: Path) -> None:
+    _of_a_cluster("--address", "head:6379", "head")
+
+
+def slots(place: Path) -> None:
+    _of_a_cluster("--slots", "max", "0")
+    assert "neither max nor a number" in invoke(*FIRST, "--slots", "many").output
+
+
+def cpus_per_trial(place: Path) -> None:
+    _of_a_cluster("--cpus-per-trial", "2", "0")
+
+
+def gpus_per_trial(place: Path) -> None:
+    _of_a_cluster("--gpus-per-trial", "0.5", "-1")
+
+
 TESTS: dict[str, Callable[[Path], None]] = {
     **{"trials": trials_in_total},
     **{f.__name__: f for f in (overrides, data, name, tracking_uri, storage, adopt, workers, per_device, device)},
     **{f.__name__: f for f in (threads, rows, replicates, confirm, reuse, cache_size, hang_timeout, max_failures)},
     **{"in_process": in_process, "resume_trials": resume_trials, "local_stores": local_stores, "budget": budget},
+    **{f.__name__: f for f in (cache, executor, address, slots, cpus_per_trial, gpus_per_trial)},
 }
 SLOW = {"workers", "per_device", "hang_timeout", "resume_trials"}  # these start workers, or train much
 
