@@ -102,6 +102,8 @@ class Store:
 
     def cannot_open(self, error: BaseException) -> StoreError:
         """Return the error of a store that cannot be opened; one of another version names the command that helps."""
+        if self._stuck_log:
+            return self._without_its_log()
         for said, how in _UPGRADES.items():
             if said in str(error):
                 how = how.format(self.shown)
@@ -126,10 +128,27 @@ class Store:
             raise self.cannot_open(error) from None
 
     def unreadable(self, error: BaseException) -> StoreError:
-        """Return the error of a database that is there and does not hold what it should."""
+        """Return the error of a database that is there and does not hold what it should, or cannot be read there."""
+        if self._stuck_log:
+            return self._without_its_log()
         return StoreError(
             f"the {self.kind.name} {self.shown} cannot be read ({self.reason(error)}); name one that MLflow made, and "
             "bring an older one up to date with `mlflow db upgrade`"
+        )
+
+    @property
+    def _stuck_log(self) -> str:
+        """The reason of :func:`machine.log_problem` where an SQLite store has a write-ahead log all the same, or ""."""
+        with contextlib.suppress(OSError):
+            if self.file is not None and self.file.open("rb").read(20)[18:] == b"\2\2":
+                return log_problem(self.file.parent)
+        return ""
+
+    def _without_its_log(self) -> StoreError:
+        return StoreError(
+            f"the {self.kind.name} {self.file} has a write-ahead log and lies on {self._stuck_log}, where SQLite can "
+            "read none; run a study with it there, which turns the log off, or copy the store, with the file that ends "
+            "in -wal, to this machine's own disk"
         )
 
     # -- whether it can be used ------------------------------------------------------------------------------------
@@ -209,15 +228,25 @@ class Store:
 
         A process that is killed while it creates tables would leave a store that cannot be opened. Where another
         process was faster, its store is as good. One that is there is made usable where it lies, see
-        :func:`without_log`.
+        :meth:`leave_log`.
         """
         if self.file is None:
             return
         if self.file.exists():
-            leave_log(self.file)
+            self.leave_log()
             return
         with create_atomically(self.file, replace=False) as made:
             make(f"{SQLITE}{made}")
+
+    def leave_log(self) -> None:
+        """Turn a store with a write-ahead log into one without, where its file system can have none.
+
+        Only a connection that keeps the file for itself can do that there, since it shares no memory.
+        """
+        if self.file is not None and self._stuck_log:
+            with self.opening(), contextlib.closing(sqlite3.connect(self.file)) as database:
+                for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=DELETE"):
+                    database.execute(f"PRAGMA {pragma}").fetchone()
 
     def make_tables(self, make: Callable[[], T]) -> T:
         """Return what ``make`` does, which creates a server's tables when they are missing.
@@ -309,19 +338,6 @@ def without_log(*stores: Store) -> str:
                 "faster and safer: --local-stores FOLDER, with a folder on this machine's own disk"
             )
     return ""
-
-
-def leave_log(file: Path) -> None:
-    """Turn a store with a write-ahead log into one without, where its file system can have none.
-
-    Only a connection that keeps the file for itself can do that there, since it shares no memory.
-    """
-    with file.open("rb") as opened:
-        if opened.read(20)[18:] != b"\2\2" or not log_problem(file.parent):
-            return
-    with contextlib.closing(sqlite3.connect(file)) as database:
-        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=DELETE"):
-            database.execute(f"PRAGMA {pragma}").fetchone()
 
 
 def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -> None:

@@ -98,6 +98,31 @@ def test_a_store_with_a_log_is_taken_to_a_file_system_without_shared_memory(tmp_
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "wal 1 6\n\n"
 
 
+COMMANDS = """
+from helpers.places import invoke
+def check(code, *commands):
+    for command in commands:
+        result = invoke(*command, "--tracking-uri", "mlruns/mlflow.db")
+        assert result.exit_code == code, (command, result.output)
+        said = result.output
+        if code:
+            assert "has a write-ahead log and lies on a file system without" in said, (command, result.output)
+            assert result.output.count("run a study with it there, which turns the log off") == 1, result.output
+check(2, ("report", "tiny"), ("plan", "tiny"), ("promote", "tiny"), ("predict", "photo.png"))
+check(1, ("doctor",))
+check(0, ("run", "tiny", "--in-process", "--threads", "1"), ("report", "tiny"), ("plan", "tiny"), ("doctor",))
+"""
+
+
+@pytest.mark.slow
+def test_a_store_left_with_a_log_where_none_can_be_read_is_a_sentence_until_the_next_run(copied: Path) -> None:
+    for store in ("mlflow.db", "optuna.db"):
+        assert (copied / "mlruns" / store).read_bytes()[18:20] == b"\2\2"
+    draw(copied / "photos")
+    shutil.copy(next((copied / "photos").rglob("*.png")), copied / "photo.png")
+    run_without(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{COMMANDS}", copied, mmap="ENODEV")
+
+
 def test_stores_on_a_mounted_file_system_without_shared_memory(tmp_path: Path) -> None:
     with mounted_without_shared_memory(tmp_path) as mount:
         with closing(sqlite3.connect(mount / "plain.db")) as database, pytest.raises(sqlite3.OperationalError):
