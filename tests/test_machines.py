@@ -445,6 +445,45 @@ def test_a_group_shares_a_cache_that_it_may_write(shared_folder: Path) -> None:
     assert second.stdout.splitlines()[:2] in (["kept", "kept"],), (first.stdout, second.stdout, second.stderr)
 
 
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command in which ``caltech-sweep`` is this checkout's."""
+    sweep = f"{sys.executable} -m caltech_sweep"
+    given = {**os.environ, **environment}
+    return subprocess.run(
+        ["bash", "-c", command.replace("caltech-sweep", sweep)], env=given, capture_output=True, text=True
+    )
+
+
+LIST = "caltech-sweep data list --split test --set dataset.name=shapes --set dataset.resize=32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["caltech-sweep studies", "caltech-sweep --help", LIST])
+def test_an_output_that_takes_nothing_more_is_a_sentence_or_an_end_without_one(place: Path, command: str) -> None:
+    full = shell(f"{command} > /dev/full")
+    assert full.returncode == 2 and full.stderr == (
+        "Error: the output cannot be written (No space left on device); free some disk space, or name another place\n"
+    )
+    assert (shell(f"{command} >&-").returncode, shell(f"{command} >&-").stderr) == (0, "")
+    cut = shell(f"set -o pipefail; {command} | true")
+    assert cut.stderr == "" and cut.returncode in (0, 1)
+    assert shell(f"{command} 2>&-").stdout == shell(command).stdout != ""
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_gone_and_none_for_temporary_files_are_sentences(copied: Path) -> None:
+    for command in ("caltech-sweep studies", "caltech-sweep report", "caltech-sweep plan tiny"):
+        gone = shell(f"mkdir gone && cd gone && rmdir ../gone && {command}")
+        assert gone.returncode == 2 and gone.stdout == ""
+        assert gone.stderr == "Error: the folder of this command is gone; change into one that is there\n"
+    code = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nonexistent']; "
+    code += "from caltech_sweep.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "promote", "tiny"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        "Error: temporary files cannot be written; name a folder for them with the environment variable TMPDIR"
+    ), done.stderr
+
+
 RUN = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", "--set", "epochs=60", "--row", "First"]
 
 
