@@ -103,7 +103,8 @@ class Place:
         """Return the environment of its commands."""
         hidden = ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA")
         kept = {name: value for name, value in os.environ.items() if name not in hidden}
-        return {**kept, **({"MLFLOW_TRACKING_URI": self.tracking} if self.tracking else {}), "OMP_NUM_THREADS": "1"}
+        own = {"OMP_NUM_THREADS": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+        return {**kept, **own, **({"MLFLOW_TRACKING_URI": self.tracking} if self.tracking else {})}
 
     def rows(self, store: str, query: str) -> list[tuple[object, ...]]:
         """Ask the database of a store, ``mlflow`` or ``optuna``, also of one behind a server."""
@@ -324,7 +325,7 @@ def stop_for_a_moment(process: subprocess.Popen[bytes], chance: random.Random, t
 def intrude(place: Place, whole: str, tally: Tally) -> None:
     """Run the study of another study store into the same tracking store, which refuses it but for another name.
 
-    ``whole`` is the report of the undisturbed study, which that of the other name must equal.
+    ``whole`` is the report of the undisturbed study, which that of the other name must equal, if it is known.
     """
     other = place.beside()
     fresh = not (other.folder / "mlruns").exists()
@@ -346,7 +347,7 @@ def intrude(place: Place, whole: str, tally: Tally) -> None:
         capture_output=True,
         text=True,
     )
-    if done.returncode or read_reports(other, study="theirs") != whole:
+    if done.returncode or (whole and read_reports(other, study="theirs") != whole):
         tally.problems.append(f"a second user's own study ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
@@ -430,7 +431,7 @@ class Round:
             _wait(process, chance.uniform(0, self.took / 6))
             take_over(self.place, process, chance, tally)
         elif chance.random() < 0.2:
-            intrude(self.place, self.whole, tally)
+            intrude(self.place, self.whole if self.kind.alike else "", tally)
         if chance.random() < 0.3 and process.poll() is None:
             stop_for_a_moment(process, chance, tally)
 
