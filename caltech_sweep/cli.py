@@ -63,10 +63,10 @@ class _Group(click.Group):
             _say(f"Error: out of memory ({error}); use fewer or smaller images, or more memory")
             sys.exit(1)
         except OSError as error:
-            told = _of_a_disk(error)
-            if told is None:
+            sentence = _of_a_disk(error)
+            if sentence is None:
                 raise
-            _say(f"Error: {told}")
+            _say(f"Error: {sentence}")
             sys.exit(CaltechSweepError.exit_code)
         except Exception as error:
             from caltech_sweep.stores import failure

@@ -139,8 +139,10 @@ class Store:
     @property
     def _stuck_log(self) -> str:
         """The reason of :func:`machine.log_problem` where an SQLite store has a write-ahead log all the same, or ""."""
-        with contextlib.suppress(OSError):
-            if self.file is not None and self.file.open("rb").read(20)[18:] == b"\2\2":
+        if self.file is None:
+            return ""
+        with contextlib.suppress(OSError), self.file.open("rb") as opened:
+            if opened.read(20)[18:] == b"\2\2":
                 return log_problem(self.file.parent)
         return ""
 
@@ -198,25 +200,33 @@ class Store:
     def engine(self) -> Engine:
         """Return SQLAlchemy's engine of a database, for a look at it: it keeps no connection and makes no table.
 
-        A file in a folder that cannot be written is opened read only. Raises StoreError when it still has changes in
-        its log.
+        A file in a folder that cannot be written, or where its log cannot be used, is opened read only. Raises
+        StoreError when it still has changes in its log.
         """
         import sqlalchemy as sa
 
+        return sa.create_engine(self.uri, **self.looking())
+
+    def looking(self) -> dict[str, Any]:
+        """Return SQLAlchemy's options of :meth:`engine`."""
+        import sqlalchemy as sa
+
         connect = self._connect_read_only()
-        return sa.create_engine(self.uri, poolclass=sa.NullPool, **({} if connect is None else {"creator": connect}))
+        return {"poolclass": sa.NullPool, **({} if connect is None else {"creator": connect})}
 
     def _connect_read_only(self) -> Callable[[], sqlite3.Connection] | None:
-        """Return what connects to an SQLite store in a folder that cannot be written; None for any other store.
+        """Return what connects to an SQLite store that cannot be written as it is; None for any other store.
 
         A store with a write-ahead log is opened by writing next to it, unless SQLite is told that nothing changes it
         (SQLite, "Write-Ahead Logging", on read-only databases).
         """
         file = self.file
-        if file is None or self._read_only_folder is None:
+        if file is None or not (self._read_only_folder or self._stuck_log):
             return None
         log = file.with_name(f"{file.name}-wal")
         if log.exists() and log.stat().st_size:
+            if self._stuck_log:
+                raise self._without_its_log()
             raise StoreError(
                 f"the store {file} has changes in {log.name} that its folder, which cannot be written, keeps SQLite "
                 "from reading; copy the folder to another place"

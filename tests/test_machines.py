@@ -22,7 +22,7 @@ from caltech_sweep import machine
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.datasets import draw
 from helpers.kernel import mounted_without_shared_memory, run_without
-from helpers.places import invoke
+from helpers.places import clone, invoke
 
 LINK = """
 from pathlib import Path
@@ -99,27 +99,44 @@ def test_a_store_with_a_log_is_taken_to_a_file_system_without_shared_memory(tmp_
 
 
 COMMANDS = """
+import os
 from helpers.places import invoke
 def check(code, *commands):
     for command in commands:
-        result = invoke(*command, "--tracking-uri", "mlruns/mlflow.db")
+        result = invoke(*command)
         assert result.exit_code == code, (command, result.output)
         said = result.output
         if code:
             assert "has a write-ahead log and lies on a file system without" in said, (command, result.output)
             assert result.output.count("run a study with it there, which turns the log off") == 1, result.output
-check(2, ("report", "tiny"), ("plan", "tiny"), ("promote", "tiny"), ("predict", "photo.png"))
-check(1, ("doctor",))
-check(0, ("run", "tiny", "--in-process", "--threads", "1"), ("report", "tiny"), ("plan", "tiny"), ("doctor",))
+def look_and_run(code):
+    check(code, ("report", "tiny"), ("plan", "tiny"))
+    check(2, ("promote", "tiny"), ("predict", "photo.png"))
+    check(1, ("doctor",))
+    check(0, ("run", "tiny", "--in-process", "--threads", "1"), ("report", "tiny"), ("plan", "tiny"), ("doctor",))
+look_and_run(0)
+os.chdir("../cut short")
+look_and_run(2)
+assert "renamed" in invoke("report", "tiny").output
 """
 
 
 @pytest.mark.slow
 def test_a_store_left_with_a_log_where_none_can_be_read_is_a_sentence_until_the_next_run(copied: Path) -> None:
-    for store in ("mlflow.db", "optuna.db"):
-        assert (copied / "mlruns" / store).read_bytes()[18:20] == b"\2\2"
     draw(copied / "photos")
     shutil.copy(next((copied / "photos").rglob("*.png")), copied / "photo.png")
+    clone(copied, copied.parent / "cut short")
+    for store in ("mlflow.db", "optuna.db"):  # as a process leaves them that was killed
+        with closing(sqlite3.connect(copied / "mlruns" / store)) as database:
+            assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            database.execute("PRAGMA wal_autocheckpoint=0")
+            with database:
+                database.execute("CREATE TABLE only_in_the_log (n)")
+                if store == "mlflow.db":
+                    database.execute("UPDATE runs SET name = 'renamed' WHERE name = 'trial-002'")
+            for path in (copied / "mlruns").glob(f"{store}*"):
+                shutil.copy(path, copied.parent / "cut short" / "mlruns")
+            assert (copied.parent / "cut short" / "mlruns" / f"{store}-wal").stat().st_size
     run_without(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{COMMANDS}", copied, mmap="ENODEV")
 
 
