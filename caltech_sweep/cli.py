@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -46,34 +48,57 @@ class _Path(click.Path):
 class _Group(click.Group):
     """Turns every error that is written for the user into a sentence and an exit code."""
 
-    def invoke(self, context: click.Context) -> Any:
+    def main(self, *arguments: Any, **named: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is shown as \\u2265
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(context)
+            if not _is_there(Path.cwd):
+                raise CaltechSweepError("the folder of this command is gone; change into one that is there")
+            return super().main(*arguments, **named)
         except CaltechSweepError as error:
-            click.echo(f"Error: {error}", err=True)
-            context.exit(error.exit_code)
+            _say(f"Error: {error}")
+            sys.exit(error.exit_code)
         except MemoryError as error:
-            click.echo(f"Error: out of memory ({error}); use fewer or smaller images, or more memory", err=True)
-            context.exit(1)
+            _say(f"Error: out of memory ({error}); use fewer or smaller images, or more memory")
+            sys.exit(1)
         except OSError as error:
-            if error.errno not in _OF_A_DISK or not error.filename:
+            sentence = _of_a_disk(error)
+            if sentence is None:
                 raise
-            from caltech_sweep.text import readable
-
-            what = f"{readable(str(error.filename))} cannot be used ({error.strerror})"
-            _say(f"Error: {what}; {_OF_A_DISK[error.errno]}")
-            context.exit(CaltechSweepError.exit_code)
+            _say(f"Error: {sentence}")
+            sys.exit(CaltechSweepError.exit_code)
         except Exception as error:
             from caltech_sweep.stores import failure
 
             told = failure(error)
             if told is None:
                 raise
-            click.echo(f"Error: {told}", err=True)
-            context.exit(told.exit_code)
+            _say(f"Error: {told}")
+            sys.exit(told.exit_code)
+
+
+def _is_there(folder: Callable[[], object]) -> bool:
+    try:
+        folder()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _of_a_disk(error: OSError) -> str | None:
+    """Return the sentence about an error of a file, or of the output, that no program can help; None for any other."""
+    from caltech_sweep.text import readable
+
+    if not _is_there(tempfile.gettempdir):
+        return "temporary files cannot be written; name a folder for them with the environment variable TMPDIR"
+    if error.errno not in _OF_A_DISK:
+        return None
+    if not error.filename and sys.stdout is not None:  # what it has not taken is not tried again at the end
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    what = f"{readable(str(error.filename))} cannot be used" if error.filename else "the output cannot be written"
+    return f"{what} ({error.strerror}); {_OF_A_DISK[error.errno]}"
 
 
 def _say(line: str) -> None:
@@ -475,7 +500,7 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
     for item in split.part(part):
         writer.writerow([(item.path.relative_to(root) if root else item.path).as_posix(), item.class_name])
     # names as the file system has them, whatever the locale is
-    sys.stdout.buffer.write(lines.getvalue().encode("utf-8", "surrogateescape"))
+    click.echo(lines.getvalue().encode("utf-8", "surrogateescape"), nl=False)
     if split.passed_over:
         _say(f"passed over: {split.passed_over}")
 

@@ -24,6 +24,7 @@ from caltech_sweep.study.definition import Row, StudyDefinition
 from caltech_sweep.study.file import load_study
 from caltech_sweep.tracking.reader import ClientReader, SqlReader
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.places import invoke, sql
 from helpers.servers import mlflow_server
 from helpers.stores import PREDICTIONS, write_study, write_table, write_trial
 
@@ -472,3 +473,10 @@ def test_the_report_knows_neither_sweeps_nor_trainings() -> None:
             for name in names:
                 assert name.split(".")[0] not in ("mlflow", "optuna", "torch"), (path, name)
                 assert not name.startswith(("caltech_sweep.sweep", "caltech_sweep.training")), (path, name)
+
+
+def test_a_report_does_not_depend_on_the_clocks_of_the_machines_that_ran_the_trials(copied: Path) -> None:
+    before = [invoke("report", "tiny", "--format", kind).output for kind in ("json", "markdown", "csv")]
+    sql(copied, "mlflow.db", "UPDATE runs SET start_time = 3000000000000 - start_time, end_time = start_time - 5")
+    sql(copied, "mlflow.db", "UPDATE metrics SET timestamp = 3000000000000 - timestamp")
+    assert [invoke("report", "tiny", "--format", kind).output for kind in ("json", "markdown", "csv")] == before

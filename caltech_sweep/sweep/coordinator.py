@@ -260,11 +260,15 @@ class Coordinator:
             running.job = replace(running.job, alone=True)
             self._retry(running, f"{event.message}; retried with its device to itself")
             return
-        if event.trace:
-            (running.job.folder / TRACEBACK).write_text(event.trace)
+        where = f"its traceback is {TRACEBACK} of run {running.run.run_id}"
+        try:
+            if event.trace:
+                (running.job.folder / TRACEBACK).write_text(event.trace, encoding="utf-8")
+        except OSError as error:  # a full disk, or a folder that was cleaned away: the trial ends all the same
+            where = f"its traceback could not be kept ({error.strerror})"
         self._end(running, event.outcome, event.message)
         if event.trace:
-            self.progress.note(f"{running.queued.name}: its traceback is {TRACEBACK} of run {running.run.run_id}")
+            self.progress.note(f"{running.queued.name}: {where}")
 
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
         code = event.exit_code or 0
