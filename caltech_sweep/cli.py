@@ -27,7 +27,7 @@ _OF_A_DISK = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "ask its owner for access to it, or name another place"),
     errno.EROFS: "name another place",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space, or name another place"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE), "look whether its disk or server works, then run the command again"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check that its disk or server works, then run the command again"),
 }
 
 
@@ -497,7 +497,7 @@ def promote(study: str, run_id: str | None, name: str | None, alias: str, tracki
         f"{done.name} version {done.version} is now {done.name}@{done.alias}: trial {done.trial.name!r} "
         f"(run {done.trial.run_id}), validation accuracy {accuracy:.4f}"
     )
-    _say(f"ask it with: caltech-sweep predict IMAGE... --model {done.name}@{done.alias}")
+    _say(f"use it with: caltech-sweep predict IMAGE... --model {done.name}@{done.alias}")
 
 
 @main.command()

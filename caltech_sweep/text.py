@@ -70,8 +70,8 @@ def progress_line(
 ) -> Iterator[Callable[[int, int], None]]:
     """Yield a progress callback: one rewritten line on a terminal, which ends with the context; few lines elsewhere.
 
-    These are one every tenth, or one whenever what is done has doubled. What is done and the total, 0 when nobody
-    knows it, are divided by ``scale`` and shown in ``unit``.
+    These are one every tenth, or one whenever what is done has doubled. What is done and the total, 0 when it is
+    not known, are divided by ``scale`` and shown in ``unit``.
     """
     last, width = -1, 0  # width: characters of the line that has not ended
     rewritten = rewrites_lines(sys.stderr)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from caltech_sweep import paths
 from caltech_sweep.config import DATASET_RULES, FIRST_DATASET_FIELDS, DatasetConfig
-from caltech_sweep.data.given import csv_file, csv_split, fold_split, part_folders, parts_split
-from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, folder_split, subset
+from caltech_sweep.data.given import csv_file, csv_split, fold_split, folder_split
+from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, subset
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.rules import Rule, one_of
 
@@ -80,10 +80,7 @@ def _caltech(config: DatasetConfig) -> Split:
 
 
 def _folder(config: DatasetConfig) -> Split:
-    root = _folder_root(config)
-    if parts := part_folders(root):
-        return parts_split(root, parts, config)
-    return folder_split(root, config.val_fraction, config.test_fraction, config.split_seed)
+    return folder_split(_folder_root(config), config)
 
 
 def _csv_root(config: DatasetConfig) -> Path:

@@ -197,7 +197,7 @@ class _Reader:
     def _range(self, space: CommentedMap, node: CommentedMap, key: str, path: str) -> Range | None:
         rule, before = TRIAL_RULES[key], len(self.problems)
         if rule.kind == "other":
-            self.problem(space, key, path, "is no number and cannot have a range; use choices")
+            self.problem(space, key, path, "is not a number and cannot have a range; use choices")
             return None
         self.known(node, f"{path}.", ["low", "high", "log", "step"])
         values = _plain(node)

@@ -100,7 +100,7 @@ def _load(arch: str, model: nn.Module, weights: _Weights) -> None:
             del wanted[key]
     broken = not_finite(wanted)
     if broken:
-        raise ModelError(f"weights: {source} hold NaN or infinity, for one in {broken[0]}; take another checkpoint")
+        raise ModelError(f"weights: {source} hold NaN or infinity, for example in {broken[0]}; take another checkpoint")
     if f"{last}.weight" in wanted and f"{last}.bias" in own:
         wanted.setdefault(f"{last}.bias", torch.zeros(own[f"{last}.bias"].shape))  # MaxViT's has none
     if hasattr(given, "_metadata"):
@@ -153,7 +153,7 @@ def frozen_names(model: nn.Module, config: TrialConfig) -> frozenset[str]:
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
         first = set(layers[: int(float(argument) * len(layers))])
         chosen = {name for name in names if name.rpartition(".")[0] in first}
-        reason = f"so small a part of its {len(layers)} layers is none"
+        reason = f"that share of its {len(layers)} layers is less than one layer"
     else:
         head = source_of(config.arch).tail(model)[-1]
         last = last_layer(model, head) if kind == "fc_but_last" else None

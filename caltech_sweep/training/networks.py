@@ -16,6 +16,7 @@ import json
 import math
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -23,7 +24,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import DatasetError, ModelError
@@ -44,39 +45,48 @@ NORMALIZE: Mapping[str, tuple[Statistics, Statistics]] = {  # mean and standard 
 }
 
 
-class NetworkSource(Protocol):
+class NetworkSource(ABC):
     """A family of networks. ``arch`` is always the whole setting, prefix included; ModelError is the only error."""
 
+    @abstractmethod
     def check(self, arch: str) -> None:
         """Raise ModelError, with a suggestion, unless there is a network of this name."""
 
+    @abstractmethod
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
         """Return a network with random weights, drawn from torch's global stream, and ``outputs`` outputs.
 
         ``state`` and ``metadata`` are those that will be loaded: some decide how the network is built.
         """
 
+    @abstractmethod
     def tail(self, model: nn.Module) -> tuple[str, ...]:
         """Return the dotted names of the modules that run after the backbone, in order; the last is the classifier."""
 
     def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
         """Return a state dict under the names of this model, without tensors that it has no use for."""
+        return OrderedDict(state)
 
     def normalization(self, arch: str, pretrained: bool) -> str:
         """Return the name of the mean and standard deviation that a network wants, see :func:`mean_and_std`.
 
         ``pretrained`` says whether it starts from its published weights.
         """
+        return "half"
 
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
         """Return a side in pixels that the network takes, where that is known, and whether it takes no other."""
+        return None, False
 
     def published_input(self, arch: str) -> tuple[int, str] | None:
         """Return the side in pixels and the interpolation that the published weights were made for, where known."""
+        return None
 
     def version(self, arch: str) -> Mapping[str, str]:
         """Return what, besides torchvision's version, tells the code of the network from that of other days."""
+        return {}
 
+    @abstractmethod
     def published_key(self, arch: str) -> str | None:
         """Return what tells the published weights from all others, or None where their contents do.
 
@@ -85,10 +95,13 @@ class NetworkSource(Protocol):
 
     def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
         """Return published weights under the names of the network, and what a checkpoint that starts from them says."""
+        return state, {}
 
+    @abstractmethod
     def published_file(self, arch: str) -> Path | None:
         """Return the file of the published weights, or None where it has to be downloaded first."""
 
+    @abstractmethod
     def fetch(self, arch: str, progress: Progress) -> Path:
         """Return the file of the published weights, downloaded where it is not there; raise ModelError offline.
 
@@ -96,7 +109,7 @@ class NetworkSource(Protocol):
         """
 
 
-class TorchvisionNetworks:
+class TorchvisionNetworks(NetworkSource):
     """torchvision's classifiers, by its own names, with the first published weights of each."""
 
     _TRANSFORMING = ("googlenet", "inception_v3")  # whose published weights want the normalised input transformed
@@ -105,7 +118,6 @@ class TorchvisionNetworks:
     _HEADS = ("classifier", "fc", "heads", "head")  # what torchvision calls the classifier
 
     def check(self, arch: str) -> None:
-        """See :class:`NetworkSource`."""
         import torchvision
 
         names = torchvision.models.list_models(module=torchvision.models)
@@ -115,7 +127,7 @@ class TorchvisionNetworks:
             raise ModelError(f"arch: torchvision has no classification model {arch!r}{hint}")
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
-        """See :class:`NetworkSource`. The arguments that come with weights are those of torchvision's own builders."""
+        """The arguments that come with weights are those of torchvision's own builders."""
         import torchvision
 
         self.check(arch)
@@ -136,7 +148,7 @@ class TorchvisionNetworks:
         return model
 
     def tail(self, model: nn.Module) -> tuple[str, ...]:
-        """See :class:`NetworkSource`. GoogLeNet and Inception have a dropout of their own before the classifier."""
+        """GoogLeNet and Inception have a dropout of their own before the classifier."""
         from torch import nn
 
         head = next((name for name in self._HEADS if hasattr(model, name)), None)
@@ -145,7 +157,6 @@ class TorchvisionNetworks:
         return ("dropout", head) if isinstance(getattr(model, "dropout", None), nn.Dropout) else (head,)
 
     def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
-        """See :class:`NetworkSource`."""
         import torchvision
 
         renamed = _renamed(state) if isinstance(model, torchvision.models.DenseNet) else state
@@ -153,20 +164,14 @@ class TorchvisionNetworks:
         return OrderedDict((key, value) for key, value in renamed.items() if key.split(".")[0] not in unused)
 
     def normalization(self, arch: str, pretrained: bool) -> str:
-        """See :class:`NetworkSource`. Without published weights it is that of the reference report."""
+        """Without published weights it is that of the reference report."""
         return "imagenet" if pretrained and arch not in self._HALF_NORMALIZED else "half"
 
     def published_input(self, arch: str) -> tuple[int, str] | None:
-        """See :class:`NetworkSource`."""
         transform = self._published(arch).transforms()
         return transform.crop_size[0], transform.interpolation.value
 
-    def version(self, arch: str) -> Mapping[str, str]:
-        """See :class:`NetworkSource`."""
-        return {}
-
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
-        """See :class:`NetworkSource`."""
         import torchvision
 
         weights = list(torchvision.models.get_model_weights(arch))
@@ -175,22 +180,20 @@ class TorchvisionNetworks:
         return (exactly, True) if exactly else (least, False)
 
     def published_key(self, arch: str) -> str | None:
-        """See :class:`NetworkSource`. The name of the published file holds its checksum, which is compared."""
+        """The name of the published file holds its checksum, which is compared."""
         return self._place(arch).name + (" with transform_input" if arch in self._TRANSFORMING else "")
 
     def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
-        """See :class:`NetworkSource`."""
         return state, {"transform_input": "true"} if arch in self._TRANSFORMING else {}
 
     def published_file(self, arch: str) -> Path | None:
-        """See :class:`NetworkSource`."""
         from caltech_sweep.data.fetch.download import is_there
 
         place = self._place(arch)
         return place if is_there(place, checksums(place)) else None
 
     def fetch(self, arch: str, progress: Progress) -> Path:
-        """See :class:`NetworkSource`. These are the weights that the reference report used."""
+        """These are the weights that the reference report used."""
         return fetch_file(arch, str(self._published(arch).url), progress)
 
     def _published(self, arch: str) -> torchvision.models.WeightsEnum:
@@ -254,7 +257,7 @@ def _renamed(state: State) -> OrderedDict[str, torch.Tensor]:
     return renamed.state
 
 
-class TimmNetworks:
+class TimmNetworks(NetworkSource):
     """timm's networks, as ``timm/NAME`` or ``timm/NAME.TAG``, and the Hugging Face hub's as ``timm/hf-hub:OWNER/NAME``.
 
     What timm says of a network decides its input; its published weights are downloaded to where timm keeps them.
@@ -263,53 +266,41 @@ class TimmNetworks:
     _FILES = ("model.safetensors", "pytorch_model.bin")  # of the hub; the first that is there
 
     def check(self, arch: str) -> None:
-        """See :class:`NetworkSource`."""
         self._config(arch)
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
-        """See :class:`NetworkSource`."""
         self.check(arch)
         model: nn.Module = self._timm().create_model(self._name(arch), pretrained=False, num_classes=outputs)
         return model
 
     def tail(self, model: nn.Module) -> tuple[str, ...]:
-        """See :class:`NetworkSource`."""
         classifier = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
         if not isinstance(classifier, str):
             kind = type(model).__name__
             raise ModelError(f"arch: timm's {kind} has more or less than one classifier, which does not work here")
         return (classifier,)
 
-    def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
-        """See :class:`NetworkSource`."""
-        return OrderedDict(state)
-
     def normalization(self, arch: str, pretrained: bool) -> str:
-        """See :class:`NetworkSource`."""
         config = self._config(arch)
         return normalization_name(config["mean"], config["std"])
 
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
-        """See :class:`NetworkSource`."""
         config = self._config(arch)
         return config["input_size"][-1], bool(config["fixed_input_size"])
 
     def published_input(self, arch: str) -> tuple[int, str] | None:
-        """See :class:`NetworkSource`."""
         config = self._config(arch)
         return config["input_size"][-1], config["interpolation"]
 
     def version(self, arch: str) -> Mapping[str, str]:
-        """See :class:`NetworkSource`."""
         return {"timm": self._timm().__version__}
 
     def published_key(self, arch: str) -> str | None:
-        """See :class:`NetworkSource`."""
         self._location(arch)
         return None
 
     def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
-        """See :class:`NetworkSource`. timm itself loads them, into a network of the size that they were made for."""
+        """timm itself loads them, into a network of the size that they were made for."""
         import torch
 
         overlay = {"state_dict": dict(state), "source": None}
@@ -323,7 +314,6 @@ class TimmNetworks:
         return model.state_dict(), {}
 
     def published_file(self, arch: str) -> Path | None:
-        """See :class:`NetworkSource`."""
         from caltech_sweep.data.fetch.download import is_there
 
         repository, files, url = self._location(arch)
@@ -334,7 +324,6 @@ class TimmNetworks:
         return next((path for path in found if path is not None), None)
 
     def fetch(self, arch: str, progress: Progress) -> Path:
-        """See :class:`NetworkSource`."""
         if (path := self.published_file(arch)) is not None:
             return path
         repository, files, url = self._location(arch)
@@ -396,7 +385,7 @@ class TimmNetworks:
         return repository, (file,) if file else self._FILES, config["url"] or ""
 
 
-class OwnNetworks:
+class OwnNetworks(NetworkSource):
     """Networks of the user's own code, as ``package.module:factory``: ``factory(num_classes)`` returns a module.
 
     The module may lie in the working folder. All of its source that is not installed as a package counts: that of the
@@ -404,11 +393,9 @@ class OwnNetworks:
     """
 
     def check(self, arch: str) -> None:
-        """See :class:`NetworkSource`."""
         self._factory(arch)
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
-        """See :class:`NetworkSource`."""
         import torch
         from torch import nn
 
@@ -428,27 +415,11 @@ class OwnNetworks:
         return model
 
     def tail(self, model: nn.Module) -> tuple[str, ...]:
-        """See :class:`NetworkSource`. The last linear or convolutional layer is taken for the classifier."""
+        """The last linear or convolutional layer is taken for the classifier."""
         return (last_layer(model, ""),)
 
-    def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
-        """See :class:`NetworkSource`."""
-        return OrderedDict(state)
-
-    def normalization(self, arch: str, pretrained: bool) -> str:
-        """See :class:`NetworkSource`."""
-        return "half"
-
-    def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
-        """See :class:`NetworkSource`."""
-        return None, False
-
-    def published_input(self, arch: str) -> tuple[int, str] | None:
-        """See :class:`NetworkSource`."""
-        return None
-
     def version(self, arch: str) -> Mapping[str, str]:
-        """See :class:`NetworkSource`: a digest of the source, and the version of the package where it has one."""
+        """Return a digest of the source, and the version of the package where it has one."""
         top = arch.partition(":")[0].partition(".")[0]
         self._factory(arch)
         found = {SOURCE: _source_digest(top)}
@@ -457,23 +428,16 @@ class OwnNetworks:
         return found
 
     def published_key(self, arch: str) -> str | None:
-        """See :class:`NetworkSource`."""
         raise ModelError(
             f"weights: {arch} has no published weights; have the factory load them and leave weights out, or name a "
             "file: file:PATH"
         )
 
-    def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
-        """See :class:`NetworkSource`."""
-        return state, {}
-
     def published_file(self, arch: str) -> Path | None:
-        """See :class:`NetworkSource`."""
         self.published_key(arch)
         return None
 
     def fetch(self, arch: str, progress: Progress) -> Path:
-        """See :class:`NetworkSource`."""
         self.published_key(arch)
         raise AssertionError("unreachable")
 
@@ -496,7 +460,7 @@ class OwnNetworks:
                 f"arch: the module {module} cannot be imported: {type(error).__name__}: {_first_line(error)}"
             ) from error
         if not callable(factory):
-            raise ModelError(f"arch: {arch} is no function, but {type(factory).__name__}")
+            raise ModelError(f"arch: {arch} is not a function, but {type(factory).__name__}")
         result: Callable[..., Any] = factory
         return result
 

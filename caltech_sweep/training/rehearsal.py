@@ -42,7 +42,7 @@ def rehearse(
     outputs, sizes = config.outputs or num_classes, sorted(batches, reverse=True)
     own = isinstance(source_of(config.arch), OwnNetworks)
     if own and any(_problem(model, size, config, outputs) for size in sizes):
-        model = build_model(config, num_classes, weights_file, digest)  # code that nobody knows may need numbers
+        model = build_model(config, num_classes, weights_file, digest)  # code of the user may need numbers
     _rehearse(model, config, sizes, outputs)
     if config.thaws(config.epochs):
         thaw(model, config)
