@@ -57,11 +57,21 @@ def is_overgrown(node: object, most: int = 100_000) -> bool:
     return False
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" or the list of what is known, to end a sentence about an unknown word."""
+def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """Return "; did you mean 'x'?" to end a sentence about an unknown word.
+
+    Where nothing is near, it is ``otherwise``, or the list of what is known.
+    """
     known = list(known)
     near = difflib.get_close_matches(str(word), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; it may be {', '.join(known)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; it may be {', '.join(known)}" if otherwise is None else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or the error's name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager

@@ -357,7 +357,7 @@ def test_another_file_under_the_url_is_refused(server: FileServer, home: Path) -
         fetch(None, server.url("file.bin#part2"), quiet)
 
 
-def test_offline_is_one_sentence_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_one_sentence_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there: no network
     monkeypatch.setenv("no_proxy", "")
     result = CliRunner().invoke(main, ["data"])

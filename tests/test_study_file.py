@@ -57,7 +57,7 @@ def test_a_good_file_is_read_as_yaml_1_2(tmp_path: Path) -> None:
     assert study.rows[0].reference["best_epoch"] == 3 and study.trials == 5
 
 
-def test_every_problem_is_told_at_once_with_its_line_and_mend(tmp_path: Path) -> None:
+def test_every_problem_is_told_at_once_with_its_line_and_fix(tmp_path: Path) -> None:
     text = """\
 title: A study
 datset: {name: shapes}

@@ -233,8 +233,8 @@ def folder_split(root: Path, config: DatasetConfig) -> Split:
     """
     items: list[Item] = []
     passed, order = PassedOver(), list[str]()
-    folders: dict[str | None, Path] = {**part_folders(root)} or {None: root}
-    for part, folder in folders.items():
+    folders: Sequence[tuple[str | None, Path]] = [*part_folders(root).items()] or [(None, root)]
+    for part, folder in folders:
         classes, others = list_classes(folder)
         passed.add(others)
         items += [Item(path, name, part) for name, paths in classes.items() for path in paths]

@@ -7,7 +7,6 @@ folders; every third is test; only then is ``BACKGROUND_Google`` dropped.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import numpy as np
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden
 from caltech_sweep.errors import DatasetError
-from caltech_sweep.text import counted, readable
+from caltech_sweep.text import counted, readable, suggestion
 
 BACKGROUND = "BACKGROUND_Google"
 CALTECH_FOLDERS, CALTECH_FILES = 102, 9145
@@ -156,9 +155,7 @@ def _chosen_classes(classes: tuple[str, ...], wanted: int | str | tuple[str, ...
         return halves[wanted]
     for name in wanted:
         if name not in classes:
-            near = difflib.get_close_matches(name, classes, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DatasetError(f"dataset.classes: there is no class {name!r}{hint}")
+            raise DatasetError(f"dataset.classes: there is no class {name!r}{suggestion(name, classes, '')}")
     return tuple(name for name in classes if name in wanted)
 
 

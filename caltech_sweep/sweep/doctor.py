@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -31,7 +31,6 @@ from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
 from caltech_sweep.tracking.records import RESULTS, StudyRecord, TrialRecord, missing_artifacts, worth
 from caltech_sweep.tracking.writer import MlflowTracker
 
-T = TypeVar("T")
 Key = tuple[int, str]  # a trial's number and fingerprint
 
 
@@ -296,14 +295,14 @@ def _damaged(
 
 def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> Iterator[str]:
     """Yield what is wrong with a run's artifacts, but for those that are known to be missing."""
-    place = (run.artifact_uri, record.name)
-    read = partial(_of_run, tracker.artifacts.text, *place)
-    find = partial(_of_run, tracker.artifacts.file, *place)
     images = dict(record.images)
     if run.params.get("dataset.folds", "1") != "1":  # whose sizes differ by an image or so
         images.pop("val", None)
-    yield from artifact_problems(run.metrics, read, find, images, missing_artifacts(run.tags))
-
-
-def _of_run(get: Callable[[str, str, str], T], uri: str, study: str, path: str) -> T:
-    return get(uri, path, study)
+    artifacts, uri, study = tracker.artifacts, run.artifact_uri, record.name
+    yield from artifact_problems(
+        run.metrics,
+        lambda path: artifacts.text(uri, path, study),
+        lambda path: artifacts.file(uri, path, study),
+        images,
+        missing_artifacts(run.tags),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ from caltech_sweep.errors import ModelError
 from caltech_sweep.heartbeat import beat
 from caltech_sweep.paths import expanded
 from caltech_sweep.seeds import derive_seed
+from caltech_sweep.text import suggestion
 from caltech_sweep.training.networks import is_in, last_layer, source_of
 
 
@@ -169,10 +169,9 @@ def _up_to(model: nn.Module, names: list[str], layer: str) -> list[str]:
     """Return the names of all parameters from the first one to the last of a layer, in the network's own order."""
     known = [name for name, _ in model.named_modules() if name]
     if layer not in known:
-        near = difflib.get_close_matches(layer, known, 1)
         top = ", ".join(name for name, _ in model.named_children())
-        hint = f"did you mean {near[0]!r}?" if near else f"its parts are {top}, and theirs follow after a dot"
-        raise ModelError(f"freeze: this network has no layer {layer!r}; {hint}")
+        hint = suggestion(layer, known, f"; its parts are {top}, and theirs follow after a dot")
+        raise ModelError(f"freeze: this network has no layer {layer!r}{hint}")
     places = [place for place, name in enumerate(names) if is_in(name, layer)]
     if not places:
         raise ModelError(f"freeze: layer {layer!r} has no weights; name the one before it")

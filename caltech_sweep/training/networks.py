@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import DatasetError, ModelError
+from caltech_sweep.text import first_line, suggestion
 
 if TYPE_CHECKING:
     import torch
@@ -122,8 +122,7 @@ class TorchvisionNetworks(NetworkSource):
 
         names = torchvision.models.list_models(module=torchvision.models)
         if arch not in names:
-            near = difflib.get_close_matches(arch, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; see torchvision.models for the names"
+            hint = suggestion(arch, names, "; see torchvision.models for the names")
             raise ModelError(f"arch: torchvision has no classification model {arch!r}{hint}")
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
@@ -309,7 +308,7 @@ class TimmNetworks(NetworkSource):
                 model = self._timm().create_model(self._name(arch), pretrained=True, pretrained_cfg_overlay=overlay)
         except (RuntimeError, KeyError, ValueError) as error:
             raise ModelError(
-                f"weights: timm cannot load the published weights of {arch}: {_first_line(error)}"
+                f"weights: timm cannot load the published weights of {arch}: {first_line(error)}"
             ) from error
         return model.state_dict(), {}
 
@@ -364,9 +363,8 @@ class TimmNetworks(NetworkSource):
             return {**vars(models.PretrainedCfg()), **document.get("pretrained_cfg", document)}
         plain = models.split_model_name_tag(name)[0]
         if not models.is_model(plain):
-            near = difflib.get_close_matches(plain, models.list_models(), 1)
-            hint = f"; did you mean 'timm/{near[0]}'?" if near else "; see timm.list_models() for the names"
-            raise ModelError(f"arch: timm has no network {plain!r}{hint}")
+            hint = suggestion(plain, models.list_models(), "; see timm.list_models() for the names")
+            raise ModelError(f"arch: timm has no network {plain!r}{hint}".replace("mean '", "mean 'timm/"))
         try:
             return dict(vars(models.get_pretrained_cfg(name)))
         except RuntimeError as error:
@@ -409,7 +407,7 @@ class OwnNetworks(NetworkSource):
         except Exception as error:  # the user's code may raise anything
             if torch.get_default_device().type == "meta":  # numbers are missed there
                 raise NotImplementedError from error
-            raise ModelError(f"arch: {arch}({outputs}) raised {type(error).__name__}: {_first_line(error)}") from error
+            raise ModelError(f"arch: {arch}({outputs}) raised {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"arch: {arch} returned {type(model).__name__} where a torch.nn.Module is needed")
         return model
@@ -457,7 +455,7 @@ class OwnNetworks(NetworkSource):
             raise ModelError(f"arch: the module {module} has no {name!r}") from error
         except Exception as error:  # the user's code may raise anything
             raise ModelError(
-                f"arch: the module {module} cannot be imported: {type(error).__name__}: {_first_line(error)}"
+                f"arch: the module {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
             ) from error
         if not callable(factory):
             raise ModelError(f"arch: {arch} is not a function, but {type(factory).__name__}")
@@ -508,10 +506,6 @@ def _imports(text: bytes) -> set[str]:
     return names
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def _revision(repository: str) -> tuple[str, str | None]:
     name, _, revision = repository.partition("@")
     return name, revision or None
@@ -544,7 +538,7 @@ def _from_hub(repository: str, file: str, what: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(f"{what} cannot be downloaded from the Hugging Face hub: {_first_line(error)}") from error
+        raise ModelError(f"{what} cannot be downloaded from the Hugging Face hub: {first_line(error)}") from error
 
 
 SOURCES: Mapping[str, NetworkSource] = {  # by what stands before the first slash of ``arch``
