@@ -24,12 +24,15 @@ MOST = 1_000_000  # of whatever is counted
 
 if TYPE_CHECKING:
     from caltech_sweep.stores import Store
+    from caltech_sweep.study.definition import StudyDefinition
+
+RENAMED = {"--stage-budget": "--cache-size"}  # options of earlier versions
 # Errors of files that no program can help, wherever they come up, and what a person can do.
 _OF_A_DISK = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "ask its owner for access to it, or name another place"),
     errno.EROFS: "name another place",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space, or name another place"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE), "look whether its disk or server works, then run the command again"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check that its disk or server works, then run the command again"),
 }
 
 
@@ -47,6 +50,14 @@ class _Path(click.Path):
 
 class _Group(click.Group):
     """Turns every error that is written for the user into a sentence and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except click.NoSuchOption as error:
+            if (new := RENAMED.get(error.option_name)) is None:
+                raise
+            raise click.UsageError(f"{error.option_name} is called {new} now.", error.ctx) from error
 
     def main(self, *arguments: Any, **named: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -165,7 +176,7 @@ resume_option = click.option(
     multiple=True,
     type=click.IntRange(0, 1_000_000),
     metavar="N",
-    help="Run only the paused trial of this number, to its end; may be repeated.",
+    help="Run only the paused trial with this number, to its end; may be repeated.",
 )
 replicates_option = click.option(
     "--replicates", type=click.IntRange(1, 10_000), help="Number of seeds per row (default: from the study file)."
@@ -175,8 +186,16 @@ budget_option = click.option(
     "--budget",
     multiple=True,
     metavar="KEY=NUMBER",
-    help="End the study within epochs=N or hours=N, what was spent before included (default: from the study file).",
+    help="End the study within epochs=N or hours=N, counting what it spent before (default: from the study file).",
 )
+
+
+def _load(study: str, options: dict[str, Any]) -> StudyDefinition:
+    """Return a study, changed by the options that change it, which are taken out of ``options``."""
+    from caltech_sweep.study.file import load_study
+
+    changes = {key: options.pop(key) for key in ("trials", "data", "name", "replicates", "budget")}
+    return load_study(study, options.pop("overrides"), **changes)
 
 
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -214,8 +233,6 @@ def main() -> None:
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option(
     "--cache-size",
-    "--stage-budget",
-    "cache_size",
     type=_Number(0),
     metavar="GB",
     help="Disk for what is shared.",
@@ -233,26 +250,17 @@ def main() -> None:
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="Kill a worker that was silent for so long, and try its trial again.",
+    help="Kill a worker that was silent for this long, and try its trial again.",
 )
 @click.option(
     "--max-failures",
     type=click.IntRange(1, MOST),
     default=5,
     show_default=True,
-    help="Stop after so many trials in a row that crashed, ran out of memory or met bad data.",
+    help="Stop after this many trials in a row that crashed, ran out of memory or met bad data.",
 )
 @click.option("--in-process", is_flag=True, help="Train in this process, for debugging.")
-def run(
-    study: str,
-    overrides: tuple[str, ...],
-    trials: int | None,
-    budget: tuple[str, ...],
-    data: str | None,
-    name: str | None,
-    replicates: int | None,
-    **options: Any,
-) -> None:
+def run(study: str, **options: Any) -> None:
     """Run STUDY, a name in sweeps/ or a path, to its total of trials.
 
     The exit code is 0 when every trial ran or diverged by its own settings, 1 when one failed for another reason or
@@ -260,9 +268,7 @@ def run(
 
     Example: caltech-sweep run transfer --trials 20 --workers 2
     """
-    from caltech_sweep.study.file import load_study
-
-    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates, budget=budget)
+    definition = _load(study, options)
     from caltech_sweep.sweep.preflight import RunOptions
     from caltech_sweep.sweep.session import run_study
 
@@ -288,26 +294,15 @@ def run(
 @threads_option
 @row_option
 @replicates_option
-def plan(
-    study: str,
-    overrides: tuple[str, ...],
-    trials: int | None,
-    budget: tuple[str, ...],
-    data: str | None,
-    name: str | None,
-    replicates: int | None,
-    **options: Any,
-) -> None:
+def plan(study: str, **options: Any) -> None:
     """Say what running STUDY would train, without training, downloading or writing anything.
 
-    The exit code is 0 when run with the same options would start. Else it is 2, and standard error says why: what can
-    be planned without the images is printed all the same. Only run finds an image that is damaged behind its header.
+    The exit code is 0 when run with the same options would start. Else it is 2, standard error says why, and what can
+    be planned without the images is still printed. Only run finds an image that is damaged behind its header.
 
     Example: caltech-sweep plan transfer
     """
-    from caltech_sweep.study.file import load_study
-
-    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates, budget=budget)
+    definition = _load(study, options)
     from caltech_sweep.sweep.plan import plan_study
     from caltech_sweep.sweep.preflight import RunOptions
 
@@ -524,7 +519,7 @@ def promote(study: str, run_id: str | None, name: str | None, alias: str, tracki
         f"{done.name} version {done.version} is now {done.name}@{done.alias}: trial {done.trial.name!r} "
         f"(run {done.trial.run_id}), validation accuracy {accuracy:.4f}"
     )
-    _say(f"ask it with: caltech-sweep predict IMAGE... --model {done.name}@{done.alias}")
+    _say(f"use it with: caltech-sweep predict IMAGE... --model {done.name}@{done.alias}")
 
 
 @main.command()
@@ -605,7 +600,7 @@ def doctor(study: str | None, fix: bool, tracking_uri: Store, storage: Store) ->
     "--storage", callback=_storage, help="Optuna store, next to which the journals are; default mlruns/optuna.db."
 )
 def replay(tracking_uri: Store, storage: Store) -> None:
-    """Upload results that were kept while the tracking store was down; the next run of the study does so, too.
+    """Upload results that were kept while the tracking store was down. The next run of the study does this, too.
 
     Example: caltech-sweep replay
     """

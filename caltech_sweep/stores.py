@@ -311,8 +311,7 @@ def failure(error: Exception) -> StoreError | None:
     if not origins & {"mlflow", "optuna", "requests", "sqlalchemy", "urllib3"}:
         return None
     return StoreError(
-        f"a store does not do what it is asked ({reason(error)}); look into its log, or choose another one with "
-        "--tracking-uri or --storage"
+        f"a store failed ({reason(error)}); look into its log, or choose another one with --tracking-uri or --storage"
     )
 
 

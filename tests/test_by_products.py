@@ -1,4 +1,4 @@
-"""What a trial leaves besides its numbers: its cost is bounded, names are text, and no failure loses a result."""
+"""What a trial leaves, apart from its numbers: its cost is bounded, names are text, and no failure loses a result."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_a_name_of_its_own_lets_a_second_study_store_run_and_no_doctor_touches_t
     report = invoke("report", "tiny", "--format", "json").output
     mine = invoke(*RUN, "--name", "mine", "--row", "First", "--set", "epochs=1")
     assert mine.exit_code == 0 and "study mine: 1 complete" in mine.output, mine.output
-    sql(copied, "mlflow.db", "UPDATE runs SET status = 'RUNNING' WHERE name = 'Views'")  # what a doctor mends
+    sql(copied, "mlflow.db", "UPDATE runs SET status = 'RUNNING' WHERE name = 'Views'")  # what a doctor fixes
     before = dump(copied / "mlruns" / "mlflow.db")
     looked = invoke("doctor", "--fix")
     assert looked.exit_code == 0 and "1 study examined, 1 skipped: 0 found, 0 fixed" in looked.output, looked.output

@@ -225,7 +225,7 @@ def test_curves_are_drawn_with_the_groupings_that_vary(shapes: str) -> None:
     assert {a["data-freeze"] for a in drawn} == {"c0", "c1"}
     titles = [text for _, text in page.all("title")[1:]]
     assert "Plain: 0.967" in titles
-    assert "log scale" in [text for _, text in page.all("text")]  # a loss of 1000 beside others of 2
+    assert "log scale" in [text for _, text in page.all("text")]  # a loss of 1000 among others of 2
 
 
 def test_curves_are_a_table_too(shapes: str) -> None:

@@ -37,7 +37,7 @@ IMAGES = {"train": 400, "val": 200, "test": 300, "classes": 5}
 
 
 def check_golden(name: str, text: str) -> None:
-    """Compare with a golden file; UPDATE_GOLDEN=1 alone writes one."""
+    """Compare with a golden file; only UPDATE_GOLDEN=1 writes one."""
     path = GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN") == "1":
         path.write_text(text, encoding="utf-8")

@@ -57,7 +57,7 @@ def test_a_good_file_is_read_as_yaml_1_2(tmp_path: Path) -> None:
     assert study.rows[0].reference["best_epoch"] == 3 and study.trials == 5
 
 
-def test_every_problem_is_told_at_once_with_its_line_and_mend(tmp_path: Path) -> None:
+def test_every_problem_is_told_at_once_with_its_line_and_fix(tmp_path: Path) -> None:
     text = """\
 title: A study
 datset: {name: shapes}
@@ -81,7 +81,7 @@ rows:
         "x.yaml:2: datset: is an unknown key; did you mean 'dataset'?",
         "x.yaml:3: trials: must be an integer >= 1, got 0; it counts rows and sampled trials together",
         "x.yaml:4: sampler.name: there is no sampler 'tpee'; did you mean 'tpe'?",
-        "x.yaml:5: pruner.warmup: is no argument of median; did you mean 'warmup_epochs'?",
+        "x.yaml:5: pruner.warmup: is not an argument of median; did you mean 'warmup_epochs'?",
         "x.yaml:6: fixed.lr: must be a number above 0, got 'fast'",
         "x.yaml:6: fixed.drop_last: must be true or false, got 'off'",
         "x.yaml:8: space.lr.low: must be > 0 for a log range, got 0",

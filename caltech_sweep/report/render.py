@@ -18,7 +18,7 @@ from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableR
 
 
 # What CommonMark and GitHub's tables give a meaning to; a bracket has one only before a parenthesis, and an underscore
-# only beside something that is no letter or digit.
+# only next to something that is no letter or digit.
 _MARKDOWN = re.compile(r"[\\`*|~$#]|\](?=\()|(?<![^\W_])_|_(?![^\W_])")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,11 @@ class Range:
     log: bool = False
     step: float | None = None
     integer: bool = False
+
+    @property
+    def integers(self) -> range:
+        """Its numbers, where they are integers."""
+        return range(int(self.low), int(self.high) + 1, int(self.step or 1))
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,14 @@ class StudyDefinition:
     def dimensions(self) -> dict[str, Dimension]:
         """The settings that vary: the sampled ones, and those of ``expand``."""
         return {**self.space, **{key: Choices(values) for key, values in self.expand.items()}}
+
+    @property
+    def sampled_epochs(self) -> Sequence[int]:
+        """The numbers of epochs that a sampled trial may ask for."""
+        dimension = self.dimensions.get("epochs")
+        if isinstance(dimension, Range):
+            return dimension.integers
+        return [int(value) for value in dimension.values] if dimension else [self.config({}).epochs]
 
     @property
     def objective(self) -> Objective:

@@ -87,6 +87,11 @@ def _check_depth(text: str, where: str) -> None:
             raise StudyFileError([f"{where}:{line}: not valid YAML: brackets are nested more than {_DEEPEST} deep"])
 
 
+def _crop_problem(dataset: Mapping[str, Any]) -> str | None:
+    crop, resize = dataset.get("crop", DatasetConfig.crop), dataset.get("resize", DatasetConfig.resize)
+    return f"{crop} pixels cannot be cut from images of {resize} (dataset.resize)" if crop > resize else None
+
+
 def _load_yaml(text: str, where: str) -> Any:
     _check_depth(text, where)
     yaml = YAML(typ="rt", pure=True)
@@ -159,11 +164,8 @@ class _Reader:
         dataset = self.ruled(self.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
         for key, text in unread(dataset):
             self.problem(root["dataset"], key, f"dataset.{key}", text)
-        crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
-        if crop > resize:
-            self.problem(
-                root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)"
-            )
+        if wrong := _crop_problem(dataset):
+            self.problem(root, "dataset", "dataset.crop", wrong)
         return dataset
 
     def dimension(self, space: CommentedMap, key: str) -> Dimension | None:
@@ -197,7 +199,7 @@ class _Reader:
     def _range(self, space: CommentedMap, node: CommentedMap, key: str, path: str) -> Range | None:
         rule, before = TRIAL_RULES[key], len(self.problems)
         if rule.kind == "other":
-            self.problem(space, key, path, "is no number and cannot have a range; use choices")
+            self.problem(space, key, path, "is not a number and cannot have a range; use choices")
             return None
         self.known(node, f"{path}.", ["low", "high", "log", "step"])
         values = _plain(node)
@@ -335,21 +337,9 @@ class _Reader:
 
 
 _TOP = (
-    "title",
-    "dataset",
-    "objective",
-    "trials",
-    "sampler",
-    "pruner",
-    "fixed",
-    "space",
-    "expand",
-    "rows",
-    "tolerance",
-    "replicates",
-    "early_stopping",
-    "budget",
-)
+    "title", "dataset", "objective", "trials", "sampler", "pruner", "fixed", "space", "expand", "rows", "tolerance",
+    "replicates", "early_stopping", "budget",
+)  # fmt: skip
 
 
 def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
@@ -430,11 +420,8 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         for row in definition.rows
     )
     recorded = {key: value for key, value in overrides.items() if key != "dataset.root"}
-    crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
-    if crop > resize:
-        raise UsageError(
-            f"dataset.crop: {crop} pixels cannot be cut from images of {resize} (dataset.resize); set both"
-        )
+    if wrong := _crop_problem(dataset):
+        raise UsageError(f"dataset.crop: {wrong}; set both")
     return replace(
         definition,
         dataset=dataset,

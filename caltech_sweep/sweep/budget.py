@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.study.definition import Range, StudyDefinition
 from caltech_sweep.sweep.executors.base import Epoch
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.records import TrialRecord
@@ -38,15 +37,6 @@ def spent_by(records: Iterable[TrialRecord]) -> Spent:
         total.epochs += int(record.metrics.get("spent/epochs", record.tags.get("reuse.epochs_trained", 0)))
         total.seconds += record.metrics.get("spent/seconds", 0.0)
     return total
-
-
-def most_epochs(definition: StudyDefinition) -> int:
-    """Return the most epochs that a sampled trial of a study can ask for."""
-    dimension = definition.space.get("epochs")
-    if isinstance(dimension, Range):
-        return int(dimension.high)
-    values = dimension.values if dimension is not None else definition.expand.get("epochs", ())
-    return max(map(int, values), default=definition.config({}).epochs)
 
 
 class Ledger:

@@ -15,7 +15,7 @@ from functools import partial
 from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
 from caltech_sweep.stores import reason
-from caltech_sweep.sweep.budget import Ledger, most_epochs
+from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.optuna_store import STORE_ERRORS
 from caltech_sweep.sweep.progress import Progress
@@ -145,7 +145,7 @@ class Coordinator:
             except (StoreError, LostStudyError, *STORE_ERRORS):
                 continue
             except Exception as error:  # the others have their ends all the same
-                self.progress.note(f"the end of the study is not recorded ({reason(error)}); the next run settles it")
+                self.progress.note(f"the end of the study is not recorded ({reason(error)}); the next run records it")
 
     def _run_all(self) -> None:
         while not self._stop and not self.ledger.over and (self._fill() or self._running):
@@ -166,7 +166,7 @@ class Coordinator:
             self._end(running, "interrupted", "waits until the study has a larger budget")
         waiting, sampled = self.queue.left()
         if waiting or sampled:
-            self.progress.note(self.ledger.sentence(waiting, sampled, most_epochs(self.queue.definition)))
+            self.progress.note(self.ledger.sentence(waiting, sampled, max(self.queue.definition.sampled_epochs)))
 
     def _fill(self) -> bool:
         """Hand a trial to every free slot; return whether any was handed out."""

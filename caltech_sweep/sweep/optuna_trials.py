@@ -30,15 +30,12 @@ class SettledSampler(optuna.samplers.BaseSampler):
     """The sampler of a trial that has all its settings: it draws nothing and leaves no mark in the store."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        """Return nothing to draw."""
         return {}
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """Draw nothing."""
         return {}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
-        """Refuse to draw."""
         raise AssertionError(f"trial {trial.number} has no {param_name}")
 
 
@@ -80,7 +77,6 @@ class _View:
         return [trial for trial in shown if states is None or trial.state in states]
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        """Return what ``Study.get_trials`` does, of the trials to be seen."""
         return self._show(self._seen.get_trials(deepcopy), states)
 
     def _get_trials(
@@ -91,7 +87,6 @@ class _View:
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """Return what ``BaseStorage.get_all_trials`` does, of the trials to be seen."""
         return self._show(self._seen.get_all_trials(study_id, deepcopy), states)
 
     @property
@@ -115,23 +110,18 @@ class ViewSampler(optuna.samplers.BaseSampler):
         return _View(study, self._names)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Pass the call on."""
         self.sampler.before_trial(self.view(study), trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        """Return the space that trials with all settings have in common."""
         return self.sampler.infer_relative_search_space(self.view(study), trial)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """Suggest some settings together."""
         return self.sampler.sample_relative(self.view(study), trial, search_space)
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
-        """Suggest one setting."""
         return self.sampler.sample_independent(self.view(study), trial, param_name, distribution)
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
-        """Pass the call on."""
         self.sampler.after_trial(self.view(study), trial, state, values)
 
 

@@ -131,8 +131,8 @@ class TrialQueue:
     def endings(self) -> Iterator[str]:
         """Yield a sentence where the study ends before its total, and one where trials stay paused."""
         if self._exhausts:
-            size = f"{grid_size(self.definition.space):,} combinations"
-            yield f"the study ends here: all {size} of its space have been tried, each once"
+            size = grid_size(self.definition.space)
+            yield f"the study ends here: all {size:,} combinations of its space were tried once"
         paused = list(filter(is_paused, self.study.get_trials(deepcopy=False)))
         if paused and not (self.only or self.resumed):
             example = paused[0].number

@@ -40,6 +40,7 @@ from caltech_sweep.tracking.records import (
     UNFINISHED,
     EpochLog,
     StudyRecord,
+    Tracker,
     TrialRecord,
     missing_artifacts,
 )
@@ -66,7 +67,7 @@ def provenance() -> dict[str, str]:
     return tags
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One tracking store. ``create`` makes a missing local one; raises StoreError when it cannot be used."""
 
     def __init__(self, tracking: Address = None, artifacts: Path | None = None, create: bool = False) -> None:
@@ -179,11 +180,9 @@ class MlflowTracker:
         return run_id
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Record what a trial trains; those that are recorded already stay as they are."""
         self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
 
     def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
-        """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
         self.client.update_run(run_id, "RUNNING")
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         known = self.client.get_run(run_id).data.tags
@@ -193,7 +192,6 @@ class MlflowTracker:
         return self.last_epoch(run_id)
 
     def last_epoch(self, run_id: str) -> int:
-        """Return the last epoch whose metrics a run has, or 0."""
         return max((metric.step for metric in self.history(run_id, STEP_METRIC)), default=0)
 
     def history(self, run_id: str, key: str) -> list[Metric]:
@@ -201,7 +199,6 @@ class MlflowTracker:
         return list(self.client.get_metric_history(run_id, key))
 
     def has_ended(self, run_id: str) -> bool:
-        """Tell whether a trial's run has its final end."""
         run = self.client.get_run(run_id)
         return run.info.status != "RUNNING" and run.data.tags.get("outcome") not in (None, *UNFINISHED)
 
@@ -297,7 +294,6 @@ class MlflowTracker:
         self._reader.check_study(name)
 
     def study(self, name: str) -> StudyRecord | None:
-        """Return one study, or None."""
         return self._reader.record(name)
 
     def owner(self, name: str) -> str | None:
@@ -333,7 +329,7 @@ class MlflowTracker:
         if known is not None and file_digest(file) != known:
             raise StoreError(
                 f"the artifact {path} of run {run_id} is damaged: its checksum is not the recorded one; "
-                "caltech-sweep doctor --fix lets the trial be trained again"
+                "caltech-sweep doctor --fix makes the next run train the trial again"
             )
         return file
 

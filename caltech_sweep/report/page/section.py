@@ -70,7 +70,7 @@ class Search:
     importance: str = ""  # svg
     importance_note: str = ""
     effort: Effort | None = None
-    marks: frozenset[str] = frozenset()  # of the history: outcomes besides complete, and "random"
+    marks: frozenset[str] = frozenset()  # of the history: outcomes other than complete, and "random"
 
 
 @dataclass(frozen=True)
