@@ -26,6 +26,7 @@ import torch
 import torchvision
 from PIL import Image
 from torchvision.transforms import functional as tvf
+from torchvision.transforms.v2.functional import resize_image
 
 from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules, examine, read_file, read_rgb
 from caltech_sweep.data.splits import SPLITS, Sample, Split
@@ -178,7 +179,7 @@ class ImageStore:
             image = self.array(index)
             top, left, height, width = cut(*image.shape[:2])
             box = torch.from_numpy(np.array(image[top : top + height, left : left + width])).permute(2, 0, 1)
-            out[position] = tvf.resize(box, [crop, crop], antialias=True)
+            out[position] = resize_image(box, [crop, crop], antialias=True)
         return out
 
 
