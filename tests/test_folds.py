@@ -65,6 +65,9 @@ def test_rows_and_sampled_trials_are_trained_on_every_fold_and_shown_as_their_me
     for kind in (True, False):
         assert sorted(run.params["dataset.fold"] for run in by_kind[kind]) == ["1", "2", "3"]
         assert len({run.params["lr"] for run in by_kind[kind]}) == 1
+    means = {kind: statistics.fmean(run.metrics["best/val_accuracy"] for run in by_kind[kind]) for kind in by_kind}
+    best = tracker.best_trial("folds")  # of the setting with the best mean, whichever fold is the best of all
+    assert means[best.row is not None] == max(means.values())
     rows = json.loads(cli("report", "folds", "--format", "json").output)[0]["rows"]
     for row, kind in zip(rows, (True, False), strict=True):
         scores = [run.metrics["best/val_accuracy"] for run in by_kind[kind]]

@@ -273,6 +273,21 @@ def test_a_trial_that_was_stopped_ends_as_if_it_had_not_been(
     assert [epoch.train_loss for epoch in again] == [epoch.train_loss for epoch in epochs]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", list(cases()), ids=lambda changes: "-".join(map(str, changes.values())))
+def test_shared_epochs_and_kept_outputs_change_no_bit(
+    changes: dict[str, Any], data: LoadedData, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, **{**changes, "arch": "resnet18", "freeze": "conv"})
+    run(config, data, CacheOptions(tmp_path, 10**9, frozenset({1, 2})))
+    longer = replace(config, epochs=4)
+    _, got = run(longer, data, CacheOptions(tmp_path, 10**9))
+    assert_same(got, run(longer, data)[1])
+    assert got is not None and (got.epochs_reused == 3 or config.schedule in ("cosine", "linear", "one_cycle", "wsd"))
+    kept = not (config.mixup or config.cutmix) and {"hflip", "vflip"}.issuperset(config.augment)
+    assert bool(list(tmp_path.rglob("features-*"))) == kept
+
+
 def test_schedules_share_the_epochs_whose_rates_agree(data: LoadedData, tmp_path: Path) -> None:
     stages = CacheOptions(tmp_path, 10**9, frozenset({1, 2}))
     wsd = replace(CONFIG, schedule="wsd", cooldown_epochs=1)
