@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -362,22 +363,23 @@ def studies() -> None:
     "--format",
     "kind",
     type=click.Choice(["markdown", "html", "latex", "csv", "json"]),
-    default="markdown",
-    show_default=True,
+    help="Default: markdown; on a terminal, tables that fit its width.",
 )
 @click.option("--out", type=_Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
 @click.option(
     "--best", type=click.IntRange(0, MOST), default=3, show_default=True, help="Sampled trials below the rows."
 )
+@click.option("--all", "everything", is_flag=True, help="List every trial, with its epochs, its time and how it ended.")
 @click.option("--check", is_flag=True, help="Exit with 1 when a row is outside its tolerance of the reference.")
 @click.option("--compare", nargs=2, metavar="ROW ROW", help="Rows that the page compares class by class.")
 @data_option
 @tracking_option
 def report(
     studies: tuple[str, ...],
-    kind: str,
+    kind: str | None,
     out: Path | None,
     best: int,
+    everything: bool,
     check: bool,
     compare: tuple[str, str] | None,
     data: str | None,
@@ -386,11 +388,12 @@ def report(
     """Print the comparison tables of STUDIES, or of all, from the tracking store only.
 
     The format html is a whole page that opens offline: tables, curves, the search, confusion matrices, classes, and
-    the images that were most confidently wrong, from the dataset's folder where it is there.
+    the images that were most confidently wrong, from the dataset's folder where it is there. The formats csv and json
+    always list every trial.
 
     Example: caltech-sweep report transfer --format html --out transfer.html
     """
-    from caltech_sweep.report.build import load_tables, render
+    from caltech_sweep.report.build import lists_all, load_tables, render
     from caltech_sweep.report.check import outside
 
     if kind == "html":
@@ -398,11 +401,12 @@ def report(
         from caltech_sweep.report.page.importance import weigh
         from caltech_sweep.report.page.section import Options
 
-        page = build_page(studies, Options(best, compare, data, weigh), tracking_uri)
+        page = build_page(studies, Options(best, compare, data, weigh, everything), tracking_uri)
         tables, text = list(page.tables), page.html
     else:
-        tables = load_tables(studies, best, tracking_uri)
-        text = render(tables, kind)
+        tables = load_tables(studies, best, tracking_uri, everything or lists_all(kind))
+        width = shutil.get_terminal_size().columns if kind is None and out is None and sys.stdout.isatty() else None
+        text = render(tables, kind or "markdown", everything, width)
     problems = outside(tables, explicit=bool(studies)) if check else []
     _emit(text, out)
     for problem in problems:

@@ -26,6 +26,7 @@ from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
 from caltech_sweep.metrics import objective
 from caltech_sweep.paths import expanded
+from caltech_sweep.training.augment import versions
 from caltech_sweep.training.cache import Cache, open_store
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
@@ -106,7 +107,7 @@ def identity(
     ``features`` says whether the outputs of frozen layers are kept. On the CPU that changes no bit; elsewhere this is
     not certain, so there it counts.
     """
-    augmentation = {"augmentation": AUGMENTATION_VERSION} if config.augment else {}
+    augmentation = {"augmentation": AUGMENTATION_VERSION, **versions(config.augment)} if config.augment else {}
     frozen = {"frozen": FROZEN_VERSION} if config.freeze == "conv" and not config.arch.startswith(SPLIT_BEFORE) else {}
     return {
         **recipe(config),
