@@ -104,8 +104,10 @@ data = load_dataset(t.SHAPES)
 for _ in range(3):
     child = os.fork()
     if child == 0:
+        trained = 0
         for epoch in t.run_trial(t.CONFIG, data, t.CPU, stages=t.use_of(Path(sys.argv[1]))):
-            if not epoch.reused:
+            trained += not epoch.reused
+            if trained == 2 or epoch.epoch == 4:  # the state before this one is kept, its own is being written
                 os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
@@ -116,7 +118,7 @@ def test_processes_killed_after_every_epoch_leave_an_uninterrupted_training(data
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(torch.get_num_threads())]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     got = run(CONFIG, data, use_of(tmp_path))
-    assert (got[1].epochs_reused, got[1].epochs_trained) == (3, 1)
+    assert got[1].epochs_reused >= 3 and got[1].epochs_reused + got[1].epochs_trained == 4 and not got[1].warnings
     assert_same(got, run(CONFIG, data))
 
 
