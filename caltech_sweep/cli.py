@@ -549,9 +549,7 @@ def predict(
 @main.command()
 @click.argument("study", required=False)
 @click.option("--fix", is_flag=True, help="Fix what can be fixed; without it nothing is changed.")
-@click.option(
-    "--machine", "around", is_flag=True, help="Say what a run finds on this machine, and what would be faster."
-)
+@click.option("--machine", "around", is_flag=True, help="Say what a run finds on this machine, and what is faster.")
 @click.option("--workers", type=click.IntRange(1, 1000), help="With --machine: workers of the run that is asked about.")
 @threads_option
 @tracking_option

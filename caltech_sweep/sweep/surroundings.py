@@ -62,10 +62,10 @@ def _workers(workers: int, threads: int, on_gpu: bool) -> Found:
     text = f"{counted(workers, 'worker')} x {counted(threads, 'thread')} on {counted(cores, 'processor')}"
     advice = ""
     if asked > cores:
-        fits = max(1, cores // threads)
-        advice = (
-            f"{text} wait for each other; use --workers {min(fits, cores)}, or --threads {max(1, cores // workers)}"
-        )
+        fewer = min(threads, cores)
+        pairs = dict.fromkeys([(cores // fewer, fewer), (cores, 1)])
+        ways = ", or ".join(f"--workers {count} --threads {each}" for count, each in pairs)
+        advice = f"{text} wait for each other; use {ways}"
     elif asked < cores and not on_gpu:
         advice = f"{text} leave {cores - asked} idle; use --threads {cores // workers}"
     return Found("workers", text, advice)
@@ -74,9 +74,7 @@ def _workers(workers: int, threads: int, on_gpu: bool) -> Found:
 def _bfloat16(on_gpu: bool) -> Found:
     units = sorted(BFLOAT16_UNITS & machine.processor_flags())
     if has_bfloat16(torch.device("cpu")):
-        return Found(
-            "bfloat16", f"{', '.join(units)}; precision auto uses it but for networks with grouped convolutions"
-        )
+        return Found("bfloat16", f"{', '.join(units)}; precision auto uses it, but not with grouped convolutions")
     advice = "this processor has no bfloat16 units; one with AVX-512 BF16, AMX or Arm BF16 trains most networks faster"
     if units:
         advice = f"this torch cannot use the processor's bfloat16 units ({', '.join(units)}); install one with oneDNN"
