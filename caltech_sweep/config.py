@@ -132,7 +132,7 @@ class TrialConfig:
     test_batch_size: int = setting(256, integer(1, 100_000), "images in a step of the test")
     seed: int = setting(0, integer(0, LARGEST_SEED))
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where it is faster")
-    channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA or bfloat16"), "memory layout of images")
+    channels_last: bool | None = setting(None, optional(BOOLEAN, "where faster"), "memory layout of images")
     label_smoothing: float = setting(0.0, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of the targets")
     mixup: float = setting(0.0, NOT_NEGATIVE, "alpha of mixup; 0: none")
     cutmix: float = setting(0.0, NOT_NEGATIVE, "alpha of cutmix; 0: none; with mixup, each batch has one of the two")

@@ -135,7 +135,9 @@ def test_the_units_are_those_that_torch_finds() -> None:
     known = torch.cpu.get_capabilities()
     own = torch.backends.mkldnn.is_available() and any(known.get(n) for n in ("avx512_bf16", "amx_bf16", "bf16"))
     cpu, config = torch.device("cpu"), TrialConfig()
-    assert uses_bfloat16(config, cpu) is has_bfloat16(cpu) is uses_channels_last(config, cpu) is own
+    assert uses_bfloat16(config, cpu) is has_bfloat16(cpu) is own
+    for arch in ("alexnet", "mobilenet_v3_small"):
+        assert uses_channels_last(replace(config, arch=arch), cpu) is own
     assert not uses_channels_last(replace(config, precision="float32"), cpu)
     assert uses_channels_last(replace(config, precision="float32", channels_last=True), cpu)
     if torch.cuda.is_available():
