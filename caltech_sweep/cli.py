@@ -575,16 +575,35 @@ def predict(
 @main.command()
 @click.argument("study", required=False)
 @click.option("--fix", is_flag=True, help="Fix what can be fixed; without it nothing is changed.")
+@click.option("--machine", "around", is_flag=True, help="Say what a run finds on this machine, and what is faster.")
+@click.option("--workers", type=click.IntRange(1, 1000), help="With --machine: workers of the run that is asked about.")
+@threads_option
 @tracking_option
 @storage_option
-def doctor(study: str | None, fix: bool, tracking_uri: Store, storage: Store) -> None:
+def doctor(
+    study: str | None,
+    fix: bool,
+    around: bool,
+    workers: int | None,
+    threads: int | None,
+    tracking_uri: Store,
+    storage: Store,
+) -> None:
     """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and fix it.
 
     The exit code is 0 when nothing is left to fix, else 1. A study that is being run, or that belongs
     to another study store, is skipped.
 
+    With --machine no study is looked at, and the exit code is 0.
+
     Example: caltech-sweep doctor --fix
     """
+    if around:
+        from caltech_sweep.sweep.surroundings import lines, look_around
+
+        for line in lines(look_around(tracking_uri, storage, workers, threads)):
+            click.echo(line)
+        return
     from caltech_sweep.sweep.doctor import examine
     from caltech_sweep.text import counted
 

@@ -44,6 +44,7 @@ CONFIG = TrialConfig(
     lr=0.02,
     weight_decay=0.0,
     step_size=2,
+    precision="float32",
 )  # which has no batch statistics
 
 

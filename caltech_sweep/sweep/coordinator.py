@@ -37,6 +37,7 @@ class _Running:
     run: RecordedTrial
     job: Job
     epoch: int = 0  # the last one that its worker has finished
+    kept: int = 0  # the last one whose state others need not wait for
     attempt: int = 0
     stops: str | None = None  # "pruned" or "paused": it was told to stop
     retrains: bool = False  # it was paused, and its state is no longer kept
@@ -172,7 +173,7 @@ class Coordinator:
         """Hand a trial to every free slot; return whether any was handed out."""
         before = len(self._running)
         while self.executor.free() > 0:
-            running = {other.queued.config: other.epoch for other in self._running.values()}
+            running = {other.queued.config: other.kept for other in self._running.values()}
             queued, self._held = self._held or self.queue.next(running), None
             if queued is None:
                 break
@@ -189,7 +190,7 @@ class Coordinator:
     def _submit(self, running: _Running) -> None:
         queued, folder = running.queued, running.job.folder
         self._running[queued.number] = running
-        running.epoch, running.broken, running.stops = 0, "", None
+        running.epoch, running.kept, running.broken, running.stops = 0, 0, "", None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.executor.submit(running.job)
@@ -212,7 +213,7 @@ class Coordinator:
 
     def _epoch(self, running: _Running, event: Epoch) -> None:
         """Log and report an epoch; one that the stores have already, from before an interruption, changes neither."""
-        running.epoch = event.epoch
+        running.epoch, running.kept = event.epoch, event.epoch - event.saving
         self.ledger.epoch(event)
         if event.epoch <= running.queued.paused_at and not (event.reused or running.retrains):
             running.retrains = True
