@@ -9,7 +9,6 @@ from, and the model a trial starts from has them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +34,7 @@ from caltech_sweep.training.keys import (
     FROZEN_VERSION,
     SPLIT_BEFORE,
     CacheOptions,
-    checkpoint_key,
+    checkpoint_keys,
     digest,
     epoch_marks,
     recipe,
@@ -122,8 +121,9 @@ def identity(
     }
 
 
-def _name(base: str, marks: Sequence[str]) -> str:
-    return f"stage-{checkpoint_key(base, marks)}"
+def _names(config: TrialConfig, identity: dict[str, Any], steps: int) -> list[str]:
+    """Return the name of the stage after each epoch of so many steps."""
+    return [f"stage-{key}" for key in checkpoint_keys(digest(identity), epoch_marks(config, steps))]
 
 
 def stored_epochs(
@@ -133,10 +133,10 @@ def stored_epochs(
 
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
-    base = digest(identity(config, data, device, weights_file, use.features))
-    rates = epoch_marks(config, steps_of(config, len(data.split.part("train"))))
+    known = identity(config, data, device, weights_file, use.features)
+    names = _names(config, known, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
-    return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
+    return next((epoch for epoch in range(len(names), 0, -1) if store.has(names[epoch - 1])), 0)
 
 
 def _frozen(model: nn.Module) -> set[str]:
@@ -210,7 +210,7 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), epoch_marks(config, training.steps)
+        self._names = _names(config, self._identity, training.steps)
         self._saved = time.monotonic()
         self.seconds = 0.0  # that loading and saving took
         self._trained = 0.0  # seconds that this process has trained
@@ -225,8 +225,8 @@ class TrialCheckpoints:
         best epoch until then, or goes on from a shorter state where a later epoch was better.
         """
         start = time.monotonic()
-        for epoch in range(len(self._rates), 0, -1):
-            stage = self._load(_name(self._base, self._rates[:epoch]))
+        for epoch in range(len(self._names), 0, -1):
+            stage = self._load(self._names[epoch - 1])
             if stage is None:
                 continue
             goal = objective(self._training.config.objective).name
@@ -254,7 +254,7 @@ class TrialCheckpoints:
     def after(self, result: EpochResult) -> None:
         """Save the state after an epoch that has just been trained, if another may need it or it is time to."""
         self._trained += result.seconds
-        name = _name(self._base, self._rates[: result.epoch])
+        name = self._names[result.epoch - 1]
         if self._store.has(name) or not self._is_due(result.epoch):
             self._hold(result.epoch)
             return
@@ -277,13 +277,13 @@ class TrialCheckpoints:
 
     def _hold(self, epoch: int, resumed: bool = False) -> None:
         """Let the state that a trial which may pause would go on from be dropped last; the one before is let go."""
-        last = epoch == len(self._rates) or self._training.ended
+        last = epoch == len(self._names) or self._training.ended
         if not self._use.hold_at or not (resumed or last or epoch in self._use.hold_at):
             return
-        before = {_name(self._base, self._rates[:earlier]) for earlier in self._use.hold_at if earlier < epoch}
+        before = {self._names[earlier - 1] for earlier in self._use.hold_at if earlier < epoch}
         for name in before | ({self._held} if self._held else set()):
             self._store.release(name, self._trial)
-        self._held = None if last else _name(self._base, self._rates[:epoch])
+        self._held = None if last else self._names[epoch - 1]
         if self._held is not None:
             self._store.hold(self._held, self._trial)
 
@@ -291,10 +291,10 @@ class TrialCheckpoints:
         """Drop the stage that served resuming until there was a later one: it would push out what others need."""
         if self._passing is not None:
             self._store.drop(self._passing)
-        self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
+        self._passing = None if self._is_needed(epoch) else self._names[epoch - 1]
 
     def _is_needed(self, epoch: int) -> bool:
-        last = epoch == len(self._rates) or self._training.ended
+        last = epoch == len(self._names) or self._training.ended
         return last or epoch in self._use.save_at | self._use.hold_at
 
     def _is_due(self, epoch: int) -> bool:
