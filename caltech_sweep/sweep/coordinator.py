@@ -155,6 +155,7 @@ class Coordinator:
             for event in events:
                 self._handle(event)
             self.recorder.keep_up()
+            self.queue.keep_up()
 
     def _settle_budget(self) -> None:
         """Where the budget ends the study, let what it keeps from running wait, and say what is left."""

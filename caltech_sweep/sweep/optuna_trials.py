@@ -18,7 +18,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialModel
+from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.sweep.optuna_store import engine_of
@@ -60,9 +60,8 @@ def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
 
 def seen_trials(study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> list[FrozenTrial]:
     """Return the trials of a study as its sampler sees them."""
-    if isinstance(sampler, ViewSampler):
-        return list(sampler.view(study).get_trials(deepcopy=False))
-    return study.get_trials(deepcopy=False)
+    seen = sampler.view(study) if isinstance(sampler, ViewSampler) else study
+    return list(seen._get_trials(deepcopy=False, use_cache=True))
 
 
 def setting_of(trial: FrozenTrial) -> object:
@@ -184,10 +183,10 @@ def _refresh(study: optuna.Study) -> None:
     study._thread_local.cached_all_trials = None
 
 
-def start_sampled(study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> optuna.Trial:
+def start_sampled(study: optuna.Study, sampler: optuna.samplers.BaseSampler, others_wait: bool = True) -> optuna.Trial:
     """Start a new trial whose settings ``sampler`` suggests."""
     study.sampler = sampler
-    if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # ``Study.ask`` would start the first of these
+    if others_wait:  # ``Study.ask`` would start the first of these
         _refresh(study)
         return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
     return study.ask()
@@ -220,6 +219,50 @@ def start_unsampled(study: optuna.Study, waiting: FrozenTrial, sampler: optuna.s
         if name not in relative and not distribution.single():
             study.sampler.sample_independent(study, waiting, name, distribution)
     return trial
+
+
+def note_epoch(trial: optuna.Trial, epoch: int, value: float) -> None:
+    """Let the pruner know of an epoch of a running trial; :func:`report` tells the store."""
+    trial._cached_frozen_trial.intermediate_values[epoch] = value
+
+
+def report(study: optuna.Study, epochs: Iterable[tuple[optuna.Trial, int, float]]) -> None:
+    """Tell the store of epochs that it has not heard of, all in one transaction."""
+    engine, model = engine_of(study), TrialIntermediateValueModel
+    if engine is None:
+        for trial, epoch, value in epochs:
+            study._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
+        return
+    rows = []
+    for trial, epoch, value in epochs:
+        stored, kind = model.intermediate_value_to_stored_repr(value)
+        own = {"intermediate_value": stored, "intermediate_value_type": kind}
+        rows.append({"trial_id": trial._trial_id, "step": epoch, **own})
+    with engine.begin() as connection:
+        connection.execute(sa.insert(model.__table__), rows)
+
+
+class _Known:
+    """A study whose complete trials are known, for pruners that ask for no others."""
+
+    def __init__(self, study: optuna.Study, complete: Sequence[FrozenTrial]) -> None:
+        self._study, self._complete = study, complete
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """Return the complete trials."""
+        assert states == (TrialState.COMPLETE,)
+        return list(self._complete)
+
+
+def is_pruned(study: optuna.Study, trial: optuna.Trial, complete: Sequence[FrozenTrial]) -> bool:
+    """Return what ``Trial.should_prune`` does; ``complete`` trials are known, so that no epoch reads them again."""
+    if isinstance(study.pruner, (optuna.pruners.PercentilePruner, optuna.pruners.ThresholdPruner)):
+        known: Any = _Known(study, complete)
+        return study.pruner.prune(known, trial._get_latest_trial())
+    return trial.should_prune()
 
 
 def requeue(study: optuna.Study, number: int) -> None:

@@ -83,6 +83,7 @@ class MlflowTracker(Tracker):
         self._experiment: dict[str, str] = {}
         self._parent: dict[str, str] = {}
         self._store: dict[str, str | None] = {}
+        self._new: set[str] = set()  # runs that were created here, whose end has not been tried
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -177,6 +178,7 @@ class MlflowTracker(Tracker):
             own[STORE_TAG] = str(self._store[study])
         run = self.client.create_run(self._experiment[study], tags={**tags, **own})
         run_id: str = run.info.run_id
+        self._new.add(run_id)
         self.log_params(run_id, params)
         return run_id
 
@@ -235,7 +237,8 @@ class MlflowTracker(Tracker):
         if refused:
             tags = {**tags, MISSING_TAG: json.dumps({**missing_artifacts(tags), **refused}, ensure_ascii=False)}
         now = int(time.time() * 1000)
-        known = self.client.get_run(run_id).data.metrics if metrics else {}
+        known = self.client.get_run(run_id).data.metrics if metrics and run_id not in self._new else {}
+        self._new.discard(run_id)
         self.client.log_batch(
             run_id,
             metrics=[Metric(key, value, now, 0) for key, value in metrics.items() if known.get(key) != value],
