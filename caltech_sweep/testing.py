@@ -221,7 +221,7 @@ class MemoryTracker(Tracker):
         self.datasets[run_id] = digest
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
-        self.runs[run_id].history += epochs
+        self.runs[run_id].history += [each for each in epochs if TRAIN_LOSS in each[1]]
         for _, metrics, _ in epochs:
             self.runs[run_id].metrics.update(metrics)
 
