@@ -27,6 +27,8 @@ from caltech_sweep.training.results import CHECKPOINT, MOST_CLASSES, write_artif
 from caltech_sweep.training.trial import TrialOutcome
 from helpers.places import Cli
 
+pytestmark = pytest.mark.pictures
+
 NAMES = [
     "price_$5_to_$10",
     r"$\frac{1}{0",

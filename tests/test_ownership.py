@@ -176,9 +176,8 @@ def identity(definition: StudyDefinition) -> dict[str, object]:
     return {**definition.identity(), "images": "scripted", "initial_weights": {}}
 
 
-@pytest.mark.parametrize(
-    "definition", [LEARNING, pytest.param(FAMILIES, marks=pytest.mark.slow)], ids=["pruned-and-replicated", "families"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("definition", [LEARNING, FAMILIES], ids=["pruned-and-replicated", "families"])
 def test_a_rebuilt_study_has_the_trials_of_the_lost_one_and_samples_what_it_would_have_sampled(
     tmp_path: Path, definition: StudyDefinition
 ) -> None:

@@ -201,7 +201,7 @@ def ends(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:
     return [(t.number, t.state, t.value, t.params, t.intermediate_values, is_paused(t)) for t in trials]
 
 
-@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("name", ["tpe", *(pytest.param(n, marks=pytest.mark.slow) for n in STOPPED if n != "tpe")])
 def test_a_study_that_is_stopped_again_and_again_decides_and_samples_as_an_undisturbed_one(
     name: str, tmp_path: Path
 ) -> None:
