@@ -166,11 +166,10 @@ def test_a_second_user_of_the_tracking_store_is_refused_or_has_a_study_of_their_
         assert "0 found, 0 fixed" in said
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 def test_a_tracking_server_that_refuses_for_a_while_again_and_again_changes_no_report(
-    seed: int, start: Start, undisturbed: str, tmp_path: Path
+    start: Start, undisturbed: str, tmp_path: Path
 ) -> None:
-    chance, tally = random.Random(seed), chaos.Tally()
+    chance, tally = random.Random(0), chaos.Tally()
     place = chaos.furnish(tmp_path / "place", chaos.LEARNING, TRIALS, EPOCHS)
     (place.folder / "mlruns").mkdir()
     with gated_mlflow(place.folder / "mlruns") as gate:
