@@ -277,11 +277,10 @@ class TrialCheckpoints:
         """
         self._trained += result.seconds
         self._unsaved += result.seconds
-        due = self._is_due(result.epoch)
-        if self._store.has(_name(self._base, self._rates[: result.epoch])):
+        there = self._store.has(_name(self._base, self._rates[: result.epoch]))
+        if there:
             self._unsaved = 0.0
-            self._hold(result.epoch)
-        elif due:
+        if not there and self._is_due(result.epoch):
             self._save(result.epoch)
         else:
             self._hold(result.epoch)
