@@ -598,6 +598,8 @@ def doctor(
 
     Example: caltech-sweep doctor --fix
     """
+    if around and (study or fix) or not around and (workers or threads):
+        raise click.UsageError("--machine takes no STUDY and no --fix, and --workers and --threads are for --machine")
     if around:
         from caltech_sweep.sweep.surroundings import lines, look_around
 

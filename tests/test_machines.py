@@ -242,6 +242,8 @@ def test_the_doctor_says_what_the_machine_gives_and_what_would_be_faster(
     processors = "1 processor" if cores == 1 else f"{cores} processors"
     advice = f"faster: 4 workers x {threads} on {processors} wait for each other; use --workers 1 --threads {cores}"
     assert advice in result.output
+    for wrong in (("doctor", "--workers", "2"), ("doctor", "tiny", "--machine"), ("doctor", "--machine", "--fix")):
+        assert invoke(*wrong).exit_code == 2
     server = invoke(*asked[:2], "--tracking-uri", "http://someone:secret@tracking.example")
     assert "on a server: http://" in server.output and "secret" not in server.output
     assert "wait for each other" not in server.output

@@ -322,7 +322,7 @@ def test_the_runner_says_what_was_reused(tmp_path: Path) -> None:
         with pytest.raises(StopIteration) as end:
             next(epochs)
         tags = end.value.value.tags
-        assert tags["environment.precision"] == "float32"  # since it has grouped convolutions
+        assert tags["environment.precision"] == "float32"  # since it has depthwise convolutions
         assert tags["environment.channels_last"] == str(device.uses_channels_last(CONFIG, CPU))
         assert (tags["reuse.epochs_reused"], tags["reuse.epochs_trained"]) == (("4", "0") if reused else ("0", "4"))
 
@@ -343,7 +343,7 @@ def test_only_what_decides_the_weights_is_in_the_key(data: LoadedData) -> None:
         {"outputs": 3},
         {"normalize": "half"},
         {"channels_last": False},
-        {"precision": "auto", "channels_last": False},  # grouped convolutions: what it means on every processor
+        {"precision": "auto", "channels_last": False},  # depthwise convolutions: what it means on every processor
         {"weight_decay": 5e-5},
     ]
     for changes in same:

@@ -116,8 +116,11 @@ def test_ops_draw_independently_and_as_often_and_as_wide_as_asked() -> None:
         ("auto", "cuda", False, "alexnet", False),  # a GPU that emulates it, such as a T4
         ("bfloat16", "cuda", False, "alexnet", True),
         ("float32", "cuda", True, "alexnet", False),
-        *(("auto", "cpu", True, arch, True) for arch in ("alexnet", "resnet50", "vgg11", "vit_b_16")),
-        *(("auto", "cpu", True, arch, False) for arch in ("mobilenet_v3_small", "efficientnet_b0", "convnext_tiny")),
+        *(
+            ("auto", "cpu", True, arch, True)
+            for arch in ("alexnet", "resnext50_32x4d", "vgg11", "vit_b_16", "convnext_tiny")
+        ),
+        *(("auto", "cpu", True, arch, False) for arch in ("mobilenet_v3_small", "efficientnet_b0", "mnasnet0_5")),
         ("auto", "cpu", False, "alexnet", False),
         ("bfloat16", "cpu", False, "mobilenet_v3_small", True),
         ("float32", "cpu", True, "alexnet", False),

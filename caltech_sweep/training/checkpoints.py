@@ -278,11 +278,10 @@ class TrialCheckpoints:
         """
         self._trained += result.seconds
         self._unsaved += result.seconds
-        due = self._is_due(result.epoch)
-        if self._store.has(self._names[result.epoch - 1]):
+        there = self._store.has(self._names[result.epoch - 1])
+        if there:
             self._unsaved = 0.0
-            self._hold(result.epoch)
-        elif due:
+        if not there and self._is_due(result.epoch):
             self._save(result.epoch)
         else:
             self._hold(result.epoch)

@@ -19,10 +19,11 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.machine import keeps_freed_memory, processor_flags
 from caltech_sweep.training.models import model_on_meta
-from caltech_sweep.training.networks import source_of
+from caltech_sweep.training.networks import is_in, source_of
 
 # Of the code from models to evaluation: raise it whenever the same config would train other weights.
 TRAINING_VERSION = 1
+DEPTHWISE_SHARE = 0.02  # of a backbone's weights
 BFLOAT16_UNITS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # what /proc/cpuinfo calls them, the last on Arm
 
 
@@ -37,10 +38,20 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=64)
-def groups_channels(arch: str) -> bool:
-    """Return whether a network has convolutions in groups of channels, which processors train slower in bfloat16."""
-    layers = model_on_meta(TrialConfig(arch=arch), 2).modules()
-    return any(isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 for layer in layers)
+def is_depthwise(arch: str) -> bool:
+    """Return whether a backbone has so many depthwise convolutions that bfloat16 is no faster on processors.
+
+    That was measured (docs/LOG.md): MobileNet, MNASNet and EfficientNet have 2% of their weights or more in such
+    layers, ConvNeXt, EfficientNetV2 and ShuffleNet less.
+    """
+    model = model_on_meta(TrialConfig(arch=arch), 2)
+    tail = source_of(arch).tail(model)
+    sizes = [
+        (layer.weight.numel(), isinstance(layer, nn.modules.conv._ConvNd) and 1 < layer.groups == layer.in_channels)
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) and not any(is_in(name, part) for part in tail)
+    ]
+    return sum(size for size, depthwise in sizes if depthwise) > DEPTHWISE_SHARE * sum(size for size, _ in sizes)
 
 
 def uses_bfloat16(
@@ -48,12 +59,12 @@ def uses_bfloat16(
 ) -> bool:
     """Return whether the network computes in bfloat16.
 
-    ``auto`` means where the device ``has_units`` for it; on a processor not for networks with grouped convolutions. It
-    is a rule, not a measurement, so that all workers and every resumed trial decide alike.
+    ``auto`` means where the device ``has_units`` for it; on a processor not for networks like MobileNet. It is a rule,
+    not a measurement, so that all workers and every resumed trial decide alike.
     """
     if config.precision != "auto":
         return config.precision == "bfloat16"
-    return has_units(device) and not (device.type == "cpu" and groups_channels(config.arch))
+    return has_units(device) and not (device.type == "cpu" and is_depthwise(config.arch))
 
 
 def uses_channels_last(config: TrialConfig, device: torch.device) -> bool:
