@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from contextlib import suppress
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from caltech_sweep.errors import StoreError, UsageError
-from caltech_sweep.testing import MemoryTracker
+from caltech_sweep.testing import MemoryTracker, ScriptedExecutor, scripted_coordinator
 from caltech_sweep.tracking import client
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import OUTCOMES, Tracker
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.studies import DEFINITION
 
 TAGS = {"trial_number": "0", "fingerprint": "abc", "row": "First"}
 
@@ -124,6 +127,22 @@ def test_a_long_history_is_within_mlflow_s_limits(store: Path, study: str) -> No
     assert tracker.resume_trial(run, {}) == 150
 
 
+def test_what_a_trial_spent_is_logged_as_it_runs_and_no_step_comes_twice(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caltech_sweep.sweep.recorder.FLUSH_SECONDS", 0.0)  # every epoch, as where one takes long
+    definition = replace(DEFINITION, name="spent")
+    tracker = MlflowTracker(str(store), create=True)
+    scripted_coordinator(definition, ScriptedExecutor(), tracker, tmp_path).run()
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        steps = database.execute("SELECT run_uuid, step, value FROM metrics WHERE key = 'spent/seconds'").fetchall()
+    assert len(steps) > 2 * DEFINITION.trials and len({(run, step) for run, step, _ in steps}) == len(steps)
+    written = tracker.study("spent")
+    assert written is not None
+    for record in tracker.trials(written):
+        assert record.metrics["spent/seconds"] == max(value for run, _, value in steps if run == record.run_id)
+
+
 def test_the_parent_run_holds_the_children(store: Path, study: str) -> None:
     tracker = MlflowTracker(str(store), create=True)
     run = start(tracker, study)
@@ -210,7 +229,7 @@ def test_bulk_writes_leave_what_mlflow_s_client_leaves(local: MlflowTracker, cas
                 writer.log_batch(run_id, **batch)
             except MlflowException as error:
                 errors.append(error.error_code)
-        with suppress(MlflowException):
+        with contextlib.suppress(MlflowException):
             writer.set_terminated(run_id, "FAILED", 17)
         found.append((errors, written(local, run_id)))
     assert found[0] == found[1]
