@@ -6,7 +6,6 @@ import contextlib
 import getpass
 import math
 import sqlite3
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,7 +255,7 @@ def test_bulk_writes_leave_what_mlflow_s_client_leaves(local: MlflowTracker, cas
                 writer.log_batch(run_id, **batch)
             except MlflowException as error:
                 errors.append(error.error_code)
-        with suppress(MlflowException):
+        with contextlib.suppress(MlflowException):
             writer.set_terminated(run_id, "FAILED", 17)
         found.append((errors, written(local, run_id)))
     assert found[0] == found[1]
