@@ -176,7 +176,7 @@ def sampled_entries(study: StoredStudy, best: int | None) -> list[Entry]:
                 shown=run,
                 trained=(*every_fold(run), *repeated),
                 unfinished=0 if repeated else max(0, wanted - len(every_fold(run))),
-                selected_at=run.score if confirmed else None,
+                selected_at=statistics.fmean(each.score or 0.0 for each in every_fold(run)) if confirmed else None,
             )
         )
     return entries
