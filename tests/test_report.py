@@ -190,7 +190,7 @@ def store(blank: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def without_run_ids(text: str, tables: Iterable[Table]) -> str:
     """Return text with run ids, which differ each time, replaced by their row's place."""
     for table in tables:
-        for index, row in enumerate(table.rows):
+        for index, row in enumerate((*table.rows, *(table.others or ()))):
             if row.run_id:
                 text = text.replace(row.run_id, f"{table.study}-{index}").replace(row.run_id[:8], f"run{index:05d}")
     return text
