@@ -362,6 +362,21 @@ def mixed(name: str, *rows: Row, **changes: Any) -> StudyDefinition:
     return replace(StudyDefinition(name, name, 9, {}, {"epochs": 4}, {}, rows), **changes)
 
 
+def test_rows_that_were_computed_in_several_number_formats_are_told_apart(own: Writer) -> None:
+    kinds = [{"precision": "bfloat16"}, {}, {"precision": "float32"}]  # an earlier version recorded the device only
+    study = mixed("kinds", *(Row(name, {"lr": 0.01 * at}) for at, name in enumerate(("One", "Two", "Three"), 1)))
+    asked = mixed("asked", *(Row(name, {"precision": name}) for name in ("bfloat16", "float32")))
+    for each in (study, asked):
+        own.study(each)
+        for number, (row, kind) in enumerate(zip(each.rows, kinds, strict=False)):
+            tags = {f"environment.{key}": value for key, value in {"device": "cpu", **kind}.items()}
+            own.trial(each.name, each.row_config(row), number, "complete", (0.5, 150, 4), row=row.name, **tags)
+    mixture, on_purpose = load_tables(["kinds", "asked"], 0, own.tracker.uri)
+    said = "Not all trainings were computed alike, which may matter as much as a seed does: "
+    assert f"{said}One in bfloat16 on processors; Two and Three in float32 on processors." in mixture.footnotes
+    assert not any(said in note for note in on_purpose.footnotes)
+
+
 def test_ten_views_are_said_of_the_rows_that_have_them_and_of_no_other(own: Writer) -> None:
     rows = (
         Row("Plain", {"lr": 0.01}),

@@ -49,6 +49,7 @@ from caltech_sweep.tracking.records import NETWORK_INPUT, PAUSED_AT, StudyRecord
 
 REPORT = ("scratch", "transfer", "freeze", "augment", "tencrop", "resnet")  # the published tables, in their order
 ESSENTIAL = ("arch", "weights", "optimizer", "lr", "epochs", "batch_size")  # that are said where they do not vary, too
+DEVICES = {"cpu": "processors", "cuda": "GPUs"}
 _NAMED = 12  # rows, or paused trials of one epoch, that a footnote names
 _MAJORITY = "majority class"  # ends the remark of a row that is held against it
 
@@ -376,6 +377,26 @@ def _views(rows: Sequence[TableRow], entries: Sequence[Entry]) -> list[str]:
     return [f"The test accuracy of {_listed(ten)} {views}."]
 
 
+def _computed_in(run: TrialRecord) -> str | None:
+    """Return the number format and the kind of device of a run, or None where it does not tell."""
+    device, asked = run.tags.get("environment.device"), run.params.get("precision", "auto")
+    before = "float32" if device == "cpu" else None  # what auto was in versions that did not record it
+    used = run.tags.get("environment.precision") or (before if asked == "auto" else asked)
+    return f"{used} on {DEVICES.get(device, device)}" if device and used else None
+
+
+def _computed(entries: Sequence[Entry], table: Table) -> list[str]:
+    """Say so where rows that do not differ in it by their settings were computed in several number formats."""
+    kinds: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        for kind in filter(None, map(_computed_in, entry.runs)):
+            kinds.setdefault(kind, {})[entry.name] = None
+    if len(kinds) < 2 or "precision" in table.varied:
+        return []
+    said = "; ".join(f"{_listed(list(names))} in {kind}" for kind, names in kinds.items())
+    return [f"Not all trainings were computed alike, which may matter as much as a seed does: {said}."]
+
+
 def _epochs(rows: Sequence[TableRow], table: Table) -> list[str]:
     """Say what epochs and best epochs are, and of which rows they are a mean."""
     found = [row for row in rows if row.best_epoch is not None]
@@ -545,7 +566,7 @@ def _filled(table: Table, study: StoredStudy, entries: Sequence[Entry], read: Re
         rows = [_with_what_is_lost(row, own) for row, own in zip(rows, predictions, strict=True)]
     rows = [_against_majority(row, own) for row, own in zip(rows, predictions, strict=True)]
     table = replace(table, rows=tuple(rows))
-    footnotes = [*_epochs(rows, table), *_views(rows, entries)]
+    footnotes = [*_epochs(rows, table), *_views(rows, entries), *_computed(entries, table)]
     footnotes += _brackets(rows, table.images, definition.folds if definition else 1)
     if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
         footnotes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
