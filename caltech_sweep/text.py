@@ -76,20 +76,20 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def progress_line(
-    what: str, write: Callable[[str], None], scale: float = 1, unit: str = ""
+    what: str, write: Callable[[str], None], amount: Callable[[int], str] = "{:,}".format
 ) -> Iterator[Callable[[int, int], None]]:
     """Yield a progress callback: one rewritten line on a terminal, which ends with the context; few lines elsewhere.
 
-    These are one every tenth, or one whenever what is done has doubled. What is done and the total, 0 when nobody
-    knows it, are divided by ``scale`` and shown in ``unit``.
+    These are one every tenth, or one whenever what is done has doubled. ``amount`` writes what is done and the total,
+    which is 0 when nobody knows it; :func:`rich.filesize.decimal` writes bytes.
     """
     last, width = -1, 0  # width: characters of the line that has not ended
     rewritten = rewrites_lines(sys.stderr)
 
     def show(done: int, total: int) -> None:
         nonlocal last, width
-        step = done * 10 // total if total else int(done / scale).bit_length()
-        text = f"{what}: {done / scale:,.0f}{f' of {total / scale:,.0f}' if total else ''}{unit}"
+        step = done * 10 // total if total else done.bit_length()
+        text = f"{what}: {amount(done)}{f' of {amount(total)}' if total else ''}"
         if rewritten:
             whole = 0 < total == done
             sys.stderr.write(f"\r{text:{width}}" + ("\n" if whole else ""))

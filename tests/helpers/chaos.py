@@ -176,8 +176,8 @@ def read_reports(
     with contextlib.suppress(ValueError):
         for table in json.loads(text):
             for row in table["rows"]:
-                for key in ("run_id", "url"):
-                    text = text.replace(f'"{key}": {json.dumps(row[key])}', "of a run")
+                text = text.replace(f'"url": {json.dumps(row["url"])}', "its address")
+                text = text.replace(f'"{row["run_id"]}"', "a run")
     markdown = re.sub(r"([ -])\1+", r"\1", report(place, study, "markdown"))
     markdown = re.sub(r"\|[^|]*\|$", "| a run |", markdown, flags=re.M)
     return f"{text}\n{markdown}".replace(study, "a study")
@@ -189,8 +189,7 @@ MLFLOW_CHECKS = {
         "SELECT value, count(*) FROM tags WHERE key = 'trial_number' GROUP BY value HAVING count(*) > 1"
     ),
     "metric steps logged twice": (
-        "SELECT run_uuid, key, step, count(*) FROM metrics WHERE key NOT LIKE 'spent/%' "  # written again and again
-        "GROUP BY run_uuid, key, step HAVING count(*) > 1"
+        "SELECT run_uuid, key, step, count(*) FROM metrics GROUP BY run_uuid, key, step HAVING count(*) > 1"
     ),
     "runs without params": (
         "SELECT name FROM runs WHERE run_uuid IN (SELECT run_uuid FROM tags WHERE key = 'trial_number') "
