@@ -239,7 +239,7 @@ def test_a_home_folder_is_understood_wherever_a_path_is_given(
         ("data", "--from=~nobody-here/x"),
     ):
         refused = invoke(*command)
-        assert refused.exit_code == 2 and "whom this machine does not know" in refused.output
+        assert refused.exit_code == 2 and "that is not on this machine" in refused.output
     assert not [path for path in place.iterdir() if "~" in path.name]
 
 
