@@ -538,6 +538,17 @@ def name_problem(name: str) -> str | None:
     return None
 
 
+def _text_of(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LONGEST_FILE:
+            raise StudyFileError([f"{path}: has more than {_LONGEST_FILE >> 10} KB; split it into several studies"])
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyFileError([f"{path}: cannot be read as UTF-8 text; save it in that encoding"]) from error
+    except OSError as error:
+        raise StudyFileError([f"{path}: cannot be read: {error.strerror}"]) from error
+
+
 def load_study(
     study: str,
     overrides: Sequence[str] = (),
@@ -557,15 +568,7 @@ def load_study(
     wrong = name_problem(path.stem if name is None else name)
     if wrong:
         raise UsageError(f"{path if name is None else f'--name {name!r}'}: {wrong}")
-    try:
-        if path.stat().st_size > _LONGEST_FILE:
-            raise StudyFileError([f"{path}: has more than {_LONGEST_FILE >> 10} KB; split it into several studies"])
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise StudyFileError([f"{path}: cannot be read as UTF-8 text; save it in that encoding"]) from error
-    except OSError as error:
-        raise StudyFileError([f"{path}: cannot be read: {error.strerror}"]) from error
-    root = _load_yaml(text, str(path))
+    root = _load_yaml(_text_of(path), str(path))
     if not isinstance(root, CommentedMap):
         raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {quoted(_plain(root))}"])
     reader = _Reader(str(path))
