@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from caltech_sweep.machine import rewrites_lines
 
@@ -33,6 +35,14 @@ def quoted(value: object, longest: int = 80) -> str:
     except (RecursionError, ValueError):  # too deep, or an integer of very many digits
         return f"a very long {type(value).__name__}"
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def parse_json(text: str) -> Any:
+    """Return what JSON of others says; raise ValueError for what is none, or is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def is_overgrown(node: object, most: int = 100_000) -> bool:

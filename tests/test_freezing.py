@@ -24,7 +24,7 @@ from caltech_sweep.training.rehearsal import rehearse
 from caltech_sweep.training.trial import run_trial
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
 
-MOBILE = replace(CONFIG, augment=(), epochs=3)
+MOBILE = replace(CONFIG, augment=(), epochs=3, precision="float32")
 HEAD_FIRST = replace(MOBILE, freeze="conv", unfreeze_epoch=3)
 KINDS = {
     "up_to": replace(MOBILE, freeze="up_to:features.8"),

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -346,3 +347,17 @@ def test_a_journal_is_found_however_the_address_of_its_store_is_written(tmp_path
     assert folder(SAME) == folder("postgresql+psycopg2://other:secret@127.0.0.1:5432/db") != folder("postgresql:///x")
     assert folder("http://me:a@localhost:5000/") == folder("http://127.0.0.1:5000") != folder("http://127.0.0.1:5001")
     assert not re.search("secret|me", str(folder(SAME).name))
+
+
+def test_only_a_store_that_is_being_made_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    def waits(address: str) -> int:
+        engine = sa.create_engine(address)
+        with engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE IF NOT EXISTS t (n)"))
+            found: int = connection.execute(sa.text("PRAGMA synchronous")).scalar_one()
+        engine.dispose()
+        return found
+
+    store, seen = stores.study_store(str(tmp_path / "odd #place & more.db")), []
+    store.make_whole(lambda address: seen.append((waits(address), waits(f"sqlite:///{tmp_path}/other.db"))))
+    assert seen == [(0, 2)] and waits(store.uri) == 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from caltech_sweep.config import DATASET_RULES, TRIAL_RULES, TrialConfig
-from caltech_sweep.metrics import Objective, objective
+from caltech_sweep.metrics import Objective, measure_names, objective
 from caltech_sweep.rules import Rule
 
 
@@ -85,6 +85,7 @@ class StudyDefinition:
     replicates: int = 1  # seeds that every row is trained on; not counted by ``trials``
     early_stopping: Mapping[str, Any] = field(default_factory=dict)  # ``patience`` and ``min_delta`` of sampled trials
     budget: Mapping[str, float] = field(default_factory=dict)  # the most ``epochs`` or ``hours`` that it may spend
+    columns: tuple[str, ...] = ()  # settings and measures that its table shows; none: what varies, and the usual ones
 
     @property
     def family_size(self) -> int:
@@ -176,6 +177,8 @@ class StudyDefinition:
         document["replicates"] = self.replicates
         if self.budget:
             document["budget"] = dict(self.budget)
+        if self.columns:
+            document["columns"] = list(self.columns)
         result: dict[str, Any] = json.loads(json.dumps(document))
         return result
 
@@ -214,7 +217,13 @@ class StudyDefinition:
             document.get("replicates") or 1,
             document.get("early_stopping") or {},
             document.get("budget") or {},
+            tuple(name for name in document.get("columns") or () if name in column_names()),
         )
+
+
+def column_names() -> list[str]:
+    """Return what may have a column in a study's table: settings, and measures such as ``test/macro_accuracy``."""
+    return [*(name for name in TRIAL_RULES if name != "objective"), *measure_names()]
 
 
 def in_fold(config: TrialConfig, fold: int) -> TrialConfig:

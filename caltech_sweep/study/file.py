@@ -39,6 +39,7 @@ from caltech_sweep.study.definition import (
     Row,
     StudyDefinition,
     SubsetOf,
+    column_names,
 )
 from caltech_sweep.text import is_overgrown, one_line, quoted, suggestion
 from caltech_sweep.training.schedule import schedule_settings
@@ -300,6 +301,23 @@ class _Reader:
             self.problem(node, key, f"early_stopping.{key}", "is also under fixed or space; leave it in one place")
         return values
 
+    def columns(self, root: CommentedMap) -> tuple[str, ...]:
+        """Return the settings and measures that the study's table shows."""
+        if root.get("columns") is None:
+            return ()
+        names, known = _plain(root["columns"]), column_names()
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            example = "must be a list of settings and measures, such as [lr, test/macro_accuracy]"
+            self.problem(root, "columns", "columns", f"{example}, got {quoted(names)}")
+            return ()
+        for place, name in enumerate(names):
+            if name not in known:
+                text = f"there is no setting or measure {quoted(name)}{suggestion(name, known)}"
+                self.problem(root["columns"], place, f"columns[{place}]", text)
+            elif name in names[:place]:
+                self.problem(root["columns"], place, f"columns[{place}]", f"{quoted(name)} is there twice; remove one")
+        return tuple(names)
+
     def exhaustive(self, root: CommentedMap, definition: StudyDefinition) -> None:
         """Report what keeps an exhaustive sampler from trying the whole space."""
         from caltech_sweep.study.grid import exhaustive_problems
@@ -338,7 +356,7 @@ class _Reader:
 
 _TOP = (
     "title", "dataset", "objective", "trials", "sampler", "pruner", "fixed", "space", "expand", "rows", "tolerance",
-    "replicates", "early_stopping", "budget",
+    "replicates", "early_stopping", "budget", "columns",
 )  # fmt: skip
 
 
@@ -381,6 +399,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
         replicates=replicates,
         early_stopping=early_stopping,
         budget=budget,
+        columns=reader.columns(root),
     )
 
 

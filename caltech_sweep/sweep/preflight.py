@@ -247,9 +247,15 @@ def left_out(definition: StudyDefinition, split: Split) -> list[str]:
     return sentences
 
 
-def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> _Checked:
-    """Raise the error of whatever is wrong with a study, its data or the options; nothing is written but caches."""
-    tracking, storage = check_options(definition, options)
+def _checked(
+    definition: StudyDefinition, options: RunOptions, tracking: Store, storage: Store, write: Callable[[str], None]
+) -> _Checked:
+    """Raise the error of whatever is wrong with a study, its data or its stores; nothing is written but caches.
+
+    A store that a run can use only without its write-ahead log loses that here.
+    """
+    for store in (tracking, storage):
+        store.leave_log()
     weights = find_weights(definition, tracking)
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:

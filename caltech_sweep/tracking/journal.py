@@ -300,6 +300,9 @@ class JournalingTracker(Tracker):
             again = self._strike(failed, taken)
             if taken and not self.waiting:
                 self._note(f"the tracking store is back: {counted(taken, 'write')} replayed")
+        if failed and not taken:
+            self._say(Answer.UNSURE, next(iter(failed.values())))
+            return self._later()
         self._said = None
         if failed:
             return self._later()

@@ -7,7 +7,6 @@ give the same records.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mlflow.entities import Experiment, Run
 
 from caltech_sweep.errors import StoreError
 from caltech_sweep.stores import Address, Store, tracking_store
+from caltech_sweep.text import parse_json
 from caltech_sweep.tracking.client import (
     EXPERIMENTS,
     LATEST_METRICS,
@@ -73,14 +73,15 @@ def open_reader(tracking: Address = None) -> Reader:
 def _document(artifacts: Artifacts, uri: str, study: str) -> Mapping[str, Any]:
     """Return a study's document; an unreadable one is empty, and the report says so."""
     try:
-        loaded = json.loads(artifacts.text(uri, STUDY_FILE, study))
+        loaded = parse_json(artifacts.text(uri, STUDY_FILE, study))
     except (StoreError, ValueError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
 
 def _in_order(trials: Iterable[TrialRecord]) -> tuple[TrialRecord, ...]:
-    return tuple(sorted(trials, key=lambda trial: (trial.start_time, trial.number, trial.run_id)))
+    """Return trials as they began: by their numbers, since the clocks of machines differ and are set back."""
+    return tuple(sorted(trials, key=lambda trial: (trial.number, trial.start_time, trial.run_id)))
 
 
 class ClientReader(Reader):

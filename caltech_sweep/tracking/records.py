@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
 from caltech_sweep.study.definition import StudyDefinition
+from caltech_sweep.text import parse_json
 
 STRIKES = 3  # failures at one write, of a store that takes others, after which it is set aside
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
@@ -66,7 +66,7 @@ def sound_outcome(outcome: str, metrics: Mapping[str, float]) -> str:
 def missing_artifacts(tags: Mapping[str, str]) -> dict[str, str]:
     """Return the artifacts that a trial has not made, or the store not taken, with the reasons."""
     try:
-        found = json.loads(tags.get(MISSING_TAG, "{}"))
+        found = parse_json(tags.get(MISSING_TAG, "{}"))
     except ValueError:
         return {}
     return {str(path): str(why) for path, why in found.items()} if isinstance(found, dict) else {}

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import getpass
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class MlflowTracker(Tracker):
         self._experiment: dict[str, str] = {}
         self._parent: dict[str, str] = {}
         self._store: dict[str, str | None] = {}
+        self._new: set[str] = set()  # runs that were created here, whose end has not been tried
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -176,6 +178,7 @@ class MlflowTracker(Tracker):
             own[STORE_TAG] = str(self._store[study])
         run = self.client.create_run(self._experiment[study], tags={**tags, **own})
         run_id: str = run.info.run_id
+        self._new.add(run_id)
         self.log_params(run_id, params)
         return run_id
 
@@ -234,7 +237,8 @@ class MlflowTracker(Tracker):
         if refused:
             tags = {**tags, MISSING_TAG: json.dumps({**missing_artifacts(tags), **refused}, ensure_ascii=False)}
         now = int(time.time() * 1000)
-        known = self.client.get_run(run_id).data.metrics if metrics else {}
+        known = self.client.get_run(run_id).data.metrics if metrics and run_id not in self._new else {}
+        self._new.discard(run_id)
         self.client.log_batch(
             run_id,
             metrics=[Metric(key, value, now, 0) for key, value in metrics.items() if known.get(key) != value],
@@ -355,7 +359,10 @@ class MlflowTracker(Tracker):
         move_artifacts(self.client, experiment_id, old, new)
 
     def best_trial(self, study: str) -> TrialRecord:
-        """Return the complete trial with the best score on validation, the earliest of equals."""
+        """Return the complete trial with the best score on validation, the earliest of equals.
+
+        With folds, it is the best one of the setting that has the best mean over them.
+        """
         record = self.study(study)
         complete = [t for t in self.trials(record) if t.state == "complete"] if record else []
         if not complete:
@@ -363,6 +370,8 @@ class MlflowTracker(Tracker):
                 f"weights: study {study!r} has no complete trial in {self.store.shown}; "
                 f"run it first: make sweep STUDY={study}"
             )
+        if record is not None and record.definition is not None and record.definition.folds > 1:
+            complete = _best_setting(complete)
         return min(complete, key=lambda trial: trial.rank)
 
     def run_exists(self, run_id: str) -> bool:
@@ -372,6 +381,17 @@ class MlflowTracker(Tracker):
         except MlflowException:
             return False
         return True
+
+
+def _best_setting(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials of the setting with the best mean score, of those on the most folds."""
+    settings: dict[frozenset[tuple[str, str]], list[TrialRecord]] = {}
+    for trial in trials:
+        own = frozenset(item for item in trial.params.items() if item[0] not in ("dataset.fold", "seed"))
+        settings.setdefault(own, []).append(trial)
+    folds = [len({trial.params.get("dataset.fold") for trial in own}) for own in settings.values()]
+    whole = [own for own, count in zip(settings.values(), folds, strict=True) if count == max(folds)]
+    return min(whole, key=lambda own: statistics.fmean(trial.rank for trial in own))
 
 
 class Owner:

@@ -136,6 +136,24 @@ def thaw(model: nn.Module, config: TrialConfig) -> list[nn.Parameter]:
     return thawed
 
 
+def frozen_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that are not trained now."""
+    return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+def resting(model: nn.Module) -> frozenset[str]:
+    """Return the names of the tensors that training does not change now: frozen weights, and their batch statistics."""
+    statistics = (
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and any(True for _ in module.parameters())
+        and not any(parameter.requires_grad for parameter in module.parameters())
+        for name, _ in module.named_buffers()
+    )
+    return frozen_parameters(model).union(statistics)
+
+
 def frozen_names(model: nn.Module, config: TrialConfig) -> frozenset[str]:
     """Return the names of the parameters that are not trained.
 
