@@ -1,4 +1,4 @@
-"""Our training loop beside a bare torch loop on resident tensors, AlexNet at 224 px, in one run.
+"""Our training loop compared with a bare torch loop on resident tensors, AlexNet at 224 px, in one run.
 
     CALTECH101_ROOT=... python benchmarks/training.py [--images-per-class 4] [--batch-size 128] [--cpu-time]
 

@@ -137,6 +137,9 @@ class TrialConfig:
     mixup: float = setting(0.0, NOT_NEGATIVE, "alpha of mixup; 0: none")
     cutmix: float = setting(0.0, NOT_NEGATIVE, "alpha of cutmix; 0: none; with mixup, each batch has one of the two")
     class_weights: str = setting("none", one_of(("none", "balanced")), "balanced: rare classes count more in the loss")
+    sample_weights: str = setting(
+        "none", one_of(("none", "balanced")), "balanced: an epoch draws as many images of each class, some repeatedly"
+    )
     clip_grad_norm: float | None = setting(None, optional(POSITIVE, "no limit"), "the largest norm of a gradient")
     accumulate: int = setting(1, integer(1), "parts that a batch is trained in, one after the other, to save memory")
     ema_decay: float | None = setting(

@@ -22,7 +22,7 @@ from caltech_sweep import machine
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.datasets import draw
 from helpers.kernel import mounted_without_shared_memory, run_without
-from helpers.places import invoke
+from helpers.places import clone, invoke
 
 LINK = """
 from pathlib import Path
@@ -96,6 +96,48 @@ def test_a_store_with_a_log_is_taken_to_a_file_system_without_shared_memory(tmp_
     assert made == "wal 1 2\n\n"
     assert run_without(TABLES, tmp_path, mmap="ENODEV").splitlines()[0] == "delete 2 4"
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "wal 1 6\n\n"
+
+
+COMMANDS = """
+import os
+from helpers.places import invoke
+def check(code, *commands):
+    for command in commands:
+        result = invoke(*command)
+        assert result.exit_code == code, (command, result.output)
+        said = result.output
+        if code:
+            assert "has a write-ahead log and lies on a file system without" in said, (command, result.output)
+            assert result.output.count("run a study with it there, which turns the log off") == 1, result.output
+def look_and_run(code):
+    check(code, ("report", "tiny"), ("plan", "tiny"))
+    check(2, ("promote", "tiny"), ("predict", "photo.png"))
+    check(1, ("doctor",))
+    check(0, ("run", "tiny", "--in-process", "--threads", "1"), ("report", "tiny"), ("plan", "tiny"), ("doctor",))
+look_and_run(0)
+os.chdir("../cut short")
+look_and_run(2)
+assert "renamed" in invoke("report", "tiny").output
+"""
+
+
+@pytest.mark.slow
+def test_a_store_left_with_a_log_where_none_can_be_read_is_a_sentence_until_the_next_run(copied: Path) -> None:
+    draw(copied / "photos")
+    shutil.copy(next((copied / "photos").rglob("*.png")), copied / "photo.png")
+    clone(copied, copied.parent / "cut short")
+    for store in ("mlflow.db", "optuna.db"):  # as a process leaves them that was killed
+        with closing(sqlite3.connect(copied / "mlruns" / store)) as database:
+            assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            database.execute("PRAGMA wal_autocheckpoint=0")
+            with database:
+                database.execute("CREATE TABLE only_in_the_log (n)")
+                if store == "mlflow.db":
+                    database.execute("UPDATE runs SET name = 'renamed' WHERE name = 'trial-002'")
+            for path in (copied / "mlruns").glob(f"{store}*"):
+                shutil.copy(path, copied.parent / "cut short" / "mlruns")
+            assert (copied.parent / "cut short" / "mlruns" / f"{store}-wal").stat().st_size
+    run_without(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{COMMANDS}", copied, mmap="ENODEV")
 
 
 def test_stores_on_a_mounted_file_system_without_shared_memory(tmp_path: Path) -> None:
@@ -296,7 +338,7 @@ def test_a_home_folder_is_understood_wherever_a_path_is_given(
         ("data", "--from=~nobody-here/x"),
     ):
         refused = invoke(*command)
-        assert refused.exit_code == 2 and "whom this machine does not know" in refused.output
+        assert refused.exit_code == 2 and "of a user that is not on this machine" in refused.output
     assert not [path for path in place.iterdir() if "~" in path.name]
 
 
@@ -475,6 +517,45 @@ def test_a_group_shares_a_cache_that_it_may_write(shared_folder: Path) -> None:
     first = as_user(65501, "000", DECODE, "stage-1")
     second = as_user(65502, "000", DECODE, "stage-1", "stage-2")
     assert second.stdout.splitlines()[:2] in (["kept", "kept"],), (first.stdout, second.stdout, second.stderr)
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command in which ``caltech-sweep`` is this checkout's."""
+    sweep = f"{sys.executable} -m caltech_sweep"
+    given = {**os.environ, **environment}
+    return subprocess.run(
+        ["bash", "-c", command.replace("caltech-sweep", sweep)], env=given, capture_output=True, text=True
+    )
+
+
+LIST = "caltech-sweep data list --split test --set dataset.name=shapes --set dataset.resize=32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["caltech-sweep studies", "caltech-sweep --help", LIST])
+def test_an_output_that_takes_nothing_more_is_a_sentence_or_an_end_without_one(place: Path, command: str) -> None:
+    full = shell(f"{command} > /dev/full")
+    assert full.returncode == 2 and full.stderr == (
+        "Error: the output cannot be written (No space left on device); free some disk space, or name another place\n"
+    )
+    assert (shell(f"{command} >&-").returncode, shell(f"{command} >&-").stderr) == (0, "")
+    cut = shell(f"set -o pipefail; {command} | true")
+    assert cut.stderr == "" and cut.returncode in (0, 1)
+    assert shell(f"{command} 2>&-").stdout == shell(command).stdout != ""
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_gone_and_none_for_temporary_files_are_sentences(copied: Path) -> None:
+    for command in ("caltech-sweep studies", "caltech-sweep report", "caltech-sweep plan tiny"):
+        gone = shell(f"mkdir gone && cd gone && rmdir ../gone && {command}")
+        assert gone.returncode == 2 and gone.stdout == ""
+        assert gone.stderr == "Error: the folder of this command is gone; change into one that is there\n"
+    code = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nonexistent']; "
+    code += "from caltech_sweep.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "promote", "tiny"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        "Error: temporary files cannot be written; name a folder for them with the environment variable TMPDIR"
+    ), done.stderr
 
 
 RUN = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", "--set", "epochs=60", "--row", "First"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from caltech_sweep.sweep.executors.base import Epoch, Event
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.sharing import branch_epochs, common_epochs, new_epochs, next_index
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
+from caltech_sweep.training.keys import checkpoint_keys
 from caltech_sweep.training.schedule import learning_rates
 from helpers.studies import Dying, Killed
 
@@ -72,6 +75,29 @@ def test_common_epochs_are_the_agreeing_start(one: TrialConfig, other: TrialConf
         rates, others = learning_rates(one), learning_rates(other)
         assert rates[:common] == others[:common]
         assert common == min(len(rates), len(others)) or rates[common] != others[common]
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Return the most bytes that a call has in use."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_shared_epochs_take_grows_with_the_epochs_and_not_with_their_square() -> None:
+    def count(epochs: int) -> None:
+        rows = [TrialConfig(epochs=epochs, schedule=name, lr=0.02) for name in ("constant", "step")]
+        assert new_epochs(rows) == [epochs, epochs - 20] and common_epochs(*rows) == 20
+
+    assert peak(lambda: count(4_000)) < 15 * peak(lambda: count(400))
+
+
+def test_keys_of_many_epochs_are_made_one_after_the_other_and_hold_none_of_them() -> None:
+    marks = itertools.repeat("0x1.47ae147ae147bp-7", 20_000)
+    assert peak(lambda: sum(1 for _ in checkpoint_keys("base", marks))) < 50_000
 
 
 def test_branch_epochs_are_where_rows_and_families_part() -> None:

@@ -27,7 +27,7 @@ from caltech_sweep.training import keys as reuse
 from caltech_sweep.training.cache import Cache, default_budget
 from caltech_sweep.training.checkpoints import identity, stored_epochs
 from caltech_sweep.training.fit import EpochResult, Training
-from caltech_sweep.training.keys import CacheOptions, checkpoint_key, epoch_marks, prefix_key
+from caltech_sweep.training.keys import CacheOptions, checkpoint_keys, epoch_marks, prefix_key
 from caltech_sweep.training.models import build_model
 from caltech_sweep.training.schedule import epoch_rates, learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
@@ -441,10 +441,10 @@ def test_two_schedules_share_exactly_the_epochs_in_which_their_rates_agree(
     rates, others = learning_rates(one), learning_rates(other)
     assert rates == tuple(epoch_rates(one, epoch) for epoch in range(1, one.epochs + 1))
     agree = True
-    for epoch in range(1, min(one.epochs, other.epochs) + 1):
-        agree = agree and rates[epoch - 1] == others[epoch - 1]
-        keys = [checkpoint_key("base", epoch_marks(config)[:epoch]) for config in (one, other)]
-        assert (keys[0] == keys[1]) == agree
+    keys = zip(*(checkpoint_keys("base", epoch_marks(config)) for config in (one, other)), strict=False)
+    for rate, other_rate, (key, other_key) in zip(rates, others, keys, strict=False):
+        agree = agree and rate == other_rate
+        assert (key == other_key) == agree
 
 
 def test_what_sets_two_trunks_apart() -> None:

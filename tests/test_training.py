@@ -133,6 +133,13 @@ def test_auto_means_bfloat16_where_the_device_has_units_and_the_network_uses_the
     assert uses_bfloat16(config, torch.device(device), lambda asked: units) is expected
 
 
+def test_auto_leaves_small_images_as_they_are_on_a_processor() -> None:
+    config = TrialConfig(dataset=DatasetConfig(name="shapes", resize=32, crop=28))
+    assert not uses_bfloat16(config, torch.device("cpu"), lambda asked: True)
+    assert not uses_channels_last(config, torch.device("cpu"))
+    assert uses_bfloat16(config, torch.device("cuda"), lambda asked: True)
+
+
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not say what the processor has")
 def test_the_units_are_those_that_torch_finds() -> None:
     known = torch.cpu.get_capabilities()

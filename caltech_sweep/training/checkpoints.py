@@ -9,7 +9,6 @@ from, and the model a trial starts from has them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -28,6 +27,7 @@ from caltech_sweep.heartbeat import EVERY, beat
 from caltech_sweep.machine import free_memory
 from caltech_sweep.metrics import objective
 from caltech_sweep.paths import expanded
+from caltech_sweep.training.augment import versions
 from caltech_sweep.training.cache import Cache, open_store
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
@@ -37,7 +37,7 @@ from caltech_sweep.training.keys import (
     FROZEN_VERSION,
     SPLIT_BEFORE,
     CacheOptions,
-    checkpoint_key,
+    checkpoint_keys,
     digest,
     epoch_marks,
     recipe,
@@ -109,7 +109,7 @@ def identity(
     ``features`` says whether the outputs of frozen layers are kept. On the CPU that changes no bit; elsewhere this is
     not certain, so there it counts.
     """
-    augmentation = {"augmentation": AUGMENTATION_VERSION} if config.augment else {}
+    augmentation = {"augmentation": AUGMENTATION_VERSION, **versions(config.augment)} if config.augment else {}
     frozen = {"frozen": FROZEN_VERSION} if config.freeze == "conv" and not config.arch.startswith(SPLIT_BEFORE) else {}
     return {
         **recipe(config),
@@ -125,8 +125,9 @@ def identity(
     }
 
 
-def _name(base: str, marks: Sequence[str]) -> str:
-    return f"stage-{checkpoint_key(base, marks)}"
+def _names(config: TrialConfig, identity: dict[str, Any], steps: int) -> list[str]:
+    """Return the name of the stage after each epoch of so many steps."""
+    return [f"stage-{key}" for key in checkpoint_keys(digest(identity), epoch_marks(config, steps))]
 
 
 def stored_epochs(
@@ -136,10 +137,10 @@ def stored_epochs(
 
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
-    base = digest(identity(config, data, device, weights_file, use.features))
-    rates = epoch_marks(config, steps_of(config, len(data.split.part("train"))))
+    known = identity(config, data, device, weights_file, use.features)
+    names = _names(config, known, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
-    return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
+    return next((epoch for epoch in range(len(names), 0, -1) if store.has(names[epoch - 1])), 0)
 
 
 def capture(training: Training, copy: bool = True) -> Checkpoint:
@@ -223,7 +224,7 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), epoch_marks(config, training.steps)
+        self._names = _names(config, self._identity, training.steps)
         self._saved = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._write: Future[bool] | None = None  # of the state after the epoch `_writing`
@@ -242,8 +243,8 @@ class TrialCheckpoints:
         best epoch until then, or goes on from a shorter state where a later epoch was better.
         """
         start = time.monotonic()
-        for epoch in range(len(self._rates), 0, -1):
-            stage = self._load(_name(self._base, self._rates[:epoch]))
+        for epoch in range(len(self._names), 0, -1):
+            stage = self._load(self._names[epoch - 1])
             if stage is None:
                 continue
             goal = objective(self._training.config.objective).name
@@ -277,7 +278,7 @@ class TrialCheckpoints:
         """
         self._trained += result.seconds
         self._unsaved += result.seconds
-        there = self._store.has(_name(self._base, self._rates[: result.epoch]))
+        there = self._store.has(self._names[result.epoch - 1])
         if there:
             self._unsaved = 0.0
         if not there and self._is_due(result.epoch):
@@ -292,7 +293,7 @@ class TrialCheckpoints:
         free = free_memory()
         at_once = epoch in self._use.hold_at or (free is not None and 2 * _guess(self._training) > free)
         stage = capture(self._training, copy=not at_once)
-        name = _name(self._base, self._rates[:epoch])
+        name = self._names[epoch - 1]
         header = {**stage.header, "identity": self._identity, "trial": self._trial}
         self._writing, self._write = epoch, self._writer.submit(self._write_stage, name, header, stage.tensors, start)
         self._saved, self._unsaved = time.monotonic(), 0.0
@@ -337,10 +338,10 @@ class TrialCheckpoints:
         last = self._is_last(epoch)
         if not self._use.hold_at or not (resumed or last or epoch in self._use.hold_at):
             return
-        before = {_name(self._base, self._rates[:earlier]) for earlier in self._use.hold_at if earlier < epoch}
+        before = {self._names[earlier - 1] for earlier in self._use.hold_at if earlier < epoch}
         for name in before | ({self._held} if self._held else set()):
             self._store.release(name, self._trial)
-        self._held = None if last else _name(self._base, self._rates[:epoch])
+        self._held = None if last else self._names[epoch - 1]
         if self._held is not None:
             self._store.hold(self._held, self._trial)
 
@@ -348,10 +349,10 @@ class TrialCheckpoints:
         """Drop the stage that served resuming until there was a later one: it would push out what others need."""
         if self._passing is not None:
             self._store.drop(self._passing)
-        self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
+        self._passing = None if self._is_needed(epoch) else self._names[epoch - 1]
 
     def _is_last(self, epoch: int) -> bool:
-        return epoch == len(self._rates) or (epoch == self._training.epoch and self._training.ended)
+        return epoch == len(self._names) or (epoch == self._training.epoch and self._training.ended)
 
     def _is_needed(self, epoch: int) -> bool:
         return self._is_last(epoch) or epoch in self._use.save_at | self._use.hold_at

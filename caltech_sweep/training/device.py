@@ -24,6 +24,7 @@ from caltech_sweep.training.networks import is_in, source_of
 # Of the code from models to evaluation: raise it whenever the same config would train other weights.
 TRAINING_VERSION = 1
 DEPTHWISE_SHARE = 0.02  # of a backbone's weights
+SMALLEST_CROP = 48  # pixels a side; below, a processor is no faster with bfloat16 or with its channels last
 BFLOAT16_UNITS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # what /proc/cpuinfo calls them, the last on Arm
 
 
@@ -59,22 +60,26 @@ def uses_bfloat16(
 ) -> bool:
     """Return whether the network computes in bfloat16.
 
-    ``auto`` means where the device ``has_units`` for it; on a processor not for networks like MobileNet. It is a rule,
-    not a measurement, so that all workers and every resumed trial decide alike.
+    ``auto`` means where the device ``has_units`` for it; on a processor not for small images, nor for networks like
+    MobileNet. It is a rule, not a measurement, so that all workers and every resumed trial decide alike.
     """
     if config.precision != "auto":
         return config.precision == "bfloat16"
-    return has_units(device) and not (device.type == "cpu" and is_depthwise(config.arch))
+    slower = device.type == "cpu" and (config.dataset.crop < SMALLEST_CROP or is_depthwise(config.arch))
+    return has_units(device) and not slower
 
 
 def uses_channels_last(config: TrialConfig, device: torch.device) -> bool:
     """Return whether images lie with their channels last in memory.
 
-    None means on a GPU, and on a processor with bfloat16 units unless float32 is asked for: there it is faster in both.
+    None means on a GPU, and on a processor with bfloat16 units unless images are small or float32 is asked for: there
+    it is faster in both.
     """
     if config.channels_last is not None:
         return config.channels_last
-    return device.type == "cuda" or (config.precision != "float32" and device.type == "cpu" and has_bfloat16(device))
+    if device.type != "cpu":
+        return device.type == "cuda"
+    return config.dataset.crop >= SMALLEST_CROP and config.precision != "float32" and has_bfloat16(device)
 
 
 def numerics(config: TrialConfig, device: torch.device) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
-from caltech_sweep.training.loss import class_weights, loss_share, mixed, mixes
+from caltech_sweep.training.loss import class_weights, epoch_order, loss_share, mixed, mixes
 from caltech_sweep.training.models import frozen_parameters, thaw, train_mode
 from caltech_sweep.training.networks import mean_and_std, normalization, source_of
 from caltech_sweep.training.optimizer import make_optimizer, parameter_groups, set_rate
@@ -155,7 +155,10 @@ class Training:
 
     def _images(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return normalised (n, 3, H, W) float crops on the device, augmented as ``draws`` says."""
-        return self._floats(self._crops(part, index), draws)
+        cuts = augment.cuts(draws) if draws is not None else None
+        if cuts is None:
+            return self._floats(self._crops(part, index), draws)
+        return self._floats(self.data.resized_crops(part, self.config.dataset.crop, index.tolist(), cuts), draws)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
@@ -218,9 +221,7 @@ class Training:
             raise NotFiniteError(f"{part} images: {error}") from error
 
     def _batches(self, epoch: int) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "shuffle", epoch))
-        batches = torch.randperm(len(self._labels), generator=generator).split(self.config.batch_size)
-        return batches[: self.steps]
+        return epoch_order(self.config, self._labels, epoch).split(self.config.batch_size)[: self.steps]
 
     @property
     def steps(self) -> int:
@@ -230,7 +231,7 @@ class Training:
     def _step(self, epoch: int, number: int, index: torch.Tensor, draws: augment.Draws | None) -> torch.Tensor:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch, number))
-        inputs = self._inputs("train", index, draws[index] if draws else None)
+        inputs = self._inputs("train", index, draws)
         labels = self._labels[index].to(self.device)
         targets = labels
         if mixes(self.config):
@@ -302,8 +303,11 @@ class Training:
         fresh: list[torch.Tensor] = []
         for number, index in enumerate(batches, start=1):
             beat()
+            # An image that is drawn twice is augmented in two ways: its place in the epoch counts, not its number.
+            start = (number - 1) * self.config.batch_size
+            places = index if self.config.sample_weights == "none" else torch.arange(start, start + len(index))
             set_rate(self.optimizer, rates[min(number, len(rates)) - 1])
-            fresh.append(self._step(epoch, number, index, draws))
+            fresh.append(self._step(epoch, number, index, draws[places] if draws else None))
             if number % _CHECK_EVERY and number < len(batches):
                 continue
             for loss, correct in torch.stack(fresh).tolist():

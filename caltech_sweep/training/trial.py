@@ -52,12 +52,18 @@ class TrialOutcome:
 
 
 def _train(training: Training, stages: TrialCheckpoints | None) -> Iterator[EpochResult]:
-    """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept."""
+    """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept.
+
+    The model has the weights of the best epoch at the end.
+    """
     if stages is not None:
         stages.resume()
     yield from tuple(training.history)
     for result in fit(training):
         yield result if stages is None else replace(result, saving=stages.after(result))
+    if broken := not_finite(training.best_weights):
+        raise NotFiniteError(f"the weights {broken[0]} became NaN or infinite; try a lower learning rate")
+    load_state(training.model, training.best_weights)
 
 
 def run_trial(
@@ -85,9 +91,6 @@ def run_trial(
         kept = TrialCheckpoints(stages, training, weights_file, digest) if stages else None
         yield from _train(training, kept)
         assert training.best is not None
-        if broken := not_finite(training.best_weights):
-            raise NotFiniteError(f"the weights {broken[0]} became NaN or infinite; try a lower learning rate")
-        load_state(training.model, training.best_weights)
         tested = bool(data.split.test)
         test = training.evaluate("test") if tested else None
         tencrop = training.evaluate("test", "tencrop") if tested and config.test_views == "tencrop" else None

@@ -21,6 +21,11 @@ def _dataset(config: DatasetConfig) -> LoadedData:
     return load_dataset(config)
 
 
+def prepare() -> None:
+    """Import what the first job needs."""
+    from caltech_sweep.training import device, networks, results, trial  # noqa: F401
+
+
 def train(job: Job) -> Generator[Epoch, None, Done]:
     """Run one job, yielding an event an epoch."""
     from caltech_sweep.training.device import environment, pick_device
