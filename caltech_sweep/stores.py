@@ -245,7 +245,7 @@ class Store:
         if self.file.exists():
             self.leave_log()
             return
-        with create_atomically(self.file, replace=False) as made:
+        with create_atomically(self.file, replace=False) as made, _unsynced(made):
             make(f"{SQLITE}{made}")
 
     def leave_log(self) -> None:
@@ -318,8 +318,7 @@ def failure(error: Exception) -> StoreError | None:
     if not origins & {"mlflow", "optuna", "requests", "sqlalchemy", "urllib3"}:
         return None
     return StoreError(
-        f"a store does not do what it is asked ({reason(error)}); look into its log, or choose another one with "
-        "--tracking-uri or --storage"
+        f"a store failed ({reason(error)}); look into its log, or choose another one with --tracking-uri or --storage"
     )
 
 
@@ -342,6 +341,28 @@ def tune_sqlite(engine: Engine, patience: int) -> None:
         connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
 
     engine.dispose()  # connections that are open already lack the settings
+
+
+@contextlib.contextmanager
+def _unsynced(file: Path) -> Iterator[None]:
+    """Let no commit to an SQLite store that is being made wait for the disk: it is not in its place before it is there.
+
+    MLflow's migrations are hundreds of commits.
+    """
+    from sqlalchemy import Pool, event
+
+    def configure(connection: Any, record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            opened = connection.execute("PRAGMA database_list").fetchone()[2]
+            if Path(opened).resolve() == file.resolve():
+                connection.execute("PRAGMA synchronous=OFF")
+                connection.execute("PRAGMA journal_mode=MEMORY")
+
+    event.listen(Pool, "connect", configure)
+    try:
+        yield
+    finally:
+        event.remove(Pool, "connect", configure)
 
 
 def without_log(*stores: Store) -> str:

@@ -67,11 +67,21 @@ def is_overgrown(node: object, most: int = 100_000) -> bool:
     return False
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" or the list of what is known, to end a sentence about an unknown word."""
+def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """Return "; did you mean 'x'?" to end a sentence about an unknown word.
+
+    Where nothing is near, it is ``otherwise``, or the list of what is known.
+    """
     known = list(known)
     near = difflib.get_close_matches(str(word), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; it may be {', '.join(known)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; it may be {', '.join(known)}" if otherwise is None else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or the error's name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager
@@ -81,7 +91,7 @@ def progress_line(
     """Yield a progress callback: one rewritten line on a terminal, which ends with the context; few lines elsewhere.
 
     These are one every tenth, or one whenever what is done has doubled. ``amount`` writes what is done and the total,
-    which is 0 when nobody knows it; :func:`rich.filesize.decimal` writes bytes.
+    which is 0 when it is not known; :func:`rich.filesize.decimal` writes bytes.
     """
     last, width = -1, 0  # width: characters of the line that has not ended
     rewritten = rewrites_lines(sys.stderr)

@@ -1,4 +1,4 @@
-"""The doctor on real stores that were hurt: what it says, that it changes nothing unasked, and that mending holds."""
+"""The doctor on real stores that were hurt: what it says, that it changes nothing unasked, and that fixes last."""
 
 from __future__ import annotations
 

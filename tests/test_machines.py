@@ -196,6 +196,63 @@ def test_the_quota_of_a_container_is_counted(quota: int, cores: int) -> None:
         group.rmdir()
 
 
+MEMORY = """
+import os, sys
+from pathlib import Path
+from caltech_sweep import machine
+(Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
+whole, free = machine.memory(), machine.free_memory()
+print(whole, 0 < free < whole)
+"""
+
+
+def test_the_memory_of_a_container_is_counted() -> None:
+    top = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory").is_dir() else Path("/sys/fs/cgroup")
+    group, limit = top / f"caltech-sweep-{os.getpid()}", 512 << 20
+    below = group / "below"
+    try:
+        below.mkdir(parents=True)
+        file = "memory.max" if (group / "memory.max").exists() else "memory.limit_in_bytes"
+        (group / file).write_text(str(limit))
+    except OSError:
+        pytest.skip("no control group may be made here")
+    try:
+        asked = subprocess.run([sys.executable, "-c", MEMORY, str(below)], capture_output=True, text=True)
+        assert asked.stdout == f"{limit} True\n", asked.stderr
+    finally:
+        below.rmdir()
+        group.rmdir()
+
+
+def test_the_doctor_says_what_the_machine_gives_and_what_would_be_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "CALTECH_SWEEP_DATA", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    cores = machine.cores()
+    asked = ("doctor", "--machine", "--workers", "4", "--threads", str(cores))
+    result = invoke(*asked)
+    assert result.exit_code == 0 and not list(tmp_path.iterdir())
+    found = dict(line.split(":", 1) for line in result.output.splitlines() if not line.startswith("faster"))
+    assert found["processors"].split()[:3] == [str(cores), "of", str(os.cpu_count())]
+    assert f"({len(os.sched_getaffinity(0))} by affinity" in found["processors"]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    assert float(found["memory"].split()[2]) <= memory + 0.1
+    command = ["findmnt", "-no", "FSTYPE", "-T", str(tmp_path)]
+    kind = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert str(tmp_path) in found["cache"] and kind in found["cache"] and kind in found["study store"]
+    threads = "1 thread" if cores == 1 else f"{cores} threads"
+    processors = "1 processor" if cores == 1 else f"{cores} processors"
+    advice = f"faster: 4 workers x {threads} on {processors} wait for each other; use --workers 1 --threads {cores}"
+    assert advice in result.output
+    for wrong in (("doctor", "--workers", "2"), ("doctor", "tiny", "--machine"), ("doctor", "--machine", "--fix")):
+        assert invoke(*wrong).exit_code == 2
+    server = invoke(*asked[:2], "--tracking-uri", "http://someone:secret@tracking.example")
+    assert "on a server: http://" in server.output and "secret" not in server.output
+    assert "wait for each other" not in server.output
+
+
 def test_workers_take_the_threads_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -285,7 +342,7 @@ def test_a_home_folder_is_understood_wherever_a_path_is_given(
         ("data", "--from=~nobody-here/x"),
     ):
         refused = invoke(*command)
-        assert refused.exit_code == 2 and "whom this machine does not know" in refused.output
+        assert refused.exit_code == 2 and "of a user that is not on this machine" in refused.output
     assert not [path for path in place.iterdir() if "~" in path.name]
 
 

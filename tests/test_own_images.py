@@ -167,7 +167,7 @@ def test_what_is_no_dataset_is_a_sentence(place: Path, cli: Cli) -> None:
     assert "there is no folder or file nowhere" in cli("new", "mine", "--from", "nowhere").output
     (place / "empty").mkdir()
     result = cli("new", "mine", "--from", "empty")
-    assert result.exit_code == 2 and "at least two folders with images" in result.output
+    assert result.exit_code == 2 and "at least two classes, each in a folder" in result.output
     result = cli("new", "../mine", "--from", "empty")
     assert result.exit_code == 2 and "leads out of the folder" in result.output
     assert not (place / "sweeps" / "mine.yaml").exists()

@@ -48,9 +48,9 @@ Ranking = list[tuple[str, float]]  # class names and probabilities, the most pro
 
 
 class Classifier:
-    """A trained network with its preprocessing. ``card`` is what ``champion.make_card`` returns.
+    """A trained network with its preprocessing. ``spec`` is what ``runs.model_spec`` returns.
 
-    Raises ModelError when the weights are not those of the card's architecture and outputs.
+    Raises ModelError when the weights are not those of its architecture and outputs.
     """
 
     def __init__(self, spec: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device) -> None:

@@ -499,7 +499,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=[kind.name for kind in KINDS], help="kill this study alone")
+    parser.add_argument("--only", choices=[kind.name for kind in KINDS], help="kill only this study")
     parser.add_argument("--folder", type=Path, help="work here and keep everything; default a temporary folder")
     options = parser.parse_args()
     chance, tally, start = random.Random(options.seed), Tally(), time.monotonic()

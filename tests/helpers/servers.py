@@ -101,7 +101,7 @@ def _serving(server: HTTPServer) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody uses."""
+    """Return a port of loopback that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -210,7 +210,7 @@ def gated_mlflow(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Ga
         def answer(environ: dict[str, Any], start_response: Any) -> Any:
             method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
             gate.asked.append((method, path))
-            environ["HTTP_HOST"] = "localhost"  # whoever was meant: a gate may be a proxy
+            environ["HTTP_HOST"] = "localhost"  # whichever host was asked for: a gate may be a proxy
             status = gate.rule(method, path, int(environ.get("CONTENT_LENGTH") or 0))
             if gate.wants is not None and environ.get("HTTP_AUTHORIZATION") != gate.wants:
                 status = 401

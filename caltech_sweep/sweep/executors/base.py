@@ -45,6 +45,7 @@ class Epoch:
     metrics: Mapping[str, float]
     reused: bool = False  # not trained by this job
     last: bool = False  # the job trains no more: all epochs are done, or it stops early
+    saving: int = 0  # of how many epochs, this one and those before, nobody can use the states yet
 
 
 @dataclass(frozen=True)
