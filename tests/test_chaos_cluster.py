@@ -19,5 +19,5 @@ def test_a_study_whose_node_worker_and_coordinator_are_killed_reports_what_one_m
         nodes = chaos_cluster.Nodes(cluster, tmp_path / "nodes")
         place = chaos.furnish(tmp_path / "many", chaos.INDEPENDENT, 5, 3)
         events = chaos_cluster.one_round(place, nodes, random.Random(1), 2, ("node", "worker"))
-        assert events["node"] + events["worker"] >= 1, (place / "log.txt").read_text()
-        assert chaos_cluster.problems_of(place, 5, reference) == [], (place / "log.txt").read_text()
+        assert events["node"] + events["worker"] >= 1, place.log.read_text()
+        assert chaos_cluster.problems_of(place, 5, reference) == [], place.log.read_text()

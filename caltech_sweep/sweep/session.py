@@ -27,12 +27,21 @@ from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
 from caltech_sweep.sweep.executors.base import Executor, Job
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
-from caltech_sweep.sweep.executors.worker import train
+from caltech_sweep.sweep.executors.worker import prepare, train
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
-from caltech_sweep.sweep.preflight import RunOptions, Weights, _Checked, _checked, cache_place, identity_of, kept_epochs
+from caltech_sweep.sweep.preflight import (
+    RunOptions,
+    Weights,
+    _Checked,
+    _checked,
+    cache_place,
+    check_options,
+    identity_of,
+    kept_epochs,
+)
 from caltech_sweep.sweep.progress import Progress, showing
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
@@ -83,36 +92,43 @@ def table_of(study: str, tracking: Store) -> str:
 
 
 def _executor(
-    stack: ExitStack, definition: StudyDefinition, options: RunOptions, checked: _Checked, note: Callable[[str], None]
-) -> Callable[[], Executor]:
-    """Return what makes the executor; raise UsageError for a cluster that cannot be used, before anything is written.
+    stack: ExitStack, options: RunOptions, note: Callable[[str], None]
+) -> Callable[[StudyDefinition, _Checked], Executor]:
+    """Start the workers, or connect to the cluster, and return what makes the executor; the stack ends both.
 
-    The stack ends the connection to the cluster.
+    Raises UsageError for a cluster that cannot be used.
     """
     if options.executor != "ray":
-        return partial(make_executor, options)
+        executor = make_executor(options)
+        stack.callback(executor.close)
+        return lambda definition, checked: executor
     from caltech_sweep.sweep.executors.cluster import connected
     from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
     from caltech_sweep.sweep.executors.ray import RayExecutor, with_supply
 
-    dataset, home = definition.config({}).dataset, paths.data_home()
-    home.mkdir(parents=True, exist_ok=True)
-    mark = stack.enter_context(locked_directory(home.absolute(), _MARK))
     slots = None if options.slots in (None, "max") else int(options.slots)
     demand, threads = stack.enter_context(
         connected(options.address, slots, options.cpus_per_trial, options.gpus_per_trial, options.threads, note)
     )
-    cache_size = None if options.cache_size is None else int(options.cache_size * 10**9)
-    luggage = replace(
-        luggage_of(dataset, checked.data, dataset_root(dataset), mark),
-        shared_cache=options.cache is not None and cache_place(options)[1] is None,
-        cache_size=cache_size,
-    )
-    if options.address is not None:
-        files = {source.digest: source.path.absolute() for source in checked.weights.values()}
-        luggage = with_supply(luggage, files)
-    device = options.device or ("cuda" if demand.gpus else "cpu")
-    return lambda: RayExecutor(Trainer(luggage), demand, threads, device, options.hang_timeout)
+
+    def make(definition: StudyDefinition, checked: _Checked) -> Executor:
+        dataset, home = definition.config({}).dataset, paths.data_home().absolute()
+        home.mkdir(parents=True, exist_ok=True)
+        mark = stack.enter_context(locked_directory(home, _MARK))
+        luggage = replace(
+            luggage_of(dataset, checked.data, dataset_root(dataset), mark),
+            shared_cache=options.cache is not None and cache_place(options)[1] is None,
+            cache_size=None if options.cache_size is None else int(options.cache_size * 10**9),
+        )
+        if options.address is not None:
+            files = {source.digest: source.path.absolute() for source in checked.weights.values()}
+            luggage = with_supply(luggage, files)
+        device = options.device or ("cuda" if demand.gpus else "cpu")
+        made = RayExecutor(Trainer(luggage), demand, threads, device, options.hang_timeout)
+        stack.callback(made.close)
+        return made
+
+    return make
 
 
 def make_executor(options: RunOptions) -> Executor:
@@ -127,7 +143,7 @@ def make_executor(options: RunOptions) -> Executor:
     workers = options.workers or len(devices) * options.per_device
     if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout)
+    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare)
 
 
 @contextmanager
@@ -247,10 +263,12 @@ def _stores_in_use(
 
 def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
     """Check a study, then run it to its total; ``write`` prints a line."""
-    checked = _checked(definition, options, write)
-    identity = identity_of(definition, checked.data, checked.weights)
+    stores = check_options(definition, options)
     with ExitStack() as stack:
-        make = _executor(stack, definition, options, checked, write)
+        make = _executor(stack, options, write)  # its workers start while everything else is checked
+        checked = _checked(definition, options, *stores, write)
+        executor = make(definition, checked)
+        identity = identity_of(definition, checked.data, checked.weights)
         used = stack.enter_context(_stores_in_use(checked, options, definition.name, write))
         tracker = MlflowTracker(used.tracking, used.artifacts, create=True)
         opening = _Opening(definition, identity, checked.weights, tracker, used.storage, options.adopt)
@@ -265,8 +283,6 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
         journaling = JournalingTracker(tracker, journal, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
-        executor = make()
-        stack.callback(executor.close)
         recorder = Recorder(
             journaling,
             definition,

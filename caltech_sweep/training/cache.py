@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,8 @@ HEADER, DATA = "header.json", "data"  # the files of an entry, the header writte
 _HELD = "held-"
 _DROPPED = ".dropped-"
 _BLOCK = 1 << 22  # bytes read at once for a checksum
+_FIRST_RATE = 500e6  # bytes written in a second, taken for granted until it was measured
+_TELLING = 1 << 25  # bytes of an entry whose writing tells how fast the disk is
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Cache:
         self.folder, self.budget = folder, budget
         self._full = self._refused = False
         self._warnings: list[str] = []
+        self._rate: float | None = None  # bytes in a second, the best that this process has seen
+
+    def seconds_to_write(self, size: int) -> float:
+        """Return about how long it takes to write so many bytes, by what this process has written."""
+        return size / (self._rate or _FIRST_RATE)
 
     def take_warnings(self) -> tuple[str, ...]:
         """Return the sentences that have come up since the last call."""
@@ -81,6 +89,9 @@ class Cache:
 
     def has(self, name: str) -> bool:
         """Return whether an entry is there; whether it is sound shows when it is opened."""
+        return self._here(name)
+
+    def _here(self, name: str) -> bool:
         return os.path.isfile(self.folder / name / HEADER)  # False of one that only its owner may read
 
     def open(self, name: str) -> tuple[dict[str, Any], Path] | None:
@@ -103,7 +114,7 @@ class Cache:
 
     def _verified(self, place: Path) -> dict[str, Any] | None:
         """Return the header of an entry, or None where a checksum is wrong."""
-        if (place / HEADER).exists() and not self.has(place.name):
+        if (place / HEADER).exists() and not self._here(place.name):
             return None  # a pipe or the like, which would never end
         checksum, _, text = (place / HEADER).read_bytes().partition(b"\n")
         if checksum != b"%08x" % zlib.crc32(text):
@@ -131,17 +142,20 @@ class Cache:
                 self._warnings.append(f"what is too large is not kept for reuse in {self.folder}: {mega}")
             self._refused = True
             return False
+        start = time.monotonic()
         try:
             self._make_room(size)
             with create_atomically(self.folder / name) as place:
                 place.mkdir()
                 fill(place / DATA)
                 self._write_header(place, header)
-                if not self.has(name):
+                if not self._here(name):
                     self.drop(name)  # the remains of an entry that somebody has half removed
             self._make_room(0)
         except OSError as error:
             return self._stop(error.strerror or str(error))
+        if size >= _TELLING:
+            self._rate = max(self._rate or 0.0, size / (time.monotonic() - start))
         return True
 
     def _stop(self, reason: str) -> bool:

@@ -50,11 +50,11 @@ class MirroredCache(Cache):
 
     def has(self, name: str) -> bool:
         """Return whether an entry is here or there."""
-        return super().has(name) or self._try(lambda: bool(self._remote.exists(f"{self._root}/{name}/{HEADER}")))
+        return self._here(name) or self._try(lambda: bool(self._remote.exists(f"{self._root}/{name}/{HEADER}")))
 
     def open(self, name: str) -> tuple[dict[str, Any], Path] | None:
         """Return the header and the data file of an entry, which is fetched where it is not here."""
-        if not super().has(name):
+        if not self._here(name):
             self._try(lambda: self._fetch(name))
         return super().open(name)
 

@@ -71,14 +71,15 @@ def disturb(kind: str, nodes: Nodes, chance: random.Random) -> bool:
     return True
 
 
-def launch(place: Path, address: str, log: Path) -> subprocess.Popen[bytes]:
+def launch(place: chaos.Place, address: str) -> subprocess.Popen[bytes]:
     """Start the command in a process group of its own."""
-    more = ("--executor", "ray", "--address", address, "--hang-timeout", str(HANG), "--cache", str(place / "states"))
-    with log.open("ab") as out:
+    states = str(place.folder / "states")
+    more = ("--executor", "ray", "--address", address, "--hang-timeout", str(HANG), "--cache", states)
+    with place.log.open("ab") as out:
         return subprocess.Popen(
-            chaos.command("run", "killed", "--threads", "1", *more),
-            cwd=place,
-            env=chaos.environment(),
+            chaos.command(*place.run(*more)),
+            cwd=place.folder,
+            env=place.environment(),
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -95,13 +96,15 @@ def wait(process: subprocess.Popen[bytes], seconds: float, log: Path | None = No
         time.sleep(0.05)
 
 
-def one_round(place: Path, nodes: Nodes, chance: random.Random, most: int, kinds: tuple[str, ...]) -> Counter[str]:
+def one_round(
+    place: chaos.Place, nodes: Nodes, chance: random.Random, most: int, kinds: tuple[str, ...]
+) -> Counter[str]:
     """Disturb a study until it is complete or has met so many events, then finish it; return the events."""
     events: Counter[str] = Counter()
-    log = place / "log.txt"
+    log = place.log
     log.touch()
     while sum(events.values()) < most:
-        process = launch(place, nodes.cluster.address, log)
+        process = launch(place, nodes.cluster.address)
         wait(process, 300, log, "started")
         # A trial whose worker dies a third time in one run has failed.
         for kind in chance.sample(kinds, k=min(2, len(kinds), most - sum(events.values()))):
@@ -114,20 +117,20 @@ def one_round(place: Path, nodes: Nodes, chance: random.Random, most: int, kinds
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         events["coordinator"] += 1
-    process = launch(place, nodes.cluster.address, log)
+    process = launch(place, nodes.cluster.address)
     wait(process, 600)
     if process.poll() != 0:
         raise SystemExit(f"the undisturbed command ended with {process.poll()}: {log.read_text()[-3000:]}")
     return events
 
 
-def problems_of(place: Path, trials: int, reference: str) -> list[str]:
+def problems_of(place: chaos.Place, trials: int, reference: str) -> list[str]:
     """Return a sentence for everything that is not as on one machine."""
     found = chaos.check_stores(place, trials)
     if chaos.read_reports(place) != reference:
         found.append("the report differs from that of one machine")
-    if "Traceback" in (place / "log.txt").read_text():
-        found.append(f"a traceback in {place / 'log.txt'}")
+    if "Traceback" in place.log.read_text():
+        found.append(f"a traceback in {place.log}")
     return found
 
 

@@ -20,6 +20,7 @@ from typing import BinaryIO
 from caltech_sweep.files import file_digest, locked_directory, remove_abandoned
 from caltech_sweep.heartbeat import beating
 from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Job, Runner, Stopped, _advance, failure_of
+from caltech_sweep.sweep.executors.worker import prepare
 
 CHUNK = 8 << 20  # bytes that travel at once
 _SCRATCH = "caltech-sweep-node-"  # the folder of what trials leave on a node, until the coordinator has it
@@ -107,7 +108,7 @@ class Slot:
     def start(self) -> Place:
         """Say where this is; what a training imports is imported meanwhile."""
         if self._threads is not None:
-            import torch  # noqa: F401
+            prepare()
         return Place(socket.gethostname(), os.getpid())
 
     def run(self, job: Job) -> None:
