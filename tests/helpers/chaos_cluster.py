@@ -137,8 +137,10 @@ def problems_of(place: chaos.Place, trials: int, reference: str) -> list[str]:
 def on_one_machine(folder: Path, trials: int, epochs: int) -> str:
     """Return the report of the study when it is run by this machine's own processes."""
     place = chaos.furnish(folder, chaos.INDEPENDENT, trials, epochs)
-    if failed := chaos.finish(place, 1):
-        raise SystemExit(failed)
+    with chaos.launched(place, 1) as (process, said):
+        wait(process, 600)
+        if process.poll() != 0:
+            raise SystemExit(f"the command on one machine ended with {process.poll()}: {said()}")
     return chaos.read_reports(place)
 
 
