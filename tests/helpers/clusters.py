@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.places import invoke
+from helpers import chaos
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -51,11 +49,6 @@ def add_node(cluster: Any, data: Path, **resources: Any) -> Any:
     return cluster.add_node(env_vars={"CALTECH_SWEEP_DATA": str(data)}, **{"num_cpus": 1, **resources})
 
 
-def reports(study: str, run: Callable[..., Any] = invoke) -> str:
-    """Return a study's report in the current folder as JSON and Markdown, without the ids of runs."""
-    text = run("report", study, "--format", "json").output
-    for table in json.loads(text):
-        for row in table["rows"]:
-            text = text.replace(f'"{row["run_id"]}"', "a run")
-    markdown = run("report", study).output
-    return text + re.sub(r"\b[0-9a-f]{8}( *)\|$", r"a run   \1|", markdown, flags=re.M)
+def reports(study: str) -> str:
+    """Return a study's report in the current folder as JSON and Markdown, without its name and the ids of runs."""
+    return chaos.read_reports(chaos.Place(Path.cwd()), chaos.report_in_process, study)
