@@ -1,4 +1,4 @@
-"""What a trial costs the coordinator: a trial of 30 epochs that computes nothing, beside Optuna + MLflowCallback.
+"""What a trial costs the coordinator: a trial of 30 epochs that computes nothing, and Optuna + MLflowCallback.
 
     python benchmarks/overhead.py [--trials 20]
     python benchmarks/overhead.py --memory 2000

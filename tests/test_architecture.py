@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -15,9 +16,18 @@ ROOT = Path(caltech_sweep.__file__).parent
 MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Return all nodes of a module's syntax; its file is read once."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    nodes = nodes_of(path)
+    if top_level_only:
+        assert isinstance(nodes[0], ast.Module)
+        nodes = list(nodes[0].body)
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -120,7 +130,7 @@ def test_the_command_line_imports_nothing_heavy_at_the_top() -> None:
 def test_no_function_is_longer_than_a_screen() -> None:
     long = []
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
                 length = node.end_lineno - node.lineno + 1
                 if length > 50:
@@ -134,6 +144,7 @@ def test_one_module_locks_files_and_only_a_library_knows_how() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
 def test_no_test_imports_another_but_what_they_share_lies_in_helpers(path: Path) -> None:
-    modules = {name.split(".")[0] for name in imports(path)}
-    assert not {name for name in modules if name == "conftest" or name.startswith("test_")}
-    assert path.parent.name != "helpers" or "def test_" not in path.read_text(encoding="utf-8")
+    text, modules = path.read_text(encoding="utf-8"), {name.split(".")[0] for name in imports(path)}
+    in_code_of_its_own = re.findall(r"^from (test_\w+|conftest) import", text, re.M)  # that it hands to another process
+    assert not [name for name in (*modules, *in_code_of_its_own) if name == "conftest" or name.startswith("test_")]
+    assert path.parent.name != "helpers" or "def test_" not in text

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from caltech_sweep import __version__
-from helpers.places import RUN, invoke
+from helpers.places import RUN, Cli, invoke
 
 
 def files(place: Path) -> set[str]:
@@ -63,6 +63,13 @@ def test_a_finished_study_from_plan_to_tables(finished: Path) -> None:
         (finished / "away").rename(finished / "sweeps")
     assert report.exit_code == 0 and "First" in report.output and "trial-002" in report.output
     assert "First" in out.read_text()
+
+
+def test_an_old_name_of_an_option_answers_with_the_new_one(place: Path, cli: Cli) -> None:
+    result = cli("run", "tiny", "--stage-budget", "1")
+    assert result.exit_code == 2 and "Error: --stage-budget is called --cache-size now.\n" in result.output
+    assert not (place / "mlruns").exists()
+    assert "No such option" in cli("run", "tiny", "--nothing-like-it").output
 
 
 def test_every_artifact_of_a_trial_is_in_its_run(finished: Path) -> None:
@@ -187,7 +194,8 @@ def weights_of(place: Path, folder: str) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_weights_are_the_same_with_workers_as_without(workers: str, finished_place: Path, cli, place: Path) -> None:
     result = cli("run", "tiny", "--threads", "1", "--workers", workers)
     assert result.exit_code == 0, result.output
@@ -197,7 +205,8 @@ def test_the_weights_are_the_same_with_workers_as_without(workers: str, finished
         assert all(torch.equal(weights[name], found[fingerprint][name]) for name in weights)
 
 
-@pytest.mark.parametrize("where", ["--in-process", pytest.param("--workers=1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["--in-process", "--workers=1"])
 def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(where: str, place: Path, cli) -> None:
     options = ("--set", "epochs=10", "--row", "First")
     command = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", where, *options]
@@ -219,6 +228,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(where: str, place: Path, 
     assert [m.step for m in tracker.client.get_metric_history(trial.run_id, "lr")] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_study_at_once_are_refused(place: Path, cli) -> None:
     command = [sys.executable, "-m", "caltech_sweep", *RUN, "--set", "epochs=400"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=place) as process:

@@ -268,7 +268,7 @@ def test_bad_data_is_named(executor: Executor, tmp_path: Path) -> None:
 
 
 def labelled(job: Job) -> Epochs:
-    """Give every trial an accuracy that is its alone."""
+    """Give every trial an accuracy that no other has."""
     for epoch in range(1, job.config.epochs + 1):
         yield Epoch(job.number, epoch, epoch_metrics(job.config.lr / epoch))
     accuracy = {"best/val_accuracy": job.config.lr, "test/accuracy": job.config.lr, "test/loss": 1.0}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition
 from caltech_sweep.study.file import load_study
+from caltech_sweep.sweep.executors.base import Epoch, Event
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.sharing import branch_epochs, common_epochs, new_epochs, next_index
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
@@ -135,6 +136,27 @@ FAMILY = StudyDefinition(
     sampler=Component("tpe", {"seed": 3}),
     expand={"step_size": (2, 4), "epochs": (4, 6)},
 )
+
+
+class Saving(ScriptedExecutor):
+    """Its disk is so slow that no state is kept before its trial ends."""
+
+    def poll(self, timeout: float) -> list[Event]:
+        events = super().poll(timeout)
+        return [replace(event, saving=event.epoch) if isinstance(event, Epoch) else event for event in events]
+
+
+@pytest.mark.parametrize(("executor", "before"), [(ScriptedExecutor, 1), (Saving, 4)])
+def test_a_sibling_waits_for_the_state_that_it_goes_on_from(executor: type[ScriptedExecutor], before: int) -> None:
+    rows = [Row(str(step), {"lr": 0.1, "freeze": "none", "step_size": step, "epochs": 6}) for step in (2, 4)]
+    space = {"lr": Range(1e-3, 1.0, log=True), "step_size": Choices((1, 2)), "epochs": Choices((1,))}
+    study = replace(FAMILY, rows=tuple(rows), space=space, expand={}, trials=8)
+    ran = executor(slots=2)
+    run_scripted(study, ran, MemoryTracker(), open_study(study, MEMORY, study.identity()))
+    order = [job.config.step_size for job in ran.jobs if job.config.epochs == 6]
+    assert order == [2, 4]
+    second = next(place for place, job in enumerate(ran.jobs) if (job.config.epochs, job.config.step_size) == (6, 4))
+    assert second == 1 + before  # sampled trials of one epoch run until the first row has what the second needs
 
 
 def test_every_sampled_setting_becomes_a_family_of_real_trials() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import math
 import sqlite3
 from dataclasses import replace
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.default_context import DefaultRunContext
 
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.testing import MemoryTracker, ScriptedExecutor, scripted_coordinator
@@ -168,6 +170,30 @@ def test_stores_that_cannot_be_used_are_sentences(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="special characters in a database URL"):
             MlflowTracker(str(tmp_path / name / "none.db"), create=True)
     assert not list(tmp_path.glob("none*")) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_who_ran_a_study_and_its_trials_and_by_what_is_recorded_as_mlflow_does(finished: Path) -> None:
+    tracker = MlflowTracker()
+    record = tracker.study("tiny")
+    assert record is not None
+    recorded = [tracker.client.get_run(run.run_id).data.tags for run in tracker.trials(record)]
+    recorded.append(tracker.client.get_run(record.run_id).data.tags)
+    own = DefaultRunContext().tags()
+    assert len(recorded) == 4 and own["mlflow.user"] == getpass.getuser()
+    for tags in recorded:
+        assert tags["mlflow.user"] == own["mlflow.user"] and tags["mlflow.source.type"] == own["mlflow.source.type"]
+        assert tags["mlflow.source.name"] == Path(own["mlflow.source.name"]).name
+
+
+def test_a_user_who_has_no_name_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    tracker = MlflowTracker(str(tmp_path / "mlflow.db"), create=True)
+    for who in ("ada", ""):
+        monkeypatch.setenv("LOGNAME", who)
+        monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # whom the machine does not know
+        run_id = tracker.start_study(f"by {who}", "A title", {})
+        assert tracker.client.get_run(run_id).data.tags.get("mlflow.user", "") == who
 
 
 # What is written in bulk, beside MLflow's own client in the same database

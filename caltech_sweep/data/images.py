@@ -26,6 +26,7 @@ import torch
 import torchvision
 from PIL import Image
 from torchvision.transforms import functional as tvf
+from torchvision.transforms.v2.functional import resize_image
 
 from caltech_sweep.data.pixels import DEFAULT_RULES, VERSION, Facts, PixelRules, examine, read_file, read_rgb
 from caltech_sweep.data.splits import SPLITS, Sample, Split
@@ -165,6 +166,21 @@ class ImageStore:
             top, left = (round((side - crop) / 2) for side in image.shape[:2])
             out[position] = image[top : top + crop, left : left + crop]
         return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    def resized_crops(
+        self, indices: Sequence[int], crop: int, cuts: Sequence[Callable[[int, int], tuple[int, int, int, int]]]
+    ) -> torch.Tensor:
+        """Return (N, 3, crop, crop) uint8, equal to torchvision's ``resized_crop`` of each whole image.
+
+        ``cuts`` give top, left, height and width of the box of each by the height and width of its image.
+        """
+        out = torch.empty((len(indices), 3, crop, crop), dtype=torch.uint8)
+        for position, (index, cut) in enumerate(zip(indices, cuts, strict=True)):
+            image = self.array(index)
+            top, left, height, width = cut(*image.shape[:2])
+            box = torch.from_numpy(np.array(image[top : top + height, left : left + width])).permute(2, 0, 1)
+            out[position] = resize_image(box, [crop, crop], antialias=True)
+        return out
 
 
 @dataclass(frozen=True)
@@ -390,6 +406,16 @@ class LoadedData:
         start = self._starts[part]
         wanted = range(len(self.split.part(part))) if indices is None else indices
         return self._store.center_crops([start + index for index in wanted], crop)
+
+    def resized_crops(
+        self,
+        part: str,
+        crop: int,
+        indices: Sequence[int],
+        cuts: Sequence[Callable[[int, int], tuple[int, int, int, int]]],
+    ) -> torch.Tensor:
+        """Return (N, 3, crop, crop) uint8: boxes of a part's whole images, resized, as ``cuts`` give them."""
+        return self._store.resized_crops([self._starts[part] + index for index in indices], crop, cuts)
 
     def ten_crops(self, part: str, index: int, crop: int) -> torch.Tensor:
         """Return (10, 3, crop, crop) uint8, equal to torchvision's TenCrop of the resized image."""

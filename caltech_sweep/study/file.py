@@ -6,7 +6,9 @@ A sentence about a problem starts with where it is: ``sweeps/x.yaml:12: space.lr
 from __future__ import annotations
 
 import math
+import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from caltech_sweep.study.definition import (
     Row,
     StudyDefinition,
     SubsetOf,
+    column_names,
 )
 from caltech_sweep.text import is_overgrown, one_line, quoted, suggestion
 from caltech_sweep.training.schedule import schedule_settings
@@ -77,6 +80,11 @@ def _plain(node: Any) -> Any:
     return str(node)
 
 
+def _cannot_be_stored(text: str) -> bool:
+    """Tell whether a text has control characters, or halves of characters, which stores and terminals do not take."""
+    return any(unicodedata.category(each) in ("Cc", "Cs") and each not in "\t\n\r\x85" for each in text)
+
+
 def _check_depth(text: str, where: str) -> None:
     """Refuse brackets within brackets within brackets, over which the parser takes the square of their number."""
     depth = 0
@@ -87,7 +95,14 @@ def _check_depth(text: str, where: str) -> None:
             raise StudyFileError([f"{where}:{line}: not valid YAML: brackets are nested more than {_DEEPEST} deep"])
 
 
+def _crop_problem(dataset: Mapping[str, Any]) -> str | None:
+    crop, resize = dataset.get("crop", DatasetConfig.crop), dataset.get("resize", DatasetConfig.resize)
+    return f"{crop} pixels cannot be cut from images of {resize} (dataset.resize)" if crop > resize else None
+
+
 def _load_yaml(text: str, where: str) -> Any:
+    if found := re.match(r"\ufeff?%YAML\s+(?!1\.2\b)\S*", text):
+        raise StudyFileError([f"{where}:1: {found[0]} is another YAML than 1.2, as study files are; remove the line"])
     _check_depth(text, where)
     yaml = YAML(typ="rt", pure=True)
     try:
@@ -159,11 +174,8 @@ class _Reader:
         dataset = self.ruled(self.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
         for key, text in unread(dataset):
             self.problem(root["dataset"], key, f"dataset.{key}", text)
-        crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
-        if crop > resize:
-            self.problem(
-                root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)"
-            )
+        if wrong := _crop_problem(dataset):
+            self.problem(root, "dataset", "dataset.crop", wrong)
         return dataset
 
     def dimension(self, space: CommentedMap, key: str) -> Dimension | None:
@@ -197,7 +209,7 @@ class _Reader:
     def _range(self, space: CommentedMap, node: CommentedMap, key: str, path: str) -> Range | None:
         rule, before = TRIAL_RULES[key], len(self.problems)
         if rule.kind == "other":
-            self.problem(space, key, path, "is no number and cannot have a range; use choices")
+            self.problem(space, key, path, "is not a number and cannot have a range; use choices")
             return None
         self.known(node, f"{path}.", ["low", "high", "log", "step"])
         values = _plain(node)
@@ -238,6 +250,8 @@ class _Reader:
             name = _plain(node.get("name"))
             if not isinstance(name, str) or not name.strip():
                 self.problem(nodes, index, f"{path}.name", "every row needs a name")
+            elif _cannot_be_stored(name):
+                self.problem(node, "name", f"{path}.name", f"{quoted(name)} has a character that cannot be printed")
             elif name in {row.name for row in rows}:
                 self.problem(node, "name", f"{path}.name", f"{quoted(name)} is a duplicate row name")
             settings = self.ruled(self.mapping(node, "set", f"{path}.set"), f"{path}.set.", _VARYING)
@@ -298,6 +312,23 @@ class _Reader:
             self.problem(node, key, f"early_stopping.{key}", "is also under fixed or space; leave it in one place")
         return values
 
+    def columns(self, root: CommentedMap) -> tuple[str, ...]:
+        """Return the settings and measures that the study's table shows."""
+        if root.get("columns") is None:
+            return ()
+        names, known = _plain(root["columns"]), column_names()
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            example = "must be a list of settings and measures, such as [lr, test/macro_accuracy]"
+            self.problem(root, "columns", "columns", f"{example}, got {quoted(names)}")
+            return ()
+        for place, name in enumerate(names):
+            if name not in known:
+                text = f"there is no setting or measure {quoted(name)}{suggestion(name, known)}"
+                self.problem(root["columns"], place, f"columns[{place}]", text)
+            elif name in names[:place]:
+                self.problem(root["columns"], place, f"columns[{place}]", f"{quoted(name)} is there twice; remove one")
+        return tuple(names)
+
     def exhaustive(self, root: CommentedMap, definition: StudyDefinition) -> None:
         """Report what keeps an exhaustive sampler from trying the whole space."""
         from caltech_sweep.study.grid import exhaustive_problems
@@ -335,21 +366,9 @@ class _Reader:
 
 
 _TOP = (
-    "title",
-    "dataset",
-    "objective",
-    "trials",
-    "sampler",
-    "pruner",
-    "fixed",
-    "space",
-    "expand",
-    "rows",
-    "tolerance",
-    "replicates",
-    "early_stopping",
-    "budget",
-)
+    "title", "dataset", "objective", "trials", "sampler", "pruner", "fixed", "space", "expand", "rows", "tolerance",
+    "replicates", "early_stopping", "budget", "columns",
+)  # fmt: skip
 
 
 def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
@@ -357,6 +376,8 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     title = _plain(root.get("title", name))
     if not isinstance(title, str) or not title.strip():
         reader.problem(root, "title", "title", f"must be text, got {quoted(title)}")
+    elif _cannot_be_stored(title):
+        reader.problem(root, "title", "title", f"{quoted(title)} has a character that cannot be printed; remove it")
     dataset = reader.dataset(root)
     fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", _VARYING)
     fixed.update(reader.objective(root))
@@ -391,6 +412,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
         replicates=replicates,
         early_stopping=early_stopping,
         budget=budget,
+        columns=reader.columns(root),
     )
 
 
@@ -430,11 +452,8 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         for row in definition.rows
     )
     recorded = {key: value for key, value in overrides.items() if key != "dataset.root"}
-    crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
-    if crop > resize:
-        raise UsageError(
-            f"dataset.crop: {crop} pixels cannot be cut from images of {resize} (dataset.resize); set both"
-        )
+    if wrong := _crop_problem(dataset):
+        raise UsageError(f"dataset.crop: {wrong}; set both")
     return replace(
         definition,
         dataset=dataset,
@@ -493,6 +512,8 @@ def find_study(study: str, folder: Path = paths.STUDIES) -> Path:
         raise UsageError(f"there is no study file {study}")
     path = folder / f"{study}.yaml"
     if not path.is_file():
+        if os.path.lexists(path):
+            raise UsageError(f"{path} is no file, or a link to none; put the study file there")
         names = list_studies(folder)
         hint = suggestion(study, names) if names else "; the folder has no study files"
         raise UsageError(f"there is no study {study!r} in {folder}{hint}")
@@ -501,7 +522,7 @@ def find_study(study: str, folder: Path = paths.STUDIES) -> Path:
 
 def list_studies(folder: Path = paths.STUDIES) -> list[str]:
     """Return the names of the study files in a folder."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.is_file())
 
 
 def name_problem(name: str) -> str | None:
@@ -515,6 +536,17 @@ def name_problem(name: str) -> str | None:
     if len(name.encode()) > _LONGEST_NAME:
         return f"the name of a study is longer than {_LONGEST_NAME} bytes; shorten it"
     return None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LONGEST_FILE:
+            raise StudyFileError([f"{path}: has more than {_LONGEST_FILE >> 10} KB; split it into several studies"])
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyFileError([f"{path}: cannot be read as UTF-8 text; save it in that encoding"]) from error
+    except OSError as error:
+        raise StudyFileError([f"{path}: cannot be read: {error.strerror}"]) from error
 
 
 def load_study(
@@ -536,13 +568,7 @@ def load_study(
     wrong = name_problem(path.stem if name is None else name)
     if wrong:
         raise UsageError(f"{path if name is None else f'--name {name!r}'}: {wrong}")
-    try:
-        if path.stat().st_size > _LONGEST_FILE:
-            raise StudyFileError([f"{path}: has more than {_LONGEST_FILE >> 10} KB; split it into several studies"])
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyFileError([f"{path}: cannot be read as UTF-8 text"]) from error
-    root = _load_yaml(text, str(path))
+    root = _load_yaml(_text_of(path), str(path))
     if not isinstance(root, CommentedMap):
         raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {quoted(_plain(root))}"])
     reader = _Reader(str(path))

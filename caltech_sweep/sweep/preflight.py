@@ -72,6 +72,8 @@ def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
 
 def _digested(path: Path, run_id: str | None = None) -> InitialWeights:
     try:
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise ModelError(f"weights: {path} is no file")
         return InitialWeights(path, file_digest(path), run_id)
     except FileNotFoundError as error:
         raise ModelError(f"weights: there is no file {path}") from error
@@ -105,7 +107,7 @@ def _batch_sizes(definition: StudyDefinition, config: TrialConfig, images: int) 
     if not isinstance(sizes, Range):
         yield config
         return
-    for size in range(int(sizes.low), int(sizes.high) + 1, int(sizes.step or 1)):
+    for size in sizes.integers:
         yield replace(config, batch_size=size)
         if size > images:
             return
@@ -228,7 +230,7 @@ def _full_batch_sizes(definition: StudyDefinition, images: int) -> set[int]:
     sizes: set[int] = set()
     if isinstance(dimension, Range):
         if any(config.drop_last for config in variants(definition, ("drop_last",), rows=False)):
-            sizes = set(range(int(dimension.low), min(int(dimension.high), images) + 1, int(dimension.step or 1)))
+            sizes = {size for size in dimension.integers if size <= images}
         configs = [definition.row_config(row) for row in definition.rows]
     return sizes | {config.batch_size for config in configs if config.drop_last and config.batch_size <= images}
 
@@ -250,7 +252,12 @@ def left_out(definition: StudyDefinition, split: Split) -> list[str]:
 def _checked(
     definition: StudyDefinition, options: RunOptions, tracking: Store, storage: Store, write: Callable[[str], None]
 ) -> _Checked:
-    """Raise the error of whatever is wrong with a study, its data or its stores; nothing is written but caches."""
+    """Raise the error of whatever is wrong with a study, its data or its stores; nothing is written but caches.
+
+    A store that a run can use only without its write-ahead log loses that here.
+    """
+    for store in (tracking, storage):
+        store.leave_log()
     weights = find_weights(definition, tracking)
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:

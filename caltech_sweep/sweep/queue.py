@@ -6,6 +6,7 @@ starts only what is missing from it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +18,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
 from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_sampler, startup_trials
 from caltech_sweep.study.definition import Row, StudyDefinition, in_fold
 from caltech_sweep.study.grid import EXHAUSTIVE, encode, grid_of, grid_size, param_names, reachable
 from caltech_sweep.study.pausing import Contender, make_pausing
 from caltech_sweep.sweep import optuna_trials
-from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled
+from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled, over_folds
 from caltech_sweep.sweep.sharing import next_index
 from caltech_sweep.sweep.space import all_branches, enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
@@ -83,6 +83,8 @@ class TrialQueue:
         self.definition, self.study, self.only, self.resumed = definition, study, tuple(only), tuple(resumed)
         self.pausing = make_pausing(definition.pruner)
         self.objective = definition.objective
+        if definition.folds > 1:
+            study.pruner = optuna_trials.ViewPruner(study.pruner, definition.folds)
         self._sampled_left = 0
         self._exhausts = False  # whether the space ends before the total is reached
         self._unreported: list[tuple[optuna.Trial, int, float]] = []  # epochs that the store has not heard of
@@ -136,8 +138,8 @@ class TrialQueue:
     def endings(self) -> Iterator[str]:
         """Yield a sentence where the study ends before its total, and one where trials stay paused."""
         if self._exhausts:
-            size = f"{grid_size(self.definition.space):,} combinations"
-            yield f"the study ends here: all {size} of its space have been tried, each once"
+            size = grid_size(self.definition.space)
+            yield f"the study ends here: all {size:,} combinations of its space were tried once"
         paused = list(filter(is_paused, self.study.get_trials(deepcopy=False)))
         if paused and not (self.only or self.resumed):
             example = paused[0].number
@@ -153,7 +155,7 @@ class TrialQueue:
     def enqueue_confirmations(self, count: int) -> None:
         """Let the best sampled trials be repeated on fresh seeds."""
         seeds = max(CONFIRMING_SEEDS, self.definition.replicates)
-        enqueue_confirmations(self.study, self.objective, count, seeds)
+        enqueue_confirmations(self.study, self.definition, count, seeds)
 
     def _waiting(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the trials that wait and may be run now, in the order of their numbers."""
@@ -376,15 +378,20 @@ def enqueue_missing_rows(study: optuna.Study, definition: StudyDefinition, only:
         _enqueue(study, enqueue_params(definition.space, config.to_dict()), config, attributes)
 
 
-def enqueue_confirmations(study: optuna.Study, objective: Objective, count: int, seeds: int) -> None:
+def enqueue_confirmations(study: optuna.Study, definition: StudyDefinition, count: int, seeds: int) -> None:
     """Let the best sampled trials be repeated on fresh seeds, none of which took part in choosing them."""
-    trials = study.get_trials(deepcopy=False)
-    sampled = [t for t in trials if t.state == TrialState.COMPLETE and "row" not in t.user_attrs and not is_extra(t)]
+    trials, better = study.get_trials(deepcopy=False), definition.objective.loss
+    sampled = [
+        trial
+        for trial in over_folds(trials, definition.folds)
+        if trial.state == TrialState.COMPLETE and "row" not in trial.user_attrs and not is_extra(trial)
+    ]
     known = {(t.user_attrs["confirms"], t.user_attrs["fingerprint"]) for t in trials if "confirms" in t.user_attrs}
-    for trial in sorted(sampled, key=lambda t: (objective.loss(t.value or 0), t.number))[:count]:
+    for trial in sorted(sampled, key=lambda t: (better(t.value or 0), t.number))[:count]:
         config = TrialConfig.from_dict(trial.user_attrs["config"])
-        for further in range(1, seeds + 1):
+        for further, fold in itertools.product(range(1, seeds + 1), range(1, definition.folds + 1)):
             repeat = replace(config, seed=config.seed + further)
+            repeat = in_fold(repeat, fold) if definition.folds > 1 else repeat
             if (trial.number, repeat.fingerprint()) not in known:
                 _enqueue(study, trial.params, repeat, {"confirms": trial.number})
 
@@ -459,4 +466,4 @@ def sampler_for(definition: StudyDefinition, number: int) -> optuna.samplers.Bas
     sampler = make_sampler(definition.sampler, number, space)
     configs = [definition.row_config(row).to_dict() for row in definition.rows]
     inside = definition.sampler.name in EXHAUSTIVE or all(reachable(space, config) == space for config in configs)
-    return ViewSampler(sampler, () if inside else param_names(space))
+    return ViewSampler(sampler, () if inside else param_names(space), definition.folds)

@@ -275,7 +275,7 @@ class Artifacts:
         self._copies: str | None = None
 
     def moved(self, study: str) -> Path | None:
-        """Return the folder next to a local store in which a study's runs leave their files, if nobody says otherwise.
+        """Return the folder next to a local store in which a study's runs leave their files by default.
 
         Recorded addresses are absolute, so they are wrong after a store was moved with its files.
         """

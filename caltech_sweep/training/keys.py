@@ -34,7 +34,7 @@ class CacheOptions:
 
     folder: Path
     budget: int  # bytes of the whole folder
-    save_at: frozenset[int] = frozenset()  # epochs after which another trial may branch; the last is always saved
+    save_at: frozenset[int] = frozenset()  # epochs after which another trial may branch, saved where that pays
     every_seconds: float = 60.0  # at most so often for resuming, and never above 2% of the training time
     hold_at: frozenset[int] = frozenset()  # epochs after which the trial may pause: saved, and dropped last
     features: bool = True  # keep the outputs of frozen layers

@@ -46,9 +46,9 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
             break
         scores.append(result.val.scores[objective(job.config.objective).name])
         last = last_epoch(job.config, scores) is not None
-        yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last)
+        yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last, result.saving)
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
-    known = environment(device, job.config.arch)
+    known = environment(device, job.config)
     tags = {f"environment.{key}": str(value) for key, value in known.items() if value is not None}
     if (note := input_note(job.config)) is not None:
         tags[NETWORK_INPUT] = note
