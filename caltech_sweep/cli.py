@@ -154,6 +154,11 @@ budget_option = click.option(
 )
 
 
+verify_option = click.option(
+    "--verify", is_flag=True, help="Read every image file and the whole image cache again, not only their times."
+)
+
+
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that change a study before it is used, and say where it is tracked."""
     for option in (tracking_option, name_option, data_option, budget_option, trials_option, set_option):
@@ -186,6 +191,7 @@ def main() -> None:
 @click.option(
     "--confirm", type=click.IntRange(0, 10_000), default=0, metavar="K", help="Repeat the K best on fresh seeds."
 )
+@verify_option
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option(
     "--cache-size",
@@ -263,6 +269,7 @@ def run(
 @threads_option
 @row_option
 @replicates_option
+@verify_option
 def plan(
     study: str,
     overrides: tuple[str, ...],

@@ -15,6 +15,11 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
+def gigabytes(size: int) -> str:
+    """Return bytes as 1.5 GB, or below a tenth of that as 15.0 MB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
 def readable(name: str) -> str:
     """Return a file's name as text that every file and stream takes: bytes that are no UTF-8 are shown as ``\\xe9``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from caltech_sweep.data.images import OpenedStore
 
 Read = Callable[[Path], bytes]  # from a sample's path to the content of an image file
+Place = Callable[[Path], "Path | None"]  # from a sample's path to the file that holds it and nothing else
 CSV_COLUMNS = ("path_column", "label_column", "split_column", "group_column")
 _MOST_DRAWN = 2_000_000_000  # bytes
 
@@ -31,20 +32,25 @@ def _files(config: DatasetConfig) -> Read:
     return read_file
 
 
+def _file_itself(config: DatasetConfig) -> Place:
+    return lambda path: path
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One kind of dataset; each function is called with a dataset's settings.
 
-    ``split`` returns every image without opening one, and ``read`` what gives an image's content. ``root`` returns the
-    folder that names of images are relative to, or raises DatasetError when it is not there; it is None where the
-    images are no files. ``images`` is for pixels that are not decoded from files. ``fetch`` downloads what is not
-    there; only a run does.
+    ``split`` returns every image without opening one, ``read`` what gives an image's content, and ``file`` what gives
+    the file that it lies in, if any. ``root`` returns the folder that names of images are relative to, or raises
+    DatasetError when it is not there; it is None where the images are no files. ``images`` is for pixels that are not
+    decoded from files. ``fetch`` downloads what is not there; only a run does.
     """
 
     about: str  # in a few words
     split: Callable[[DatasetConfig], Split]
     root: Callable[[DatasetConfig], Path] | None = None
     read: Callable[[DatasetConfig], Read] = _files
+    file: Callable[[DatasetConfig], Place] = _file_itself
     images: Callable[[DatasetConfig], OpenedStore] | None = None
     fetch: Callable[[DatasetConfig], None] | None = None
     settings: frozenset[str] = frozenset()  # that this dataset reads, and not every one
@@ -102,6 +108,12 @@ def _library_reader(config: DatasetConfig) -> Read:
     return library_reader(config)
 
 
+def _library_place(config: DatasetConfig) -> Place:
+    from caltech_sweep.data.library import library_place
+
+    return library_place(config)
+
+
 def _fetch_library(config: DatasetConfig) -> None:
     from caltech_sweep.data.library import fetch_library
 
@@ -153,6 +165,7 @@ DATASETS = {
         "one of torchvision's classification datasets, such as CIFAR10 or Flowers102",
         _library,
         read=_library_reader,
+        file=_library_place,
         fetch=_fetch_library,
         settings=frozenset({"root", "source", "val_fraction", "test_fraction"}),
     ),

@@ -38,7 +38,7 @@ from caltech_sweep.sweep.preflight import (
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
-from caltech_sweep.text import duration
+from caltech_sweep.text import duration, gigabytes
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
 from caltech_sweep.tracking.records import UNFINISHED, InitialWeights, StudyRecord, TrialRecord
 
@@ -366,7 +366,8 @@ def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
     if data is None:
         return f"{name}: the images cannot be read, see below; what depends on them is unknown"
     sizes = ", ".join(f"{part} {len(data.split.part(part)):,}" for part in SPLITS)
-    return f"{name}: {len(data.split.classes)} classes, {sizes} images"
+    to_build = f"; they are decoded once into a cache of {gigabytes(data.to_build)}" if data.to_build else ""
+    return f"{name}: {len(data.split.classes)} classes, {sizes} images{to_build}"
 
 
 def _inputs(definition: StudyDefinition) -> list[str]:
@@ -428,7 +429,7 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     if not problems:
         _attempt(problems, partial(check_runs, definition.name, records, tracking, storage, partial(_all, tracking)))
     weights = _attempt(problems, partial(_find_weights, definition, tracking))
-    data = _attempt(problems, partial(inspect_dataset, definition.config({}).dataset))
+    data = _attempt(problems, partial(inspect_dataset, definition.config({}).dataset, options.verify))
     identity = None
     if data is not None and weights is not None:
         _attempt(problems, partial(check, definition, data, weights))

@@ -49,6 +49,7 @@ class RunOptions:
     hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
     max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
     local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
+    verify: bool = False  # read all images and the whole image cache again, whatever their times say
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
 
 
@@ -128,6 +129,10 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
     for part in SPLITS:
         if not data.split.part(part) and part != "test":
             raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
+    if definition.dataset.get("cache") == "crop" and any(
+        config.test_views == "tencrop" for config in variants(definition, ("test_views",))
+    ):
+        raise UsageError("dataset.cache: crop keeps centre crops only, and TenCrop needs whole images; set it to jpeg")
     seen = set()
     for config in _variants(definition, images):
         if config.outputs is not None and config.outputs < classes:
@@ -251,7 +256,7 @@ def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[
     weights = find_weights(definition, tracking)
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:
-        data = load_dataset(dataset, progress)
+        data = load_dataset(dataset, progress, write, options.verify)
     with progress_line("downloading published weights", write, 1e6, " MB") as progress:
         weights |= published_weights(definition, progress)
     check(definition, data, weights)
