@@ -445,10 +445,12 @@ def data(context: click.Context, source: Path | None, url: str | None) -> None:
     """
     if context.invoked_subcommand is not None:
         return
+    from rich import filesize
+
     from caltech_sweep.data.fetch.archive import fetch
     from caltech_sweep.text import progress_line
 
-    with progress_line("downloading", _say, 1e6, " MB") as progress:
+    with progress_line("downloading", _say, filesize.decimal) as progress:
         root = fetch(source, url, progress)
     click.echo(f"Caltech-101 is in {root}")
 

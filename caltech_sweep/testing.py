@@ -230,8 +230,8 @@ class MemoryTracker:
         self.datasets[run_id] = digest
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
-        """Keep the epochs."""
-        self.runs[run_id].history += epochs
+        """Keep the epochs, and the last value of each metric."""
+        self.runs[run_id].history += [each for each in epochs if TRAIN_LOSS in each[1]]
         for _, metrics, _ in epochs:
             self.runs[run_id].metrics.update(metrics)
 

@@ -15,11 +15,6 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
-def gigabytes(size: int) -> str:
-    """Return bytes as 1.5 GB, or below a tenth of that as 15.0 MB."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
-
-
 def readable(name: str) -> str:
     """Return a file's name as text that every file and stream takes: bytes that are no UTF-8 are shown as ``\\xe9``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -71,20 +66,20 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def progress_line(
-    what: str, write: Callable[[str], None], scale: float = 1, unit: str = ""
+    what: str, write: Callable[[str], None], amount: Callable[[int], str] = "{:,}".format
 ) -> Iterator[Callable[[int, int], None]]:
     """Yield a progress callback: one rewritten line on a terminal, which ends with the context; few lines elsewhere.
 
-    These are one every tenth, or one whenever what is done has doubled. What is done and the total, 0 when nobody
-    knows it, are divided by ``scale`` and shown in ``unit``.
+    These are one every tenth, or one whenever what is done has doubled. ``amount`` writes what is done and the total,
+    which is 0 when nobody knows it; :func:`rich.filesize.decimal` writes bytes.
     """
     last, width = -1, 0  # width: characters of the line that has not ended
     rewritten = rewrites_lines(sys.stderr)
 
     def show(done: int, total: int) -> None:
         nonlocal last, width
-        step = done * 10 // total if total else int(done / scale).bit_length()
-        text = f"{what}: {done / scale:,.0f}{f' of {total / scale:,.0f}' if total else ''}{unit}"
+        step = done * 10 // total if total else done.bit_length()
+        text = f"{what}: {amount(done)}{f' of {amount(total)}' if total else ''}"
         if rewritten:
             whole = 0 < total == done
             sys.stderr.write(f"\r{text:{width}}" + ("\n" if whole else ""))

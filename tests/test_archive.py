@@ -23,6 +23,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich import filesize
 
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig
@@ -339,7 +340,8 @@ def test_the_dataset_is_downloaded_verified_unpacked_and_found(server: FileServe
     url = f"{server.url('c.zip')}#md5={hashlib.md5(zipped).hexdigest()}"
     result = CliRunner().invoke(main, ["data", "--url", url])
     assert (result.exit_code, result.stdout) == (0, f"Caltech-101 is in {home / '101_ObjectCategories'}\n")
-    assert "downloading: 0 of 0 MB" in result.stderr
+    size = filesize.decimal(len(zipped))
+    assert f"downloading: {size} of {size}" in result.stderr
     assert len(caltech_split(dataset_root(DatasetConfig())).test) > 2800
     assert sorted(p.name for p in home.iterdir()) == ["101_ObjectCategories", "caltech-101.zip"]
     assert fetch(None, None, quiet) == home / "101_ObjectCategories"  # asks no server

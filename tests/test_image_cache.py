@@ -133,7 +133,7 @@ def test_each_kind_of_cache_gives_the_same_pixels_under_the_same_digest(
     data = load_dataset(config(photos, cache=kind), say=told.append)
     sizes = [file.stat().st_size for file in (tmp_path / "data" / "cache").glob("images-*.bin")]
     assert sizes == ([18 * 16 * 16 * 3] if kind == "crop" else [])
-    assert ["cache of 0.0 MB" in line for line in told] == [True] * len(sizes)
+    assert ["cache of 13.8 kB" in line for line in told] == [True] * len(sizes)
     again = load_dataset(config(photos, cache=kind), lambda *_: pytest.fail("decoded again"))
     whole = load_dataset(config(photos))
     assert data.fingerprint == again.fingerprint == whole.fingerprint
@@ -175,7 +175,7 @@ def test_a_cache_that_does_not_fit_is_said_with_its_size_before_it_is_built(
     large = DatasetConfig(name="folder", root=str(photos), resize=1200, crop=64)  # square: 18 * 1200 * 1200 * 3 bytes
     for start in (inspect_dataset, load_dataset):
         with pytest.raises(
-            DatasetError, match=r"needs 77.8 MB, and .* free some.*crop, which takes 0.2 MB, or to jpeg"
+            DatasetError, match=r"needs 77.8 MB, and .* free some.*crop, which takes 221.2 kB, or to jpeg"
         ):
             start(large)
     assert not list(small_disk.rglob("images-*"))

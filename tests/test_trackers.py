@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from caltech_sweep.errors import StoreError, UsageError
-from caltech_sweep.testing import MemoryTracker
+from caltech_sweep.testing import MemoryTracker, ScriptedExecutor, scripted_coordinator
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import OUTCOMES, Tracker
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.studies import DEFINITION
 
 TAGS = {"trial_number": "0", "fingerprint": "abc", "row": "First"}
 
@@ -114,6 +118,22 @@ def test_a_long_history_is_within_mlflow_s_limits(store: Path, study: str) -> No
         run, [(n, {f"metric{k}": 0.0 for k in range(9)} | {"train/loss": 0.0}, n) for n in range(1, 151)]
     )
     assert tracker.resume_trial(run, {}) == 150
+
+
+def test_what_a_trial_spent_is_logged_as_it_runs_and_no_step_comes_twice(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caltech_sweep.sweep.recorder.FLUSH_SECONDS", 0.0)  # every epoch, as where one takes long
+    definition = replace(DEFINITION, name="spent")
+    tracker = MlflowTracker(str(store), create=True)
+    scripted_coordinator(definition, ScriptedExecutor(), tracker, tmp_path).run()
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        steps = database.execute("SELECT run_uuid, step, value FROM metrics WHERE key = 'spent/seconds'").fetchall()
+    assert len(steps) > 2 * DEFINITION.trials and len({(run, step) for run, step, _ in steps}) == len(steps)
+    written = tracker.study("spent")
+    assert written is not None
+    for record in tracker.trials(written):
+        assert record.metrics["spent/seconds"] == max(value for run, _, value in steps if run == record.run_id)
 
 
 def test_the_parent_run_holds_the_children(store: Path, study: str) -> None:

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from rich import filesize
 from rich.console import Console
 
 from caltech_sweep.sweep import progress as watch
@@ -86,9 +87,9 @@ class Terminal(io.StringIO):
 
 
 def show(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, calls: list[tuple[int, int]]) -> str:
-    """Return what a progress line in MB leaves on standard error, lines that it writes as such included."""
+    """Return what a progress line in bytes leaves on standard error, lines that it writes as such included."""
     monkeypatch.setattr("sys.stderr", stream)
-    with progress_line("downloading", lambda line: print(line, file=stream), 1e6, " MB") as progress:
+    with progress_line("downloading", lambda line: print(line, file=stream), filesize.decimal) as progress:
         for done, total in calls:
             progress(done, total)
     return stream.getvalue()
@@ -99,17 +100,19 @@ UNKNOWN = [(done * 500_000, 0) for done in range(61)]
 
 def test_a_total_that_nobody_knows_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     text = show(monkeypatch, io.StringIO(), UNKNOWN)
-    assert text.splitlines() == [f"downloading: {done} MB" for done in (0, 1, 2, 4, 8, 16)]
+    sizes = ["0 bytes", "500.0 kB", "1.0 MB", "1.5 MB", "2.5 MB", "4.5 MB", "8.5 MB", "17.0 MB"]
+    assert text.splitlines() == [f"downloading: {size}" for size in sizes]
     text = show(monkeypatch, Terminal(), UNKNOWN)
-    assert " of " not in text and text.endswith("\rdownloading: 30 MB\n") and text.count("\n") == 1
+    assert " of " not in text and text.endswith("\rdownloading: 30.0 MB\n") and text.count("\n") == 1
 
 
 def test_a_total_that_is_known_is_shown_in_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
     known = [(done * 1_000_000, 50_000_000) for done in range(51)]
     lines = show(monkeypatch, io.StringIO(), known).splitlines()
-    assert lines == [f"downloading: {done} of 50 MB" for done in range(0, 51, 5)]
+    sizes = ["0 bytes", *(f"{done}.0 MB" for done in range(5, 51, 5))]
+    assert lines == [f"downloading: {size} of 50.0 MB" for size in sizes]
     text = show(monkeypatch, Terminal(), known)
-    assert text.endswith("\rdownloading: 50 of 50 MB\n") and text.count("\n") == 1
+    assert text.endswith("\rdownloading: 50.0 MB of 50.0 MB\n") and text.count("\n") == 1
 
 
 def test_an_interrupted_line_ends_before_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,5 +162,5 @@ def test_a_download_of_unknown_size_ends_its_line_on_a_terminal(tmp_path: Path) 
             while block := terminal.read1():
                 seen += block
     text = seen.decode()
-    assert done.returncode == 2 and "downloading: 3 MB" in text and " of " not in text.partition("Error")[0], text
+    assert done.returncode == 2 and "downloading: 3.0 MB" in text and " of " not in text.partition("Error")[0], text
     assert "MB\r\nError: " in text, text

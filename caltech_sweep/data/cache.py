@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL
 import torchvision
+from rich import filesize
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data.digests import Files, digests, is_settled, signature, why_unreadable
@@ -43,7 +44,7 @@ from caltech_sweep.files import ELSEWHERE, create_atomically
 from caltech_sweep.heartbeat import beat
 from caltech_sweep.machine import cores
 from caltech_sweep.paths import closest
-from caltech_sweep.text import gigabytes, readable
+from caltech_sweep.text import readable
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -258,9 +259,9 @@ class _Keeper:
         if needed <= free:
             return needed
         crops = self.needed(known, "crop")
-        less = f"crop, which takes {gigabytes(crops)}, or to " if crops <= free else ""
+        less = f"crop, which takes {filesize.decimal(crops)}, or to " if crops <= free else ""
         raise DatasetError(
-            f"the image cache needs {gigabytes(needed)}, and {readable(str(self.folder))} has {gigabytes(free)} free; "
+            f"the image cache needs {filesize.decimal(needed)}, and {readable(str(self.folder))} has {filesize.decimal(free)} free; "
             f"{ELSEWHERE}, or set dataset.cache to {less}jpeg, which keeps nothing"
         )
 
@@ -344,7 +345,7 @@ def open_store(
     if images is None:
         if (needed := keeper.check_room(known)) and say:
             where = readable(str(folder))
-            say(f"decoding {len(files.paths):,} images once into a cache of {gigabytes(needed)} in {where}")
+            say(f"decoding {len(files.paths):,} images once into a cache of {filesize.decimal(needed)} in {where}")
         images = keeper.build(known, progress)
     return OpenedStore(images, known.key, known.bits, keeper.digests)
 

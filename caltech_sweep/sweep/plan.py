@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from rich import filesize
+
 from caltech_sweep.config import TrialConfig, as_stored
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
@@ -38,7 +40,7 @@ from caltech_sweep.sweep.preflight import (
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
-from caltech_sweep.text import duration, gigabytes
+from caltech_sweep.text import duration
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
 from caltech_sweep.tracking.records import UNFINISHED, InitialWeights, StudyRecord, TrialRecord
 
@@ -366,7 +368,7 @@ def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
     if data is None:
         return f"{name}: the images cannot be read, see below; what depends on them is unknown"
     sizes = ", ".join(f"{part} {len(data.split.part(part)):,}" for part in SPLITS)
-    to_build = f"; they are decoded once into a cache of {gigabytes(data.to_build)}" if data.to_build else ""
+    to_build = f"; they are decoded once into a cache of {filesize.decimal(data.to_build)}" if data.to_build else ""
     return f"{name}: {len(data.split.classes)} classes, {sizes} images{to_build}"
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from caltech_sweep import machine, paths
 from caltech_sweep.artifacts import CHECKPOINT
 from caltech_sweep.config import TrialConfig
@@ -257,7 +259,7 @@ def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:
         data = load_dataset(dataset, progress, write, options.verify)
-    with progress_line("downloading published weights", write, 1e6, " MB") as progress:
+    with progress_line("downloading published weights", write, filesize.decimal) as progress:
         weights |= published_weights(definition, progress)
     check(definition, data, weights)
     for sentence in left_out(definition, data.split):

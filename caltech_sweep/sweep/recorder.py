@@ -46,6 +46,7 @@ class RecordedTrial:
     pending: list[EpochLog] = field(default_factory=list)
     flushed: float = field(default_factory=time.monotonic)
     spent: Spent = field(default_factory=Spent)
+    spent_step: int = -1  # the last step at which that was logged
 
 
 class Recorder:
@@ -135,8 +136,7 @@ class Recorder:
             run.pending.append((epoch, metrics, int(time.time() * 1000)))
             run.logged = epoch
         if time.monotonic() - run.flushed > FLUSH_SECONDS:
-            run.pending.append((0, run.spent.metrics(), int(time.time() * 1000)))  # in case there is no end
-            self.flush(run)
+            self._flush_with_spent(run)  # in case there is no end
 
     def flush(self, run: RecordedTrial) -> None:
         """Log the epochs that wait."""
@@ -144,6 +144,14 @@ class Recorder:
             self.tracker.log_epochs(run.run_id, run.pending)
             run.pending.clear()
         run.flushed = time.monotonic()
+
+    def _flush_with_spent(self, run: RecordedTrial) -> None:
+        """Log the epochs that wait, and what the trial has spent: at its milliseconds, so that no step comes twice."""
+        step = round(run.spent.seconds * 1000)
+        if step > run.spent_step:
+            run.pending.append((step, run.spent.metrics(), int(time.time() * 1000)))
+            run.spent_step = step
+        self.flush(run)
 
     def end(
         self,
@@ -154,8 +162,8 @@ class Recorder:
         folder: Path | None,
     ) -> None:
         """Write a trial's end, with the artifacts in ``folder``."""
-        self.flush(run)
-        self.tracker.finish_trial(run.run_id, outcome, {**metrics, **run.spent.metrics()}, tags, folder)
+        self._flush_with_spent(run)
+        self.tracker.finish_trial(run.run_id, outcome, metrics, tags, folder)
         self._undescribed = True
 
     def keep_up(self) -> None:
