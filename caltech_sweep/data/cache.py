@@ -259,9 +259,10 @@ class _Keeper:
         if needed <= free:
             return needed
         crops = self.needed(known, "crop")
-        less = f"crop, which takes {filesize.decimal(crops)}, or to " if crops <= free else ""
+        size, crops = filesize.decimal, self.needed(known, "crop")
+        less = f"crop, which takes {size(crops)}, or to " if crops <= free else ""
         raise DatasetError(
-            f"the image cache needs {filesize.decimal(needed)}, and {readable(str(self.folder))} has {filesize.decimal(free)} free; "
+            f"the image cache needs {size(needed)}, and {readable(str(self.folder))} has {size(free)} free; "
             f"{ELSEWHERE}, or set dataset.cache to {less}jpeg, which keeps nothing"
         )
 
