@@ -564,7 +564,7 @@ def doctor(study: str | None, fix: bool, tracking_uri: Store, storage: Store) ->
     """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and fix it.
 
     The exit code is 0 when nothing is left to fix, else 1. A study that is being run, or that belongs
-    to another study store, is skipped.
+    to another study store, is skipped. Without STUDY the caches of decoded images are checked, too.
 
     Example: caltech-sweep doctor --fix
     """
