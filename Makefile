@@ -46,7 +46,7 @@ test-all: $(SETUP) ## run every test, the slow ones too
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow or not slow" $(ARGS)
 
 chaos: $(SETUP) ## kill a study a hundred times and compare its report: make chaos KILLS=100 SEED=0
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.chaos $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 format: $(SETUP) ## rewrite the code in the project's format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,21 +1,24 @@
-"""What a trial costs the coordinator: a trial of 30 epochs that computes nothing, beside Optuna + MLflowCallback.
+"""What a trial costs the coordinator: a trial of 30 epochs that computes nothing, and Optuna + MLflowCallback.
 
     python benchmarks/overhead.py [--trials 20]
+    python benchmarks/overhead.py --memory 2000
 
 Both sides run the same number of trials on SQLite stores in a temporary folder, one after the other in turn, and
 log the same seven metrics an epoch. The peer logs them as its users do: ``mlflow.log_metrics`` once an epoch inside
 ``track_in_mlflow``. Ours runs the real coordinator with its real stores, artifacts and datasets; only the training
-is scripted.
+is scripted. With --memory it runs so many of our trials, and says what the coordinator has in memory meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,8 +45,8 @@ DEFINITION = StudyDefinition(
 )
 
 
-def ours(folder: Path, trials: int, pruner: Component | None) -> float:
-    """Return seconds a trial."""
+def ours(folder: Path, trials: int, pruner: Component | None, ended: Callable[[], None] = lambda: None) -> float:
+    """Return seconds a trial; ``ended`` is called after each."""
     definition = replace(DEFINITION, trials=trials, pruner=pruner)
     tracker = MlflowTracker(str(folder / "mlflow.db"), create=True)
     study = open_study(definition, f"sqlite:///{folder / 'optuna.db'}", definition.identity())
@@ -54,7 +57,7 @@ def ours(folder: Path, trials: int, pruner: Component | None) -> float:
         return Job(queued.number, queued.config, folder / str(queued.number), wait_each_epoch=queued.prunable)
 
     queue, recorder = TrialQueue(definition, study), Recorder(tracker, definition, images, progress.note)
-    coordinator = Coordinator(queue, recorder, ScriptedExecutor(), progress, make_job)
+    coordinator = Coordinator(queue, recorder, ScriptedExecutor(), progress, make_job, ended=ended)
     start = time.perf_counter()
     coordinator.run()
     return (time.perf_counter() - start) / trials
@@ -85,12 +88,35 @@ def peer(folder: Path, trials: int) -> float:
     return (time.perf_counter() - start) / trials
 
 
+def resident() -> float:
+    """Return the megabytes that this process has in memory, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def memory(trials: int) -> None:
+    """Print what the coordinator has in memory after every tenth of some trials."""
+    counts = itertools.count(1)
+
+    def ended() -> None:
+        number = next(counts)
+        if number % (trials // 10) == 0:
+            print(f"after {number:,} trials: {resident():.0f} MB", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours(Path(folder), trials, None, ended)
+
+
 def main() -> None:
     """Print the medians of three rounds and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
-    trials = parser.parse_args().trials
+    parser.add_argument("--memory", type=int, metavar="TRIALS")
+    options = parser.parse_args()
+    trials = options.trials
     warnings.simplefilter("ignore")
+    if options.memory:
+        memory(options.memory)
+        return
     median = Component("median", {"startup_trials": 1, "warmup_epochs": 15})
     sides = {
         "caltech-sweep": lambda folder: ours(folder, trials, None),

@@ -1,4 +1,4 @@
-"""Time the whole report over a store of 10,000 runs beside ``mlflow.search_runs`` over the same store.
+"""Time the whole report over a store of 10,000 runs compared with ``mlflow.search_runs`` over the same store.
 
     python benchmarks/report.py [--runs 10000] [--store FOLDER]
 

@@ -1,4 +1,4 @@
-"""How well the search searches: the product beside Optuna's own loop, on real learning curves.
+"""How well the search searches: the product compared with Optuna's own loop, on real learning curves.
 
 A trial trains a small network on scikit-learn's handwritten digits (real 8 x 8 images) for at most EPOCHS epochs, in a
 few tenths of a second. Six settings are sampled, three of them on log scales; momentum matters only to SGD (a

@@ -152,8 +152,7 @@ def _unknown(scheme: str, rest: str, kind: Kind) -> _NotUnderstoodError:
 def _folders(place: str, kind: Kind) -> _NotUnderstoodError:
     file = Path(place) if place.endswith(_ENDINGS) else Path(place) / kind.file.name
     return _NotUnderstoodError(
-        f"means a folder of files, which this program takes for no store; name a database file, such as "
-        f"{_shown(str(file))}"
+        f"names a folder of files, which cannot be a store; name a database file, such as {_shown(str(file))}"
     )
 
 
@@ -213,7 +212,7 @@ def _file(text: str, kind: Kind) -> str:
     """Return the address of the database in a file."""
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise _NotUnderstoodError("names the home folder of a user whom this machine does not know; write all of it")
+        raise _NotUnderstoodError("names the home folder of a user that is not on this machine; write the whole path")
     try:
         file = Path(re.sub("^/+", "/", expanded)).resolve()
     except (OSError, RuntimeError, ValueError):  # a link to itself
@@ -223,7 +222,7 @@ def _file(text: str, kind: Kind) -> str:
         inside = _shown(os.path.join(text, kind.file.name))
         raise _NotUnderstoodError(f"is a folder; name the database file in it, such as {inside}")
     if mode and not stat.S_ISREG(mode):
-        raise _NotUnderstoodError("is a device or the like; name a database file")
+        raise _NotUnderstoodError("is not an ordinary file; name a database file")
     if "?" in str(file) or unquote(str(file)) != str(file):
         raise _NotUnderstoodError(
             "cannot be used, because ? and % are special characters in a database URL; leave out settings after a "
@@ -250,7 +249,7 @@ def _location(rest: str) -> re.Match[str]:
         raise _NotUnderstoodError("has a host that is not understood; write HOST:PORT, an IPv6 address as [::1]:PORT")
     port = found["port"]
     if port is not None and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
-        raise _NotUnderstoodError("has a port that is no number from 1 to 65535; correct what follows the host")
+        raise _NotUnderstoodError("has a port that is not a number from 1 to 65535; correct what follows the host")
     return found
 
 
@@ -263,7 +262,7 @@ def _web(scheme: str, rest: str, kind: Kind) -> str:
     page, mark, after = rest.partition("#")
     if mark:
         how = f"write {_shown(f'{scheme}://' + page.rstrip('/?'))}" if "@" not in after else "a # in a password is %23"
-        raise _NotUnderstoodError(f"is the address of a page, for the # in it; {how}")
+        raise _NotUnderstoodError(f"is the address of a web page, since it has a # in it; {how}")
     if not _location(rest)["host"]:
         raise _NotUnderstoodError(f"names no host; write {kind.server}")
     return f"{scheme}://{rest}"

@@ -86,7 +86,7 @@ def read_predictions(read: Read, name: str, accuracy: float | None, images: int 
         image, label, prediction = ([line[header.index(n)] for line in lines] for n in ("image", "label", "prediction"))
         confidences = [float(line[header.index("confidence")]) for line in lines] if "confidence" in header else []
     except (IndexError, ValueError) as error:
-        raise ArtifactError(path, "is no table of predictions") from error
+        raise ArtifactError(path, "is not a table of predictions") from error
     found = Predictions(tuple(image), tuple(label), tuple(prediction), tuple(confidences))
     if not lines:
         raise ArtifactError(path, "names no images")
@@ -104,9 +104,9 @@ def read_confusion(read: Read, name: str, classes: int | None = None) -> tuple[t
     try:
         counts = [[int(number) for number in line[1:]] for line in lines]
     except ValueError as error:
-        raise ArtifactError(path, "is no confusion matrix") from error
+        raise ArtifactError(path, "is not a confusion matrix") from error
     if not lines or {len(row) for row in counts} != {len(counts)} or len(header) != len(counts) + 1:
-        raise ArtifactError(path, "is no confusion matrix")
+        raise ArtifactError(path, "is not a confusion matrix")
     return tuple(header[1:]), counts
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -22,12 +25,15 @@ MOST = 1_000_000  # of whatever is counted
 
 if TYPE_CHECKING:
     from caltech_sweep.stores import Store
+    from caltech_sweep.study.definition import StudyDefinition
+
+RENAMED = {"--stage-budget": "--cache-size"}  # options of earlier versions
 # Errors of files that no program can help, wherever they come up, and what a person can do.
 _OF_A_DISK = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "ask its owner for access to it, or name another place"),
     errno.EROFS: "name another place",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space, or name another place"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE), "look whether its disk or server works, then run the command again"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check that its disk or server works, then run the command again"),
 }
 
 
@@ -47,33 +53,64 @@ class _Group(click.Group):
     """Turns every error that is written for the user into a sentence and an exit code."""
 
     def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except click.NoSuchOption as error:
+            if (new := RENAMED.get(error.option_name)) is None:
+                raise
+            raise click.UsageError(f"{error.option_name} is called {new} now.", error.ctx) from error
+
+    def main(self, *arguments: Any, **named: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is shown as \\u2265
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(context)
+            if not _is_there(Path.cwd):
+                raise CaltechSweepError("the folder of this command is gone; change into one that is there")
+            return super().main(*arguments, **named)
         except CaltechSweepError as error:
-            click.echo(f"Error: {error}", err=True)
-            context.exit(error.exit_code)
+            _say(f"Error: {error}")
+            sys.exit(error.exit_code)
         except MemoryError as error:
-            click.echo(f"Error: out of memory ({error}); use fewer or smaller images, or more memory", err=True)
-            context.exit(1)
+            _say(f"Error: out of memory ({error}); use fewer or smaller images, or more memory")
+            sys.exit(1)
         except OSError as error:
-            if error.errno not in _OF_A_DISK or not error.filename:
+            sentence = _of_a_disk(error)
+            if sentence is None:
                 raise
-            from caltech_sweep.text import readable
-
-            what = f"{readable(str(error.filename))} cannot be used ({error.strerror})"
-            _say(f"Error: {what}; {_OF_A_DISK[error.errno]}")
-            context.exit(CaltechSweepError.exit_code)
+            _say(f"Error: {sentence}")
+            sys.exit(CaltechSweepError.exit_code)
         except Exception as error:
             from caltech_sweep.stores import failure
 
             told = failure(error)
             if told is None:
                 raise
-            click.echo(f"Error: {told}", err=True)
-            context.exit(told.exit_code)
+            _say(f"Error: {told}")
+            sys.exit(told.exit_code)
+
+
+def _is_there(folder: Callable[[], object]) -> bool:
+    try:
+        folder()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _of_a_disk(error: OSError) -> str | None:
+    """Return the sentence about an error of a file, or of the output, that no program can help; None for any other."""
+    from caltech_sweep.text import readable
+
+    if not _is_there(tempfile.gettempdir):
+        return "temporary files cannot be written; name a folder for them with the environment variable TMPDIR"
+    if error.errno not in _OF_A_DISK:
+        return None
+    if not error.filename and sys.stdout is not None:  # what it has not taken is not tried again at the end
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    what = f"{readable(str(error.filename))} cannot be used" if error.filename else "the output cannot be written"
+    return f"{what} ({error.strerror}); {_OF_A_DISK[error.errno]}"
 
 
 def _say(line: str) -> None:
@@ -140,7 +177,7 @@ resume_option = click.option(
     multiple=True,
     type=click.IntRange(0, 1_000_000),
     metavar="N",
-    help="Run only the paused trial of this number, to its end; may be repeated.",
+    help="Run only the paused trial with this number, to its end; may be repeated.",
 )
 replicates_option = click.option(
     "--replicates", type=click.IntRange(1, 10_000), help="Number of seeds per row (default: from the study file)."
@@ -150,13 +187,21 @@ budget_option = click.option(
     "--budget",
     multiple=True,
     metavar="KEY=NUMBER",
-    help="End the study within epochs=N or hours=N, what was spent before included (default: from the study file).",
+    help="End the study within epochs=N or hours=N, counting what it spent before (default: from the study file).",
 )
 
 
 verify_option = click.option(
     "--verify", is_flag=True, help="Read every image file and the whole image cache again, not only their times."
 )
+
+
+def _load(study: str, options: dict[str, Any]) -> StudyDefinition:
+    """Return a study, changed by the options that change it, which are taken out of ``options``."""
+    from caltech_sweep.study.file import load_study
+
+    changes = {key: options.pop(key) for key in ("trials", "data", "name", "replicates", "budget")}
+    return load_study(study, options.pop("overrides"), **changes)
 
 
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -195,8 +240,6 @@ def main() -> None:
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option(
     "--cache-size",
-    "--stage-budget",
-    "cache_size",
     type=_Number(0),
     metavar="GB",
     help="Disk for what is shared.",
@@ -214,26 +257,17 @@ def main() -> None:
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="Kill a worker that was silent for so long, and try its trial again.",
+    help="Kill a worker that was silent for this long, and try its trial again.",
 )
 @click.option(
     "--max-failures",
     type=click.IntRange(1, MOST),
     default=5,
     show_default=True,
-    help="Stop after so many trials in a row that crashed, ran out of memory or met bad data.",
+    help="Stop after this many trials in a row that crashed, ran out of memory or met bad data.",
 )
 @click.option("--in-process", is_flag=True, help="Train in this process, for debugging.")
-def run(
-    study: str,
-    overrides: tuple[str, ...],
-    trials: int | None,
-    budget: tuple[str, ...],
-    data: str | None,
-    name: str | None,
-    replicates: int | None,
-    **options: Any,
-) -> None:
+def run(study: str, **options: Any) -> None:
     """Run STUDY, a name in sweeps/ or a path, to its total of trials.
 
     The exit code is 0 when every trial ran or diverged by its own settings, 1 when one failed for another reason or
@@ -241,9 +275,7 @@ def run(
 
     Example: caltech-sweep run transfer --trials 20 --workers 2
     """
-    from caltech_sweep.study.file import load_study
-
-    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates, budget=budget)
+    definition = _load(study, options)
     from caltech_sweep.sweep.preflight import RunOptions
     from caltech_sweep.sweep.session import run_study
 
@@ -270,26 +302,15 @@ def run(
 @row_option
 @replicates_option
 @verify_option
-def plan(
-    study: str,
-    overrides: tuple[str, ...],
-    trials: int | None,
-    budget: tuple[str, ...],
-    data: str | None,
-    name: str | None,
-    replicates: int | None,
-    **options: Any,
-) -> None:
+def plan(study: str, **options: Any) -> None:
     """Say what running STUDY would train, without training, downloading or writing anything.
 
-    The exit code is 0 when run with the same options would start. Else it is 2, and standard error says why: what can
-    be planned without the images is printed all the same. Only run finds an image that is damaged behind its header.
+    The exit code is 0 when run with the same options would start. Else it is 2, standard error says why, and what can
+    be planned without the images is still printed. Only run finds an image that is damaged behind its header.
 
     Example: caltech-sweep plan transfer
     """
-    from caltech_sweep.study.file import load_study
-
-    definition = load_study(study, overrides, trials=trials, data=data, name=name, replicates=replicates, budget=budget)
+    definition = _load(study, options)
     from caltech_sweep.sweep.plan import plan_study
     from caltech_sweep.sweep.preflight import RunOptions
 
@@ -349,22 +370,23 @@ def studies() -> None:
     "--format",
     "kind",
     type=click.Choice(["markdown", "html", "latex", "csv", "json"]),
-    default="markdown",
-    show_default=True,
+    help="Default: markdown; on a terminal, tables that fit its width.",
 )
 @click.option("--out", type=_Path(dir_okay=False, path_type=Path), help="Write to a file instead.")
 @click.option(
     "--best", type=click.IntRange(0, MOST), default=3, show_default=True, help="Sampled trials below the rows."
 )
+@click.option("--all", "everything", is_flag=True, help="List every trial, with its epochs, its time and how it ended.")
 @click.option("--check", is_flag=True, help="Exit with 1 when a row is outside its tolerance of the reference.")
 @click.option("--compare", nargs=2, metavar="ROW ROW", help="Rows that the page compares class by class.")
 @data_option
 @tracking_option
 def report(
     studies: tuple[str, ...],
-    kind: str,
+    kind: str | None,
     out: Path | None,
     best: int,
+    everything: bool,
     check: bool,
     compare: tuple[str, str] | None,
     data: str | None,
@@ -373,11 +395,12 @@ def report(
     """Print the comparison tables of STUDIES, or of all, from the tracking store only.
 
     The format html is a whole page that opens offline: tables, curves, the search, confusion matrices, classes, and
-    the images that were most confidently wrong, from the dataset's folder where it is there.
+    the images that were most confidently wrong, from the dataset's folder where it is there. The formats csv and json
+    always list every trial.
 
     Example: caltech-sweep report transfer --format html --out transfer.html
     """
-    from caltech_sweep.report.build import load_tables, render
+    from caltech_sweep.report.build import lists_all, load_tables, render
     from caltech_sweep.report.check import outside
 
     if kind == "html":
@@ -385,11 +408,12 @@ def report(
         from caltech_sweep.report.page.importance import weigh
         from caltech_sweep.report.page.section import Options
 
-        page = build_page(studies, Options(best, compare, data, weigh), tracking_uri)
+        page = build_page(studies, Options(best, compare, data, weigh, everything), tracking_uri)
         tables, text = list(page.tables), page.html
     else:
-        tables = load_tables(studies, best, tracking_uri)
-        text = render(tables, kind)
+        tables = load_tables(studies, best, tracking_uri, everything or lists_all(kind))
+        width = shutil.get_terminal_size().columns if kind is None and out is None and sys.stdout.isatty() else None
+        text = render(tables, kind or "markdown", everything, width)
     problems = outside(tables, explicit=bool(studies)) if check else []
     _emit(text, out)
     for problem in problems:
@@ -482,7 +506,7 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
     for item in split.part(part):
         writer.writerow([(item.path.relative_to(root) if root else item.path).as_posix(), item.class_name])
     # names as the file system has them, whatever the locale is
-    sys.stdout.buffer.write(lines.getvalue().encode("utf-8", "surrogateescape"))
+    click.echo(lines.getvalue().encode("utf-8", "surrogateescape"), nl=False)
     if split.passed_over:
         _say(f"passed over: {split.passed_over}")
 
@@ -506,7 +530,7 @@ def promote(study: str, run_id: str | None, name: str | None, alias: str, tracki
         f"{done.name} version {done.version} is now {done.name}@{done.alias}: trial {done.trial.name!r} "
         f"(run {done.trial.run_id}), validation accuracy {accuracy:.4f}"
     )
-    _say(f"ask it with: caltech-sweep predict IMAGE... --model {done.name}@{done.alias}")
+    _say(f"use it with: caltech-sweep predict IMAGE... --model {done.name}@{done.alias}")
 
 
 @main.command()
@@ -558,16 +582,37 @@ def predict(
 @main.command()
 @click.argument("study", required=False)
 @click.option("--fix", is_flag=True, help="Fix what can be fixed; without it nothing is changed.")
+@click.option("--machine", "around", is_flag=True, help="Say what a run finds on this machine, and what is faster.")
+@click.option("--workers", type=click.IntRange(1, 1000), help="With --machine: workers of the run that is asked about.")
+@threads_option
 @tracking_option
 @storage_option
-def doctor(study: str | None, fix: bool, tracking_uri: Store, storage: Store) -> None:
+def doctor(
+    study: str | None,
+    fix: bool,
+    around: bool,
+    workers: int | None,
+    threads: int | None,
+    tracking_uri: Store,
+    storage: Store,
+) -> None:
     """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and fix it.
 
     The exit code is 0 when nothing is left to fix, else 1. A study that is being run, or that belongs
     to another study store, is skipped. Without STUDY the caches of decoded images are checked, too.
 
+    With --machine no study is looked at, and the exit code is 0.
+
     Example: caltech-sweep doctor --fix
     """
+    if around and (study or fix) or not around and (workers or threads):
+        raise click.UsageError("--machine takes no STUDY and no --fix, and --workers and --threads are for --machine")
+    if around:
+        from caltech_sweep.sweep.surroundings import lines, look_around
+
+        for line in lines(look_around(tracking_uri, storage, workers, threads)):
+            click.echo(line)
+        return
     from caltech_sweep.sweep.doctor import examine
     from caltech_sweep.text import counted
 
@@ -587,7 +632,7 @@ def doctor(study: str | None, fix: bool, tracking_uri: Store, storage: Store) ->
     "--storage", callback=_storage, help="Optuna store, next to which the journals are; default mlruns/optuna.db."
 )
 def replay(tracking_uri: Store, storage: Store) -> None:
-    """Upload results that were kept while the tracking store was down; the next run of the study does so, too.
+    """Upload results that were kept while the tracking store was down. The next run of the study does this, too.
 
     Example: caltech-sweep replay
     """

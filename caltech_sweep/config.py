@@ -139,12 +139,15 @@ class TrialConfig:
     test_views: str = setting("center", one_of(("center", "tencrop")))
     test_batch_size: int = setting(256, integer(1, 100_000), "images in a step of the test")
     seed: int = setting(0, integer(0, LARGEST_SEED))
-    precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where a GPU has it")
-    channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")
+    precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where it is faster")
+    channels_last: bool | None = setting(None, optional(BOOLEAN, "where faster"), "memory layout of images")
     label_smoothing: float = setting(0.0, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of the targets")
     mixup: float = setting(0.0, NOT_NEGATIVE, "alpha of mixup; 0: none")
     cutmix: float = setting(0.0, NOT_NEGATIVE, "alpha of cutmix; 0: none; with mixup, each batch has one of the two")
     class_weights: str = setting("none", one_of(("none", "balanced")), "balanced: rare classes count more in the loss")
+    sample_weights: str = setting(
+        "none", one_of(("none", "balanced")), "balanced: an epoch draws as many images of each class, some repeatedly"
+    )
     clip_grad_norm: float | None = setting(None, optional(POSITIVE, "no limit"), "the largest norm of a gradient")
     accumulate: int = setting(1, integer(1), "parts that a batch is trained in, one after the other, to save memory")
     ema_decay: float | None = setting(

@@ -20,10 +20,19 @@ _REMOTE = re.compile(
 )
 
 
+def affinity() -> int:
+    """Return how many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quota() -> float | None:
+    """Return the time on processors that the cgroups of this process allow it, in processors; None: all of it."""
+    return min(_quotas(), default=None)
+
+
 def cores() -> int:
     """Return how many processors this process may use: by its affinity and by the quotas of its cgroups."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([affinity, *map(math.ceil, _quotas())]))
+    return max(1, min(affinity(), math.ceil(quota() or affinity())))
 
 
 def threads() -> int:
@@ -55,32 +64,74 @@ _MALLOC = {  # the numbers of <malloc.h>
 }
 
 
-def _quotas() -> list[float]:
-    """Return the processors that each cgroup of this process may use, where it has a limit (Linux, version 1 and 2)."""
+@cache
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets of the processor, by Linux's names; none on another system."""
+    with suppress(OSError):
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        return frozenset(found[1].split()) if found else frozenset()
+    return frozenset()
+
+
+def memory() -> int | None:
+    """Return the bytes of memory that this process may use: the machine's, or the least of its cgroups' limits."""
+    limits = [limit for limit, _ in _memory_groups()]
+    return min([*_meminfo("MemTotal"), *limits], default=None)
+
+
+def free_memory() -> int | None:
+    """Return the bytes that can be taken without swapping or reaching a limit of a cgroup; None: not known."""
+    left = [limit - used for limit, used in _memory_groups()]
+    return min([*_meminfo("MemAvailable"), *left], default=None)
+
+
+def _meminfo(name: str) -> list[int]:
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return [int(line.split()[1]) << 10]
+    return []
+
+
+def _memory_groups() -> list[tuple[int, int]]:
+    """Return the limit of each cgroup of this process that has one, and what is used of it, in bytes."""
     found = []
-    for folder, file in _cgroups():
-        with suppress(OSError, ValueError):
-            quota, _, period = (folder / file).read_text().strip().partition(" ")
-            period = period or (folder / "cpu.cfs_period_us").read_text()
-            if float(quota) > 0:  # "max" or -1: no limit
-                found.append(float(quota) / float(period))
+    for folder in _cgroups("memory"):
+        for limit, used, files in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            with suppress(OSError, ValueError):
+                most = int((folder / limit).read_text())  # "max": no limit
+                cached = re.search(rf"^{files} (\d+)$", (folder / "memory.stat").read_text(), re.M)
+                found.append((most, int((folder / used).read_text()) - (int(cached[1]) if cached else 0)))
     return found
 
 
-def _cgroups() -> list[tuple[Path, str]]:
-    """Return the folders of this process's cgroups and those above, each with the name of its quota's file."""
+def _quotas() -> list[float]:
+    """Return the processors that each cgroup of this process may use, where it has a limit (Linux, version 1 and 2)."""
     found = []
+    for folder in _cgroups("cpu"):
+        for file in ("cpu.max", "cpu.cfs_quota_us"):
+            with suppress(OSError, ValueError):
+                quota, _, period = (folder / file).read_text().strip().partition(" ")
+                period = period or (folder / "cpu.cfs_period_us").read_text()
+                if float(quota) > 0:  # "max" or -1: no limit
+                    found.append(float(quota) / float(period))
+    return found
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """Return the folders of this process's cgroups, and those above, that a controller such as cpu works in."""
+    found: list[Path] = []
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, name = line.split(":", 2)
-            if "cpu" in controllers.split(","):
-                top, file = Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us"
-            elif not controllers:
-                top, file = Path("/sys/fs/cgroup"), "cpu.max"
-            else:
+            if controllers and controller not in controllers.split(","):
                 continue
+            top = Path("/sys/fs/cgroup", controller if controllers else "")
             place = top / name.lstrip("/")
-            found += [(folder, file) for folder in (place, *place.parents) if folder.is_relative_to(top)]
+            found += [folder for folder in (place, *place.parents) if folder.is_relative_to(top)]
     return found
 
 
@@ -95,6 +146,11 @@ def file_system(folder: Path) -> str:
     return kind
 
 
+def is_remote(kind: str) -> bool:
+    """Tell whether a file system of this kind lies on another machine."""
+    return _REMOTE.match(kind) is not None
+
+
 @cache
 def log_problem(folder: Path) -> str:
     """Return why SQLite can keep no write-ahead log in a folder, as the end of "which lies on"; "" where it can.
@@ -103,7 +159,7 @@ def log_problem(folder: Path) -> str:
     SQLite notices only some of the file systems that have none: it is tried on a database that is removed again.
     """
     kind = file_system(folder.resolve())
-    if _REMOTE.match(kind):
+    if is_remote(kind):
         return f"a file system of several machines ({kind})"
     with suppress(OSError), tempfile.TemporaryDirectory(dir=folder, prefix=".new-log-") as place:
         try:

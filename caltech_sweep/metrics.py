@@ -18,6 +18,7 @@ DEFAULT_OBJECTIVE = "val/accuracy"
 # The names of what is logged besides the measures: of every epoch, and once a trial.
 LEARNING_RATE, EPOCH_SECONDS, SPEED = "lr", "epoch_seconds", "images_per_second"
 BEST_EPOCH = "best/epoch"
+SPENT_EPOCHS, SPENT_SECONDS = "spent/epochs", "spent/seconds"  # for a trial: epochs that were trained, time
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ def logged_at_best(name: str) -> str:
     return f"best/val_{name}"
 
 
+def measure_names() -> list[str]:
+    """Return what may have a column in a table: every measure of the validation and of the test images."""
+    return [logged(part, name) for part in ("val", "test") for name in METRICS]
+
+
 def all_logged(part: str, scores: Mapping[str, float]) -> dict[str, float]:
     """Return the measures of a part by the names under which they are logged."""
     return {logged(part, name): value for name, value in scores.items()}
@@ -106,6 +112,11 @@ TRAIN_LOSS, TRAIN_ACCURACY = logged("train", "loss"), logged("train", "accuracy"
 VAL_LOSS, VAL_ACCURACY = logged("val", "loss"), logged("val", "accuracy")
 TEST_ACCURACY, TENCROP_ACCURACY = logged("test", "accuracy"), logged("test_tencrop", "accuracy")
 BEST_ACCURACY = logged_at_best("accuracy")
+
+
+def label_of(name: str) -> str:
+    """Return what people call a measure, such as "macro accuracy"."""
+    return METRICS[name].label or name.replace("_", " ")
 
 
 def finite(metrics: Mapping[str, float], name: str) -> float | None:
@@ -148,7 +159,7 @@ class Objective:
     @property
     def label(self) -> str:
         """What people call it, such as "macro accuracy"."""
-        return METRICS[self.name].label or self.name.replace("_", " ")
+        return label_of(self.name)
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Return what a trial reached, or None when that is missing or not finite."""

@@ -35,7 +35,7 @@ def expanded(path: str) -> Path:
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise UsageError(
-            f"{path!r} names the home folder of a user whom this machine does not know; write all of it, or ./ in "
+            f"{path!r} names the home folder of a user that is not on this machine; write the whole path, or ./ in "
             "front of it if its name begins with a ~"
         )
     return Path(found)

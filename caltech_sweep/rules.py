@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import ImageColor
 
-from caltech_sweep.text import quoted
+from caltech_sweep.text import parse_json, quoted
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _readings(text: str) -> Iterator[Any]:
             yield kind(text)
     if text.startswith("["):
         with contextlib.suppress(ValueError):
-            yield tuple(json.loads(text))
+            yield tuple(parse_json(text))
     with contextlib.suppress(ValueError):
         yield tuple(map(int, text.split("+")))
     yield tuple(text.split("+"))

@@ -102,6 +102,8 @@ class Store:
 
     def cannot_open(self, error: BaseException) -> StoreError:
         """Return the error of a store that cannot be opened; one of another version names the command that helps."""
+        if self._stuck_log:
+            return self._without_its_log()
         for said, how in _UPGRADES.items():
             if said in str(error):
                 how = how.format(self.shown)
@@ -126,10 +128,29 @@ class Store:
             raise self.cannot_open(error) from None
 
     def unreadable(self, error: BaseException) -> StoreError:
-        """Return the error of a database that is there and does not hold what it should."""
+        """Return the error of a database that is there and does not hold what it should, or cannot be read there."""
+        if self._stuck_log:
+            return self._without_its_log()
         return StoreError(
             f"the {self.kind.name} {self.shown} cannot be read ({self.reason(error)}); name one that MLflow made, and "
             "bring an older one up to date with `mlflow db upgrade`"
+        )
+
+    @property
+    def _stuck_log(self) -> str:
+        """The reason of :func:`machine.log_problem` where an SQLite store has a write-ahead log all the same, or ""."""
+        if self.file is None:
+            return ""
+        with contextlib.suppress(OSError), self.file.open("rb") as opened:
+            if opened.read(20)[18:] == b"\2\2":
+                return log_problem(self.file.parent)
+        return ""
+
+    def _without_its_log(self) -> StoreError:
+        return StoreError(
+            f"the {self.kind.name} {self.file} has a write-ahead log and lies on {self._stuck_log}, where SQLite can "
+            "read none; run a study with it there, which turns the log off, or copy the store, with the file that ends "
+            "in -wal, to this machine's own disk"
         )
 
     # -- whether it can be used ------------------------------------------------------------------------------------
@@ -179,25 +200,33 @@ class Store:
     def engine(self) -> Engine:
         """Return SQLAlchemy's engine of a database, for a look at it: it keeps no connection and makes no table.
 
-        A file in a folder that cannot be written is opened read only. Raises StoreError when it still has changes in
-        its log.
+        A file in a folder that cannot be written, or where its log cannot be used, is opened read only. Raises
+        StoreError when it still has changes in its log.
         """
         import sqlalchemy as sa
 
+        return sa.create_engine(self.uri, **self.looking())
+
+    def looking(self) -> dict[str, Any]:
+        """Return SQLAlchemy's options of :meth:`engine`."""
+        import sqlalchemy as sa
+
         connect = self._connect_read_only()
-        return sa.create_engine(self.uri, poolclass=sa.NullPool, **({} if connect is None else {"creator": connect}))
+        return {"poolclass": sa.NullPool, **({} if connect is None else {"creator": connect})}
 
     def _connect_read_only(self) -> Callable[[], sqlite3.Connection] | None:
-        """Return what connects to an SQLite store in a folder that cannot be written; None for any other store.
+        """Return what connects to an SQLite store that cannot be written as it is; None for any other store.
 
         A store with a write-ahead log is opened by writing next to it, unless SQLite is told that nothing changes it
         (SQLite, "Write-Ahead Logging", on read-only databases).
         """
         file = self.file
-        if file is None or self._read_only_folder is None:
+        if file is None or not (self._read_only_folder or self._stuck_log):
             return None
         log = file.with_name(f"{file.name}-wal")
         if log.exists() and log.stat().st_size:
+            if self._stuck_log:
+                raise self._without_its_log()
             raise StoreError(
                 f"the store {file} has changes in {log.name} that its folder, which cannot be written, keeps SQLite "
                 "from reading; copy the folder to another place"
@@ -209,15 +238,25 @@ class Store:
 
         A process that is killed while it creates tables would leave a store that cannot be opened. Where another
         process was faster, its store is as good. One that is there is made usable where it lies, see
-        :func:`without_log`.
+        :meth:`leave_log`.
         """
         if self.file is None:
             return
         if self.file.exists():
-            leave_log(self.file)
+            self.leave_log()
             return
-        with create_atomically(self.file, replace=False) as made:
+        with create_atomically(self.file, replace=False) as made, _unsynced(made):
             make(f"{SQLITE}{made}")
+
+    def leave_log(self) -> None:
+        """Turn a store with a write-ahead log into one without, where its file system can have none.
+
+        Only a connection that keeps the file for itself can do that there, since it shares no memory.
+        """
+        if self.file is not None and self._stuck_log:
+            with self.opening(), contextlib.closing(sqlite3.connect(self.file)) as database:
+                for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=DELETE"):
+                    database.execute(f"PRAGMA {pragma}").fetchone()
 
     def make_tables(self, make: Callable[[], T]) -> T:
         """Return what ``make`` does, which creates a server's tables when they are missing.
@@ -272,8 +311,7 @@ def failure(error: Exception) -> StoreError | None:
     if not origins & {"mlflow", "optuna", "requests", "sqlalchemy", "urllib3"}:
         return None
     return StoreError(
-        f"a store does not do what it is asked ({reason(error)}); look into its log, or choose another one with "
-        "--tracking-uri or --storage"
+        f"a store failed ({reason(error)}); look into its log, or choose another one with --tracking-uri or --storage"
     )
 
 
@@ -298,6 +336,28 @@ def tune_sqlite(engine: Engine, patience: int) -> None:
     engine.dispose()  # connections that are open already lack the settings
 
 
+@contextlib.contextmanager
+def _unsynced(file: Path) -> Iterator[None]:
+    """Let no commit to an SQLite store that is being made wait for the disk: it is not in its place before it is there.
+
+    MLflow's migrations are hundreds of commits.
+    """
+    from sqlalchemy import Pool, event
+
+    def configure(connection: Any, record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            opened = connection.execute("PRAGMA database_list").fetchone()[2]
+            if Path(opened).resolve() == file.resolve():
+                connection.execute("PRAGMA synchronous=OFF")
+                connection.execute("PRAGMA journal_mode=MEMORY")
+
+    event.listen(Pool, "connect", configure)
+    try:
+        yield
+    finally:
+        event.remove(Pool, "connect", configure)
+
+
 def without_log(*stores: Store) -> str:
     """Return the sentence about stores that can have no write-ahead log: what is lost, and what helps; or ""."""
     for store in stores:
@@ -309,19 +369,6 @@ def without_log(*stores: Store) -> str:
                 "faster and safer: --local-stores FOLDER, with a folder on this machine's own disk"
             )
     return ""
-
-
-def leave_log(file: Path) -> None:
-    """Turn a store with a write-ahead log into one without, where its file system can have none.
-
-    Only a connection that keeps the file for itself can do that there, since it shares no memory.
-    """
-    with file.open("rb") as opened:
-        if opened.read(20)[18:] != b"\2\2" or not log_problem(file.parent):
-            return
-    with contextlib.closing(sqlite3.connect(file)) as database:
-        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=DELETE"):
-            database.execute(f"PRAGMA {pragma}").fetchone()
 
 
 def await_server(engine: Engine, patience: float, note: Callable[[str], None]) -> None:

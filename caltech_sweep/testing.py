@@ -173,7 +173,7 @@ class _Run:
     artifacts: dict[str, bytes] = field(default_factory=dict)
 
 
-class MemoryTracker:
+class MemoryTracker(Tracker):
     """A tracker in memory; passes the same contract tests as the MLflow one."""
 
     def __init__(self) -> None:
@@ -184,41 +184,33 @@ class MemoryTracker:
         self.datasets: dict[str, str] = {}  # run id -> digest
 
     def start_study(self, name: str, title: str, document: Mapping[str, Any]) -> str:
-        """Create a study, or go on with it."""
         self.documents[name], self.statuses[name] = dict(document), "RUNNING"
         return f"study-{name}"
 
     def finish_study(self, name: str, complete: bool) -> None:
-        """Close a study."""
         self.statuses[name] = "FINISHED" if complete else "KILLED"
 
     def describe_study(self, name: str, description: str) -> None:
-        """Keep the description."""
         self.descriptions[name] = description
 
     def start_trial(self, study: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
-        """Create a trial's run."""
         run_id = f"run-{len(self.runs)}"
         self.runs[run_id] = _Run(study, name, dict(params), dict(tags), len(self.runs))
         return run_id
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Add what is missing of the params."""
         self.runs[run_id].params = {**params, **self.runs[run_id].params}
 
     def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
-        """Open a trial's run again."""
         run = self.runs[run_id]
         run.status = "RUNNING"
         run.tags = {**{k: v for k, v in run.tags.items() if k not in END_TAGS}, **tags}
         return self.last_epoch(run_id)
 
     def last_epoch(self, run_id: str) -> int:
-        """Return the last epoch of a run."""
         return max((epoch for epoch, _, _ in self.runs[run_id].history), default=0)
 
     def has_ended(self, run_id: str) -> bool:
-        """Tell whether a run has its final end."""
         run = self.runs[run_id]
         return run.status != "RUNNING" and run.tags.get("outcome") not in (None, *UNFINISHED)
 
@@ -226,11 +218,9 @@ class MemoryTracker:
         """Nothing waits."""
 
     def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
-        """Keep the digest."""
         self.datasets[run_id] = digest
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
-        """Keep the epochs, and the last value of each metric."""
         self.runs[run_id].history += [each for each in epochs if TRAIN_LOSS in each[1]]
         for _, metrics, _ in epochs:
             self.runs[run_id].metrics.update(metrics)
@@ -238,7 +228,6 @@ class MemoryTracker:
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
     ) -> Mapping[str, str]:
-        """Keep the artifacts and the end."""
         run = self.runs[run_id]
         for path in sorted(folder.rglob("*")) if folder else []:
             if path.is_file():
@@ -249,11 +238,9 @@ class MemoryTracker:
         return {}
 
     def study(self, name: str) -> StudyRecord | None:
-        """Return a study, or None."""
         return StudyRecord(name, f"study-{name}", name, self.documents[name]) if name in self.documents else None
 
     def trials(self, study: StudyRecord) -> list[TrialRecord]:
-        """Return the trials of a study, the oldest first."""
         return [
             TrialRecord(
                 run_id, run.study, run.name, run.status, run.params, dict(run.metrics), dict(run.tags), run.number

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from caltech_sweep.machine import rewrites_lines
 
@@ -35,6 +37,14 @@ def quoted(value: object, longest: int = 80) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def parse_json(text: str) -> Any:
+    """Return what JSON of others says; raise ValueError for what is none, or is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def is_overgrown(node: object, most: int = 100_000) -> bool:
     """Tell whether nested lists and mappings hold more than ``most`` values once every alias is written out.
 
@@ -57,11 +67,21 @@ def is_overgrown(node: object, most: int = 100_000) -> bool:
     return False
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" or the list of what is known, to end a sentence about an unknown word."""
+def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """Return "; did you mean 'x'?" to end a sentence about an unknown word.
+
+    Where nothing is near, it is ``otherwise``, or the list of what is known.
+    """
     known = list(known)
     near = difflib.get_close_matches(str(word), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; it may be {', '.join(known)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; it may be {', '.join(known)}" if otherwise is None else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or the error's name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager
@@ -71,7 +91,7 @@ def progress_line(
     """Yield a progress callback: one rewritten line on a terminal, which ends with the context; few lines elsewhere.
 
     These are one every tenth, or one whenever what is done has doubled. ``amount`` writes what is done and the total,
-    which is 0 when nobody knows it; :func:`rich.filesize.decimal` writes bytes.
+    which is 0 when it is not known; :func:`rich.filesize.decimal` writes bytes.
     """
     last, width = -1, 0  # width: characters of the line that has not ended
     rewritten = rewrites_lines(sys.stderr)

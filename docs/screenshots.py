@@ -70,7 +70,7 @@ def ui_pictures(browser: Browser, store: str, study: str, out: Path) -> None:
         )
         browser.wait("return [...document.images].some((image) => image.naturalWidth > 400)")
         _close_assistant(browser)
-        browser.run(  # where the store lies on this machine is nobody's business
+        browser.run(  # where the store lies on this machine concerns no reader
             "for (const e of document.querySelectorAll('body *')) "
             "if (!e.children.length && e.textContent.includes('file://')) e.style.visibility = 'hidden'"
         )

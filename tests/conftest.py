@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,18 +23,38 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first new tracking store is copied to, for all later ones."""
-    return tmp_path_factory.mktemp("template") / "mlflow.db"
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first new store of each kind is copied to, for all later ones."""
+    return tmp_path_factory.mktemp("templates")
 
 
 @pytest.fixture(autouse=True)
-def no_other_place(monkeypatch: pytest.MonkeyPatch, template: Path) -> None:
+def no_other_place(monkeypatch: pytest.MonkeyPatch, templates: Path) -> None:
     """Let no store or dataset outside a test's own folder be seen."""
-    migrate_once(template)
+    migrate_once(templates)
     for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "TORCH_HOME"):
         monkeypatch.setenv(name, "")  # or what a test leaves there would stay
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Matplotlib save PNGs without drawing them, which is 40% of a short run; tests of pictures are marked."""
+    if request.node.get_closest_marker("pictures"):
+        return
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    draw = Figure.savefig
+
+    def save(self: Figure, target: Any, *arguments: Any, **named: Any) -> None:
+        if named.get("format") != "png":
+            draw(self, target, *arguments, **named)
+            return
+        width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
+        Image.new("RGB", (width, height), "white").save(target, "PNG")
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture

@@ -73,6 +73,8 @@ ANSWERS: tuple[tuple[Exception, Answer], ...] = (
     (MlflowException("request was successful but the response body was not in a valid JSON format"), Answer.OURS),
     (MlflowException(f"{API} 500 != 200. Response body: 'bug'"), Answer.UNSURE),
     (http_error(500), Answer.UNSURE),
+    (MlflowException(f"{API} 404 != 200. Response body: 'default backend - 404'"), Answer.UNSURE),
+    (http_error(405), Answer.UNSURE),
     (
         MlflowException("failed with exception ... (Caused by ResponseError('too many 500 error responses'))"),
         Answer.UNSURE,
@@ -121,6 +123,8 @@ def run_study(gate: Gate, name: str, folder: Path, patience: float = 5.0) -> Stu
     [
         (401, "MLFLOW_TRACKING_TOKEN"),
         (403, "MLFLOW_TRACKING_TOKEN"),
+        (404, "fails at a write"),
+        (500, "fails at a write"),
         (503, "is unavailable"),
         (HANG_UP, "is unavailable"),
     ],
@@ -138,6 +142,7 @@ def test_a_server_that_takes_nothing_from_some_moment_on_costs_no_result(
     with pytest.raises(StoreError) as caught:  # a rerun
         again.start_study(name, "A title", {})
     assert ("start it" in str(caught.value)) == (says == "is unavailable")
+    assert says in notes[-1]  # which it says above that sentence
     gate.open()
     assert again.replay() and not (tmp_path / "j").exists()
     assert [trial.state for trial in trials_of(gate.address, name)] == ["complete"] * 3

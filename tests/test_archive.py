@@ -76,7 +76,7 @@ def packed(caltech: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def zipped(packed: bytes) -> bytes:
-    """The official zip's layout: the tar.gz in a folder, beside other things."""
+    """The official zip's layout: the tar.gz in a folder, next to other things."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("caltech-101/Annotations.tar", b"")
@@ -90,7 +90,7 @@ def get(server: FileServer, target: Path, checksum: str = SHA, tries: int = 2) -
     seen: list[int] = []
     retry = RETRY.new(total=tries, backoff_factor=0)
     url = server.url("file.bin?token=hidden")
-    download(url, target, [checksum], lambda done, _: seen.append(done), fix="MEND", retry=retry)
+    download(url, target, [checksum], lambda done, _: seen.append(done), fix="FIX", retry=retry)
     assert target.read_bytes() == BODY and sorted(p.name for p in target.parent.iterdir()) == [target.name]
     return seen
 
@@ -150,7 +150,7 @@ def test_a_file_that_changes_during_the_download_is_not_mixed(server: FileServer
     def change(done: int, total: int) -> None:
         server.files["file.bin"] = BODY
 
-    download(server.url("file.bin"), tmp_path / "file.bin", [SHA], change, fix="MEND")
+    download(server.url("file.bin"), tmp_path / "file.bin", [SHA], change, fix="FIX")
     assert (tmp_path / "file.bin").read_bytes() == BODY
     assert server.asked == [None, "bytes=400000-", None, "bytes=400000-"]
 
@@ -164,7 +164,7 @@ def test_another_file_that_comes_in_pieces_is_fetched_twice_at_most(server: File
 
 def test_without_a_checksum_nothing_is_gone_on_with(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "file.bin.part").write_bytes(b"of another file")
-    download(server.url("file.bin"), tmp_path / "file.bin", [], quiet, fix="MEND")
+    download(server.url("file.bin"), tmp_path / "file.bin", [], quiet, fix="FIX")
     assert (tmp_path / "file.bin").read_bytes() == BODY and server.asked == [None]
 
 
@@ -212,7 +212,7 @@ def test_only_errors_that_may_pass_are_tried_again(server: FileServer, tmp_path:
     server.statuses = [503, 429]
     get(server, tmp_path / "new" / "file.bin")
     server.statuses = [403, 500]
-    with pytest.raises(DatasetError, match="answered 403 Forbidden; run again to try when it answers, MEND"):
+    with pytest.raises(DatasetError, match="answered 403 Forbidden; run again to try when it answers, FIX"):
         get(server, tmp_path / "other" / "file.bin")
     server.statuses = [500] * 3
     with pytest.raises(DatasetError, match="answered 500"):
@@ -228,7 +228,7 @@ def test_a_server_that_hangs_up_is_asked_again_and_no_secret_is_logged(
     server.statuses = [0, 0]
     get(server, tmp_path / "new" / "file.bin")
     server.statuses = [0] * 3
-    with pytest.raises(DatasetError, match=r"file.bin could not be reached \(.*closed connection.*MEND") as caught:
+    with pytest.raises(DatasetError, match=r"file.bin could not be reached \(.*closed connection.*FIX") as caught:
         get(server, tmp_path / "other" / "file.bin")
     assert "hidden" not in caplog.text + str(caught.value)
 
@@ -237,10 +237,10 @@ def test_a_server_that_speaks_no_http_or_hangs_is_a_sentence(tmp_path: Path) -> 
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, and never answers
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/file.bin"
         with pytest.raises(DatasetError, match="could not be reached .*timed out"):
-            download(url, tmp_path / "file.bin", [SHA], quiet, fix="MEND", retry=RETRY.new(total=0), timeout_s=0.1)
+            download(url, tmp_path / "file.bin", [SHA], quiet, fix="FIX", retry=RETRY.new(total=0), timeout_s=0.1)
     started = time.monotonic()
     with pytest.raises(DatasetError, match=r"could not be reached \(.*refused\); run again to try"):
-        download(url, tmp_path / "file.bin", [SHA], quiet, fix="MEND")
+        download(url, tmp_path / "file.bin", [SHA], quiet, fix="FIX")
     assert time.monotonic() - started < 2  # at once: there is most likely no network
 
 
@@ -263,7 +263,7 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> Non
     thread = threading.Thread(target=serve_twice)
     thread.start()
     url, retry = f"http://127.0.0.1:{address[1]}/file.bin", RETRY.new(backoff_factor=0.2)
-    download(url, tmp_path / "file.bin", [SHA], quiet, fix="MEND", retry=retry, timeout_s=5)
+    download(url, tmp_path / "file.bin", [SHA], quiet, fix="FIX", retry=retry, timeout_s=5)
     thread.join()
     assert (tmp_path / "file.bin").read_bytes() == BODY
 
@@ -359,7 +359,7 @@ def test_another_file_under_the_url_is_refused(server: FileServer, home: Path) -
         fetch(None, server.url("file.bin#part2"), quiet)
 
 
-def test_offline_is_one_sentence_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_one_sentence_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there: no network
     monkeypatch.setenv("no_proxy", "")
     result = CliRunner().invoke(main, ["data"])

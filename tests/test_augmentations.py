@@ -6,16 +6,21 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as oracle
 
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.data import load_dataset
+from caltech_sweep.data.images import store_of
 from caltech_sweep.training import augment
 from caltech_sweep.training.augment import AUGMENTATIONS
+from caltech_sweep.training.fit import Training
 from caltech_sweep.training.image_ops import AUTO_OPS, ERASED, boxes
+from caltech_sweep.training.models import build_model
 
 SIDE, COUNT = 40, 64
 CONFIG = TrialConfig(seed=3, augment_probability=0.6, blur_kernel=7, rand_augment_ops=3, rand_augment_magnitude=14)
@@ -29,11 +34,6 @@ def images() -> torch.Tensor:
     smooth = torch.nn.functional.interpolate(coarse, SIDE, mode="bilinear")
     smooth[:, :, 10:20, 12:30] *= 0.4
     return (smooth * 255).round() / 255
-
-
-def crop(image: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    top, left, height, width = (int(v) for v in boxes(image[None], params[None]))
-    return oracle.resized_crop(image, top, left, height, width, [SIDE, SIDE], antialias=False)
 
 
 def erase(image: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
@@ -65,8 +65,8 @@ def auto(side: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return apply
 
 
+CROP = "random_resized_crop"  # which cuts boxes out of whole images
 ORACLES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "random_resized_crop": crop,
     "hflip": lambda image, params: oracle.horizontal_flip(image),
     "vflip": lambda image, params: oracle.vertical_flip(image),
     "trivial_augment": auto(1),
@@ -82,7 +82,8 @@ LOOSE = {"rotation": 0.005, "trivial_augment": 0.01, "rand_augment": 0.03}
 
 
 def test_every_augmentation_has_an_oracle() -> None:
-    assert ORACLES.keys() == AUGMENTATIONS.keys()
+    assert ORACLES.keys() == {op for op, augmentation in AUGMENTATIONS.items() if augmentation.apply is not None}
+    assert {op for op, augmentation in AUGMENTATIONS.items() if augmentation.cuts is not None} == {CROP}
 
 
 @pytest.mark.parametrize("op", ORACLES)
@@ -134,26 +135,84 @@ def test_what_each_op_draws_depends_on_no_other_and_on_the_epoch() -> None:
         assert not (torch.equal(later[0], chosen) and torch.equal(later[1], params)), op
 
 
-def test_crops_and_erased_boxes_are_as_large_and_as_long_as_torchvision_s() -> None:
-    count, square = 20_000, torch.zeros(1, 3, 200, 200)
-    config = replace(CONFIG, augment=("random_resized_crop", "random_erasing"), augment_probability=1.0)
-    drawn = augment.draw(config, 1, count).by_op
-    cropping, erasing = v2.RandomResizedCrop(200), v2.RandomErasing(p=1.0)
+SHAPES = ((48, 96), (90, 40), (40, 40), (12, 300))  # of whole images; the last one has no room for most boxes
+
+
+def whole_images() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in SHAPES]
+
+
+def test_crops_are_torchvision_s_of_whole_images_and_reach_beyond_their_centres() -> None:
+    pictures = whole_images()
+    store, count = store_of(pictures).images, 200
+    cuts = augment.cuts(augment.draw(replace(CONFIG, augment=("hflip", CROP)), 2, count))
+    assert cuts is not None and augment.cuts(augment.draw(replace(CONFIG, augment=("hflip",)), 2, count)) is None
+    numbers = [index % len(SHAPES) for index in range(count)]
+    got, beyond = store.resized_crops(numbers, SIDE, cuts), 0
+    for index, number in enumerate(numbers):
+        image = torch.from_numpy(pictures[number]).permute(2, 0, 1)
+        top, left, height, width = cuts[index](*image.shape[1:])
+        want = oracle.resized_crop(image, top, left, height, width, [SIDE, SIDE], antialias=True)
+        assert torch.equal(got[index], want)
+        beyond += number == 0 and (left < 20 or left + width > 76)
+    assert beyond > count // 8
+    alone = store.resized_crops(numbers[7:8], SIDE, cuts[7:8])
+    assert torch.equal(alone[0], got[7])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_crops_are_as_large_as_long_and_where_torchvision_s_are(shape: tuple[int, int]) -> None:
+    image, transform = torch.zeros(1, 3, *shape), v2.RandomResizedCrop(SIDE)
+    cuts = augment.cuts(augment.draw(replace(CONFIG, augment=(CROP,)), 1, 4000))
+    assert cuts is not None
     torch.manual_seed(0)
-    for op, make, keys in (
-        ("random_resized_crop", lambda: cropping.make_params([square]), ("height", "width", "top", "left")),
-        ("random_erasing", lambda: erasing.make_params([square]), ("h", "w", "i", "j")),
+    made = [transform.make_params([image]) for _ in range(1500)]
+    theirs = np.array([[each[key] for key in ("top", "left", "height", "width")] for each in made], dtype=float)
+    ours = np.array([cut(*shape) for cut in cuts], dtype=float)
+    for values in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 2] / box[:, 3],
+        lambda box: box[:, 0] / (shape[0] + 1 - box[:, 2]),
+        lambda box: box[:, 1] / (shape[1] + 1 - box[:, 3]),
     ):
-        ours = torch.stack(boxes(square, drawn[op][1]), 1)[drawn[op][0]].double()
-        theirs = torch.tensor([[float(made[key]) for key in keys] for made in (make() for _ in range(1500))]).double()
-        height, width, top, left = theirs.unbind(1)
-        for mine, other in (
-            (ours[:, 2] * ours[:, 3], height * width),
-            (ours[:, 2] / ours[:, 3], height / width),
-            (ours[:, 0] / (201 - ours[:, 2]), top / (201 - height)),
-            (ours[:, 1] / (201 - ours[:, 3]), left / (201 - width)),
-        ):
-            assert kstest(mine.numpy(), other.numpy()).pvalue > 1e-3, op
+        assert kstest(values(ours), values(theirs)).pvalue > 1e-3
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= shape).all()
+
+
+def test_what_is_trained_is_cut_out_of_the_whole_image() -> None:
+    """The images of a training against torchvision's op on the data, with the boxes of the draws."""
+    dataset = DatasetConfig(name="shapes", resize=40, crop=32, classes=2, images_per_class=3)
+    config = TrialConfig(dataset=dataset, arch="squeezenet1_1", augment=(CROP,), batch_size=4)
+    data = load_dataset(dataset)
+    training = Training(config, data, build_model(config, 2), torch.device("cpu"))
+    draws = augment.draw(config, 1, 6)
+    index, cuts = torch.tensor([3, 0]), augment.cuts(draws)
+    assert cuts is not None
+    got = training._images("train", index, draws[index])
+    whole = data.center_crops("train", 40)  # drawn shapes are squares
+    for place, number in enumerate(index.tolist()):
+        want = oracle.resized_crop(whole[number], *cuts[number](40, 40), [32, 32], antialias=True)
+        torch.testing.assert_close(got[place], (want.float() / 255 - 0.5) / 0.5)
+
+
+def test_erased_boxes_are_as_large_and_as_long_as_torchvision_s() -> None:
+    count, square = 20_000, torch.zeros(1, 3, 200, 200)
+    config = replace(CONFIG, augment=("random_erasing",), augment_probability=1.0)
+    chosen, params = augment.draw(config, 1, count).by_op["random_erasing"]
+    erasing = v2.RandomErasing(p=1.0)
+    torch.manual_seed(0)
+    ours = torch.stack(boxes(square, params), 1)[chosen].double()
+    made = [erasing.make_params([square]) for _ in range(1500)]
+    theirs = torch.tensor([[float(each[key]) for key in ("h", "w", "i", "j")] for each in made]).double()
+    height, width, top, left = theirs.unbind(1)
+    for mine, other in (
+        (ours[:, 2] * ours[:, 3], height * width),
+        (ours[:, 2] / ours[:, 3], height / width),
+        (ours[:, 0] / (201 - ours[:, 2]), top / (201 - height)),
+        (ours[:, 1] / (201 - ours[:, 3]), left / (201 - width)),
+    ):
+        assert kstest(mine.numpy(), other.numpy()).pvalue > 1e-3
 
 
 def test_automatic_augmentations_draw_every_op_and_level_equally_often() -> None:

@@ -28,7 +28,7 @@ from caltech_sweep.data.registry import dataset_rules
 from caltech_sweep.errors import DatasetError, StudyFileError, UsageError
 from caltech_sweep.study.file import load_study, parse_override
 from caltech_sweep.text import is_overgrown, quoted
-from helpers.places import Cli
+from helpers.places import Cli, invoke, sql
 
 # -- images ------------------------------------------------------------------------------------------------------------
 
@@ -266,3 +266,15 @@ def test_drawn_shapes_that_no_memory_holds_are_a_sentence(cli: Cli) -> None:
 def test_what_is_quoted_is_cut() -> None:
     assert quoted("a" * 1000) == "'" + "a" * 78 + "…" and len(quoted([1] * 1000)) == 80
     assert quoted(10**10_000) == "a very long int"
+
+
+def test_what_others_nest_too_deep_in_a_store_is_taken_for_damaged(copied: Path) -> None:
+    deep = "[" * 100_000
+    (document,) = (copied / "mlruns" / "artifacts" / "tiny").glob("*/artifacts/study.json")
+    document.write_text(deep)
+    sql(copied, "mlflow.db", f"UPDATE params SET value = '{deep[:6000]}' WHERE key = 'augment'")
+    sql(copied, "mlflow.db", f"INSERT INTO tags SELECT 'artifacts.missing', '{deep[:7000]}', run_uuid FROM runs")
+    for kind in ("markdown", "html"):
+        done = invoke("report", "tiny", "--format", kind)
+        assert done.exit_code == 0 and "trial-002" in done.output
+    assert invoke("doctor").exit_code == 0

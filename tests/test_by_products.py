@@ -1,4 +1,4 @@
-"""What a trial leaves besides its numbers: its cost is bounded, names are text, and no failure loses a result."""
+"""What a trial leaves, apart from its numbers: its cost is bounded, names are text, and no failure loses a result."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from caltech_sweep.training.fit import EpochResult
 from caltech_sweep.training.results import CHECKPOINT, MOST_CLASSES, write_artifacts
 from caltech_sweep.training.trial import TrialOutcome
 from helpers.places import Cli
+
+pytestmark = pytest.mark.pictures
 
 NAMES = [
     "price_$5_to_$10",

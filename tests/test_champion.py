@@ -32,7 +32,8 @@ from torchvision import transforms
 from caltech_sweep.artifacts import CHECKPOINT
 from caltech_sweep.cli import main
 from caltech_sweep.config import DatasetConfig, TrialConfig
-from caltech_sweep.data.shapes import shapes_split
+from caltech_sweep.data.shapes import CLASSES as SHAPES
+from caltech_sweep.data.shapes import draw_sample
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import SUMS
 from caltech_sweep.serving.promote import promote
@@ -131,9 +132,8 @@ def store(trained: Store, tmp_path: Path) -> Store:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven images that are not square, some of other modes, and one in a folder below."""
     folder = tmp_path_factory.mktemp("images")
-    drawn = shapes_split(70, 5)[1]
     for number in range(7):
-        picture = Image.fromarray(drawn[number * 60]).resize((70 + 9 * number, 64))
+        picture = Image.fromarray(draw_sample(Path(SHAPES[number]) / "train_000", 70, 5)).resize((70 + 9 * number, 64))
         if number == 1:
             picture = picture.convert("L")
         if number == 2:
@@ -146,7 +146,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(store: Store, path: Path) -> list[float]:
-    """Return the probabilities of every output, by torchvision alone."""
+    """Return the probabilities of every output, by torchvision only."""
     model = torchvision.models.resnet18(num_classes=6)
     model.load_state_dict(load_file(store.checkpoint(store.best())))
     prepare = transforms.Compose(

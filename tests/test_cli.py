@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from caltech_sweep import __version__
-from helpers.places import RUN, invoke
+from helpers.places import RUN, Cli, invoke
 
 
 def files(place: Path) -> set[str]:
@@ -63,6 +63,13 @@ def test_a_finished_study_from_plan_to_tables(finished: Path) -> None:
         (finished / "away").rename(finished / "sweeps")
     assert report.exit_code == 0 and "First" in report.output and "trial-002" in report.output
     assert "First" in out.read_text()
+
+
+def test_an_old_name_of_an_option_answers_with_the_new_one(place: Path, cli: Cli) -> None:
+    result = cli("run", "tiny", "--stage-budget", "1")
+    assert result.exit_code == 2 and "Error: --stage-budget is called --cache-size now.\n" in result.output
+    assert not (place / "mlruns").exists()
+    assert "No such option" in cli("run", "tiny", "--nothing-like-it").output
 
 
 def test_every_artifact_of_a_trial_is_in_its_run(finished: Path) -> None:

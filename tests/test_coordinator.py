@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from optuna.trial import TrialState
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.study.definition import Component, Row
+from caltech_sweep.sweep.executors.base import Event, Failed, failure_of
 from caltech_sweep.sweep.optuna_store import check_identity
 from caltech_sweep.sweep.optuna_trials import start_sampled
 from caltech_sweep.sweep.queue import enqueue_missing_rows, sampler_for
@@ -67,6 +69,32 @@ def test_failures_map_once_and_are_never_a_score(outcome: str) -> None:
     assert (first.status, first.outcome) == (OUTCOMES[outcome].mlflow, outcome)
     assert first.tags["reason"] == f"scripted to be {outcome}"
     assert tracker.runs[first.run_id].artifacts["traceback.txt"] == b"scripted"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_crash_says_where_its_traceback_is_and_ends_its_trial_where_none_can_be_kept(
+    tmp_path: Path, kept: bool
+) -> None:
+    class Crashing(ScriptedExecutor):
+        def poll(self, timeout: float) -> list[Event]:
+            if not kept:  # as a cleaner of temporary files does
+                for job in self.jobs:
+                    shutil.rmtree(job.folder, ignore_errors=True)
+            return [
+                failure_of(e.job, ValueError("a\udce9\0")) if isinstance(e, Failed) else e
+                for e in super().poll(timeout)
+            ]
+
+    said: list[str] = []
+    tracker, one = MemoryTracker(), replace(DEFINITION, trials=1, rows=ROWS[:1])
+    executor = Crashing(Script([0.3], failure="crashed"))
+    summary = scripted_coordinator(one, executor, tracker, tmp_path, write=said.append).run()
+    assert summary.outcomes == {"crashed": 1} and tracker.runs["run-0"].tags["reason"] == "a\\udce9\\0"
+    if kept:
+        assert b"NoneType: None" in tracker.runs["run-0"].artifacts["traceback.txt"]
+        assert "One: its traceback is traceback.txt of run run-0" in said
+    else:
+        assert "One: its traceback could not be kept (No such file or directory)" in said
 
 
 def test_what_crashed_is_tried_by_the_next_run_and_what_diverged_is_not() -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
@@ -21,82 +17,26 @@ import sqlalchemy as sa
 from caltech_sweep.errors import StoreError
 from caltech_sweep.sweep.lease import Lease
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers import chaos
 from helpers.places import furnish, invoke
-from helpers.servers import free_port
+from helpers.servers import Postgres, free_port, postgres
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 EPOCHS = 30
-
-
-@dataclass(frozen=True)
-class Server:
-    """A PostgreSQL server on loopback with its data in ``folder``."""
-
-    binaries: Path
-    folder: Path
-    port: int
-
-    def call(self, *arguments: str) -> None:
-        """Run one of PostgreSQL's programs; as another user, for it refuses to serve root."""
-        user = "postgres" if os.getuid() == 0 else None
-        command = [str(self.binaries / arguments[0]), *arguments[1:]]
-        with (self.folder / "calls.log").open("a") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, user=user, cwd=self.folder, env={"LC_ALL": "C"})
-
-    def start(self) -> None:
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        log = str(self.folder / "server.log")
-        self.call("pg_ctl", "-D", str(self.folder / "data"), "-l", log, "-o", options, "-w", "start")
-
-    def stop(self) -> None:
-        self.call("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
-
-    def address(self, database: str) -> str:
-        return f"postgresql://tester:hunter2@127.0.0.1:{self.port}/{database}"
+LONG = 600  # of a study that is at work for longer than a command takes
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'psycopg[binary]'")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
-    if not found:
-        pytest.skip("needs PostgreSQL: apt-get install postgresql")
-    folder = Path(tempfile.mkdtemp(prefix="caltech-sweep-postgres-"))
-    if os.getuid() == 0:
-        shutil.chown(folder, "postgres")
-    server = Server(found[-1].parent, folder, free_port())
-    (folder / "password").write_text("hunter2\n")
-    (folder / "password").chmod(0o644)
-    server.call(
-        "initdb",
-        "-D",
-        str(folder / "data"),
-        "-E",
-        "UTF8",
-        "-U",
-        "tester",
-        "-A",
-        "md5",
-        "--pwfile",
-        str(folder / "password"),
-    )
-    server.start()
-    try:
-        import psycopg
-
+def server() -> Iterator[Postgres]:
+    with postgres() as server:
         for name in ("mlflow", "optuna"):
-            connection = psycopg.connect(server.address("postgres"), autocommit=True)
-            connection.execute(f"CREATE DATABASE {name}")
-            connection.close()
+            server.create(name)
         yield server
-    finally:
-        server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def stores(server: Server) -> tuple[str, ...]:
+def stores(server: Postgres) -> tuple[str, ...]:
     return ("--tracking-uri", server.address("mlflow"), "--storage", server.address("optuna"))
 
 
@@ -114,7 +54,7 @@ def wait_for(place: Path, process: subprocess.Popen[bytes], text: str, seconds: 
 
 
 def test_a_database_server_that_goes_away_does_not_stop_a_study(
-    place: Path, server: Server, stores: tuple[str, ...]
+    place: Path, server: Postgres, stores: tuple[str, ...]
 ) -> None:
     process = run(place, stores)
     try:
@@ -142,11 +82,6 @@ def test_a_database_server_that_goes_away_does_not_stop_a_study(
     assert looked.exit_code == 0, looked.output
 
 
-SHORT = (
-    "from caltech_sweep.sweep import lease; lease.LEASE_SECONDS = {seconds}\nfrom caltech_sweep.cli import main; main()"
-)
-
-
 def coordinate(
     place: Path, stores: tuple[str, ...], name: str, log: str, seconds: float = 6, epochs: int = EPOCHS
 ) -> subprocess.Popen[bytes]:
@@ -157,7 +92,7 @@ def coordinate(
         furnish(folder)
     arguments = ["run", "tiny", "--in-process", "--threads", "1", "--set", f"epochs={epochs}", *stores, "--name", name]
     with (folder / "log.txt").open("ab") as file:
-        code = SHORT.format(seconds=seconds)
+        code = chaos.SHORT.format(seconds=seconds)
         return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=file, stderr=file, cwd=folder)
 
 
@@ -234,10 +169,10 @@ def test_who_is_blocked_in_a_write_for_longer_than_its_lease_keeps_its_study(
 
 
 def test_a_study_whose_process_died_is_free_once_its_lease_has_run_out(place: Path, stores: tuple[str, ...]) -> None:
-    first = coordinate(place, stores, "died", "first", 8)
+    first = coordinate(place, stores, "died", "first", 8, LONG)
     try:
         wait_for(place / "first", first, "Views: started")
-        refused = coordinate(place, stores, "died", "second", 8)
+        refused = coordinate(place, stores, "died", "second", 8, LONG)
         assert refused.wait(60) == 2
         looked = invoke("doctor", "died", "--fix", *stores)
         assert "died: skipped, since study 'died' is being run by process" in looked.output, looked.output
@@ -247,10 +182,10 @@ def test_a_study_whose_process_died_is_free_once_its_lease_has_run_out(place: Pa
         first.kill()
     assert "is being run by process" in (place / "second" / "log.txt").read_text()
     time.sleep(8)
-    third = coordinate(place, stores, "died", "third", 8)
+    third = coordinate(place, stores, "died", "third", 8, LONG)
     said = place / "third" / "log.txt"
     assert third.wait(180) == 0 and "it waits again" in said.read_text(), said.read_text()
-    check_study(stores, "died")
+    check_study(stores, "died", LONG)
 
 
 def test_a_server_that_is_not_there_is_a_sentence_at_once(place: Path) -> None:

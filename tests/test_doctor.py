@@ -1,4 +1,4 @@
-"""The doctor on real stores that were hurt: what it says, that it changes nothing unasked, and that mending holds."""
+"""The doctor on real stores that were hurt: what it says, that it changes nothing unasked, and that fixes last."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.places import RUN, invoke, sql
+from helpers.servers import HANG_UP, Gate, gated_mlflow
 
 
 def trials() -> list[TrialRecord]:
@@ -309,3 +310,56 @@ def test_of_two_complete_runs_of_a_trial_the_sound_one_is_kept(copied: Path) -> 
     fixed = invoke("doctor", "--fix")
     assert fixed.exit_code == 0 and "run later" in fixed.output and "repeats another run" in fixed.output
     assert old.run_id in [trial.run_id for trial in trials()] and "nothing to do" in invoke(*RUN).output
+
+
+# -- a tracking server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(copied: Path) -> Iterator[Gate]:
+    """The finished study behind MLflow's own server, which hands out its artifacts as well."""
+    tracker = MlflowTracker()
+    record = tracker.study("tiny")
+    assert record is not None
+    tracker.move_artifacts(record.experiment_id, (copied / "mlruns" / "artifacts").as_uri(), "mlflow-artifacts:")
+    with gated_mlflow(copied / "mlruns") as gate:
+        yield gate
+
+
+@pytest.mark.slow
+def test_artifacts_on_a_server_are_checked_fixed_and_promoted_like_local_ones(copied: Path, served: Gate) -> None:
+    there = ("--tracking-uri", served.address)
+    looked = invoke("doctor", *there)
+    assert looked.output == "1 study examined: 0 found, 0 fixed\n" and looked.exit_code == 0
+    assert any("/mlflow-artifacts/" in path and path.endswith("best.safetensors") for _, path in served.asked)
+    best = MlflowTracker().best_trial("tiny")
+    folder = copied / "mlruns" / "artifacts" / "tiny" / best.run_id / "artifacts"
+    content = bytearray((folder / "checkpoints" / "best.safetensors").read_bytes())
+    content[-100] ^= 1
+    (folder / "checkpoints" / "best.safetensors").unlink()
+    (folder / "checkpoints" / "best.safetensors").write_bytes(content)
+    refused = invoke("promote", "tiny", *there)
+    assert refused.exit_code == 2 and "caltech-sweep doctor --fix lets the trial be trained again" in refused.output
+    fixed = invoke("doctor", "--fix", *there)  # which does so
+    assert "checkpoints/best.safetensors is not what was written" in fixed.output, fixed.output
+    assert fixed.output.endswith("1 study examined: 1 found, 1 fixed\n") and fixed.exit_code == 0
+    again = invoke(*RUN, *there)
+    assert again.exit_code == 0 and "study tiny: 1 complete" in again.output, again.output
+    assert invoke("promote", "tiny", *there).exit_code == 0
+    assert invoke("doctor", *there).output == "1 study examined: 0 found, 0 fixed\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [401, 403, 404, 500, 503, HANG_UP])
+def test_artifacts_that_a_server_does_not_hand_out_are_said_and_never_taken_for_sound(
+    served: Gate, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    there = ("--tracking-uri", served.address)
+    served.rule = lambda method, path, length: status if "/mlflow-artifacts/" in path else None
+    for command in (("doctor", "--fix"), ("promote", "tiny")):
+        result = invoke(*command, *there)
+        assert result.exit_code != 0 and " 0 found" not in result.output, result.output
+        assert "predictions/val.csv" in result.output or "cannot be read from mlflow-artifacts:" in result.output
+    served.open()
+    assert "0 found" in invoke("doctor", *there).output or status == 404  # which tells that they are gone

@@ -19,7 +19,7 @@ from caltech_sweep.errors import DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.files import file_digest, locked
 from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
-from caltech_sweep.sweep.executors.processes import ProcessExecutor
+from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
 from caltech_sweep.testing import Script, ScriptedExecutor, epoch_metrics, scripted_coordinator
 
 
@@ -196,6 +196,27 @@ def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:
         executor.close()
 
 
+def broken() -> None:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.slow
+def test_a_worker_that_just_starts_is_stopped_by_nothing_that_asks_the_coordinator_to_stop(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    executor = ProcessExecutor(runner, 1, ["cpu"], prepare=broken)  # the job works without being prepared for
+    try:
+        before = executor.pids
+        for number in STOPPING:
+            os.kill(before[0], number)
+        executor.submit(job(tmp_path))
+        assert isinstance(drain(executor, seconds=60)[-1], Done) and executor.pids == before
+    finally:
+        executor.close()
+    assert capfd.readouterr().err == ""
+    assert not set(STOPPING) & signal.pthread_sigmask(signal.SIG_BLOCK, [])  # they still stop this process
+
+
 def test_workers_persist_and_work_at_once(tmp_path: Path) -> None:
     executor = processes(2)
     try:
@@ -247,7 +268,7 @@ def test_bad_data_is_named(executor: Executor, tmp_path: Path) -> None:
 
 
 def labelled(job: Job) -> Epochs:
-    """Give every trial an accuracy that is its alone."""
+    """Give every trial an accuracy that no other has."""
     for epoch in range(1, job.config.epochs + 1):
         yield Epoch(job.number, epoch, epoch_metrics(job.config.lr / epoch))
     accuracy = {"best/val_accuracy": job.config.lr, "test/accuracy": job.config.lr, "test/loss": 1.0}

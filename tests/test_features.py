@@ -27,7 +27,16 @@ from helpers.trials import run as run_trial_to_its_end
 
 CPU = torch.device("cpu")
 SHAPES = DatasetConfig(name="shapes", resize=40, crop=32, classes=3, images_per_class=12)
-CONFIG = TrialConfig(dataset=SHAPES, arch="resnet18", freeze="conv", epochs=2, batch_size=10, lr=0.1, drop_last=False)
+CONFIG = TrialConfig(
+    dataset=SHAPES,
+    arch="resnet18",
+    freeze="conv",
+    epochs=2,
+    batch_size=10,
+    lr=0.1,
+    drop_last=False,
+    precision="float32",
+)
 # Dropout, and weights behind the frozen ones that are large: their stages do not fit into the budget of these tests.
 ALEXNET = replace(CONFIG, arch="alexnet", dataset=replace(SHAPES, resize=64, crop=64), epochs=1, batch_size=36)
 BUDGET = 50 * 10**6

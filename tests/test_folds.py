@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
+from caltech_sweep.config import TrialConfig
+from caltech_sweep.study.definition import Component, in_fold
 from caltech_sweep.study.file import load_study
+from caltech_sweep.sweep.optuna_store import MEMORY, open_study
+from caltech_sweep.sweep.queue import enqueue_confirmations
+from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.places import Cli
+from helpers.searches import EPOCHS, PRUNERS, ROWS, SEARCH, curve, seed_of, suggest
 
 STUDY = """\
 title: Folds
@@ -55,6 +65,9 @@ def test_rows_and_sampled_trials_are_trained_on_every_fold_and_shown_as_their_me
     for kind in (True, False):
         assert sorted(run.params["dataset.fold"] for run in by_kind[kind]) == ["1", "2", "3"]
         assert len({run.params["lr"] for run in by_kind[kind]}) == 1
+    means = {kind: statistics.fmean(run.metrics["best/val_accuracy"] for run in by_kind[kind]) for kind in by_kind}
+    best = tracker.best_trial("folds")  # of the setting with the best mean, whichever fold is the best of all
+    assert means[best.row is not None] == max(means.values())
     rows = json.loads(cli("report", "folds", "--format", "json").output)[0]["rows"]
     for row, kind in zip(rows, (True, False), strict=True):
         scores = [run.metrics["best/val_accuracy"] for run in by_kind[kind]]
@@ -65,6 +78,66 @@ def test_rows_and_sampled_trials_are_trained_on_every_fold_and_shown_as_their_me
     assert cli("doctor", "folds").exit_code == 0
     again = cli("plan", "folds")
     assert "0 to train" in again.output and "sampled trials: " not in again.output.split("0 to train")[0]
+
+
+SEARCHED = replace(
+    SEARCH,
+    trials=16,
+    dataset={"name": "shapes", "folds": 3},
+    sampler=Component("tpe", {"seed": 3, "startup_trials": 5}),
+)
+
+
+def fold_curve(config: TrialConfig) -> list[float]:
+    """Return a curve that other folds make better or worse, each setting in its own way."""
+    fold = config.dataset.fold or 0
+    return [value * (1 + 0.2 * math.sin(1000 * config.lr * fold)) for value in curve(config)]
+
+
+@pytest.mark.parametrize("pruner", [None, "median"])
+def test_the_sampler_learns_the_mean_over_folds_and_the_pruner_compares_first_folds(pruner: str | None) -> None:
+    """Held against Optuna's own loop, whose objective is the mean."""
+    definition = replace(SEARCHED, pruner=Component(pruner, PRUNERS[pruner][0]) if pruner else None)
+    executor = ScriptedExecutor(lambda config: Script(fold_curve(config)))
+    run_scripted(definition, executor, MemoryTracker())
+    ours = [job.config for job in executor.jobs if job.config.dataset.fold == 1]
+    study = optuna.create_study(direction="maximize", pruner=PRUNERS["median"][1]() if pruner else None)
+    for row in ROWS:
+        study.enqueue_trial(dict(row.settings))
+    study.pruner = study.pruner if pruner else optuna.pruners.NopPruner()
+    number, theirs, states = 0, [], set()
+    for place in range(SEARCHED.trials):
+        study.sampler = optuna.samplers.TPESampler(seed=seed_of(number), n_startup_trials=5)
+        trial = study.ask()
+        config = in_fold(replace(suggest(trial), dataset=definition.config({}).dataset), 1)
+        pruned = False
+        for epoch, value in enumerate(fold_curve(config), 1):
+            trial.report(value, epoch)
+            pruned = bool(pruner) and place >= len(ROWS) and epoch < EPOCHS and trial.should_prune()
+            if pruned:
+                break
+        mean = statistics.fmean(max(fold_curve(in_fold(config, fold))) for fold in (1, 2, 3))
+        state = TrialState.PRUNED if pruned else TrialState.COMPLETE
+        study.tell(trial, None if pruned else mean, state=state)
+        number = 3 * len(ROWS) if place == len(ROWS) - 1 else number + (1 if pruned or place < len(ROWS) else 3)
+        theirs.append(config)
+        states.add(state)
+    assert ours == theirs and len(states) == (2 if pruner else 1)
+
+
+def test_the_best_mean_is_confirmed_on_every_fold() -> None:
+    study = open_study(SEARCHED, MEMORY, SEARCHED.identity())
+    executor = ScriptedExecutor(lambda config: Script(fold_curve(config)))
+    run_scripted(SEARCHED, executor, MemoryTracker(), study)
+    enqueue_confirmations(study, SEARCHED, 1, 2)
+    waiting = [t.user_attrs["config"] for t in study.get_trials(states=(TrialState.WAITING,))]
+    assert [(c["seed"], c["dataset"]["fold"]) for c in waiting] == [(s, f) for s in (1, 2) for f in (1, 2, 3)]
+    sampled = {job.config.lr for job in executor.jobs[3 * len(ROWS) :]}
+    means = {
+        lr: statistics.fmean(max(fold_curve(job.config)) for job in executor.jobs if job.config.lr == lr)
+        for lr in sampled
+    }
+    assert {config["lr"] for config in waiting} == {max(means, key=lambda lr: means[lr])}
 
 
 @pytest.mark.slow

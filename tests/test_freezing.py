@@ -24,7 +24,7 @@ from caltech_sweep.training.rehearsal import rehearse
 from caltech_sweep.training.trial import run_trial
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
 
-MOBILE = replace(CONFIG, augment=(), epochs=3)
+MOBILE = replace(CONFIG, augment=(), epochs=3, precision="float32")
 HEAD_FIRST = replace(MOBILE, freeze="conv", unfreeze_epoch=3)
 KINDS = {
     "up_to": replace(MOBILE, freeze="up_to:features.8"),
@@ -83,7 +83,7 @@ def test_a_frozen_backbone_is_kept_as_features_however_it_is_named() -> None:
         ("up_to:zzz", "no layer 'zzz'; its parts are conv1, bn1, relu, maxpool, layer1, .*, fc, and theirs follow"),
         ("up_to:relu", "freeze: layer 'relu' has no weights; name the one before it"),
         ("up_to:fc", "freeze: nothing is left to train after layer 'fc'; name one before it"),
-        ("first:0.001", "freeze: first:0.001 freezes nothing here, so small a part of its 41 layers is none"),
+        ("first:0.001", "freeze: first:0.001 freezes nothing here, that share of its 41 layers is less than one layer"),
     ],
 )
 def test_what_cannot_be_frozen_is_a_sentence(freeze: str, sentence: str) -> None:

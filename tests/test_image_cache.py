@@ -142,6 +142,9 @@ def test_each_kind_of_cache_gives_the_same_pixels_under_the_same_digest(
         assert torch.equal(one.center_crops("val", 16, [1]), whole.center_crops("val", 16, [1]))
     if kind == "jpeg":
         assert torch.equal(data.ten_crops("test", 1, 16), whole.ten_crops("test", 1, 16))
+        boxes = [lambda height, width: (1, 2, height - 3, width - 5)] * 2
+        same = (each.resized_crops("train", 16, [0, 3], boxes) for each in (data, whole))
+        assert torch.equal(*same)
     else:
         with pytest.raises(DatasetError, match="dataset.cache: crop keeps centre crops only"):
             data.ten_crops("test", 1, 16)
@@ -188,5 +191,7 @@ def test_plan_tells_the_size_and_refuses_crops_where_whole_images_are_needed(pho
     own = ("--set", "dataset.name=folder", "--set", "dataset.classes=null", "--set", "dataset.images_per_class=null")
     plan = ("plan", "tiny", *own, "--data", str(photos))
     assert "they are decoded once into a cache of" in cli(*plan).output
-    refused = cli(*plan, "--set", "dataset.cache=crop", "--set", "test_views=tencrop")
-    assert refused.exit_code == 2 and "dataset.cache: crop keeps centre crops only, and TenCrop" in refused.output
+    for what, setting in (("TenCrop", "test_views=tencrop"), ("random_resized_crop", "augment=[random_resized_crop]")):
+        refused = cli(*plan, "--set", "dataset.cache=crop", "--set", setting)
+        assert refused.exit_code == 2
+        assert f"dataset.cache: crop keeps centre crops only, and {what} needs" in refused.output

@@ -136,7 +136,7 @@ def test_a_damaged_file_is_noticed_and_fetched_again(
     assert len(server.asked) == 1 and not list(target.parent.iterdir())
 
 
-def test_offline_is_one_sentence_with_the_mend(
+def test_offline_is_one_sentence_with_the_fix(
     server: FileServer, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = saved(state)

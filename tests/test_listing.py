@@ -16,7 +16,8 @@ from PIL import Image
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_split
-from caltech_sweep.data.splits import SPLITS, Split, folder_split
+from caltech_sweep.data.given import folder_split
+from caltech_sweep.data.splits import SPLITS, Split
 from caltech_sweep.errors import DatasetError, UsageError
 from helpers.places import Cli
 
@@ -45,7 +46,7 @@ def test_whatever_pillow_reads_counts_at_any_depth_for_its_top_folder(tmp_path: 
     root = two_classes(tmp_path / "images")
     more = ["a.jfif", "b.PPM", "deep/c.pgm", "deep/er/d.avif", "deep/er/still/e.jp2", "f.JPEG", "g.apng", "h.tga"]
     put(root, *(f"ant/{name}" for name in more))
-    split = folder_split(root, 1 / 3, 1 / 3, 0)
+    split = folder_split(root, DatasetConfig())
     found = images_of(split, root)
     assert found["ant"] == sorted([*(f"ant/{i}.png" for i in range(6)), *(f"ant/{name}" for name in more)])
     assert found["bee"] == [f"bee/{i}.png" for i in range(6)] and split.passed_over == ""
@@ -53,7 +54,7 @@ def test_whatever_pillow_reads_counts_at_any_depth_for_its_top_folder(tmp_path: 
 
 def test_hidden_things_never_count_and_all_else_is_counted_by_its_kind(tmp_path: Path) -> None:
     root = two_classes(tmp_path / "images")
-    before = folder_split(root, 1 / 3, 1 / 3, 0)
+    before = folder_split(root, DatasetConfig())
     hidden = [".ipynb_checkpoints/0.png", "__MACOSX/ant/0.png", "ant/@eaDir/0.png", "bee/.x/0.png"]
     left = ["ant/._0.png", "ant/Thumbs.db", "bee/desktop.ini", ".DS_Store"]
     other = ["ant/notes.txt", "bee/notes.TXT", "readme.txt", "ant/drawing.svg", "bee/LICENSE", "cover.png"]
@@ -64,7 +65,7 @@ def test_hidden_things_never_count_and_all_else_is_counted_by_its_kind(tmp_path:
     (root / "bee" / "up").symlink_to(root / "bee")
     (root / "bee" / "root").symlink_to(root)
     os.mkfifo(root / "bee" / "pipe.png")
-    split = folder_split(root, 1 / 3, 1 / 3, 0)
+    split = folder_split(root, DatasetConfig())
     assert split == Split(before.classes, before.train, before.val, before.test, split.passed_over)
     assert split.passed_over == (
         "3 .txt, 1 .svg, 1 without an extension, 2 broken links, 4 hidden files, 4 hidden folders, "
@@ -77,7 +78,7 @@ def test_linked_images_and_folders_count(tmp_path: Path) -> None:
     elsewhere = put(tmp_path / "elsewhere", *(f"{i}.png" for i in range(6)))
     (root / "cow").symlink_to(elsewhere)
     (root / "bee" / "linked.png").symlink_to(elsewhere / "0.png")
-    found = images_of(folder_split(root, 1 / 3, 1 / 3, 0), root)
+    found = images_of(folder_split(root, DatasetConfig()), root)
     assert found["cow"] == [f"cow/{i}.png" for i in range(6)] and "bee/linked.png" in found["bee"]
 
 
@@ -87,7 +88,7 @@ def test_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
     for one in names:
         for other in names:
             (root / one / f"to_{other}").symlink_to(root / other)
-    split = folder_split(root, 1 / 3, 1 / 3, 0)
+    split = folder_split(root, DatasetConfig())
     assert all(len(paths) == 48 for paths in images_of(split, root).values())
 
 
@@ -96,14 +97,14 @@ def test_the_order_of_classes_depends_on_names_only(tmp_path: Path, seed: int) -
     names = ["Cat", "cat", "CAT", "dog", "Dog", "ant", "Éclair", "éclair"]
     random.Random(seed).shuffle(names)
     root = put(tmp_path / "images", *(f"{name}/{i}.png" for name in names for i in range(6)))
-    classes = folder_split(root, 1 / 3, 1 / 3, 0).classes
+    classes = folder_split(root, DatasetConfig()).classes
     assert classes == ("ant", "CAT", "Cat", "cat", "Dog", "dog", "Éclair", "éclair")
 
 
 def test_a_folder_without_classes_says_what_it_has(tmp_path: Path) -> None:
     root = put(tmp_path / "images", "a.png", "b.png", "notes.txt", "ant/0.png")
     with pytest.raises(DatasetError, match=r"it has 1 \(passed over: 1 .txt, 2 images in no class\)"):
-        folder_split(root, 1 / 3, 1 / 3, 0)
+        folder_split(root, DatasetConfig())
 
 
 def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root reads everything")
     with pytest.raises(DatasetError, match="closed cannot be read: Permission denied"):
-        folder_split(root, 1 / 3, 1 / 3, 0)
+        folder_split(root, DatasetConfig())
 
 
 # -- through the commands ----------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def odd_names(place: Path) -> Path:
         os.rename(images + b"/bee", images + b"/b\xe9e")
         os.mkdir(images + b"/vide \xe9")
     except OSError:
-        pytest.skip("this file system takes UTF-8 alone")
+        pytest.skip("this file system takes only UTF-8")
     (place / "sweeps" / "mine.yaml").write_text(STUDY)
     return place
 

@@ -22,7 +22,7 @@ from caltech_sweep import machine
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.datasets import draw
 from helpers.kernel import mounted_without_shared_memory, run_without
-from helpers.places import invoke
+from helpers.places import clone, invoke
 
 LINK = """
 from pathlib import Path
@@ -98,6 +98,48 @@ def test_a_store_with_a_log_is_taken_to_a_file_system_without_shared_memory(tmp_
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "wal 1 6\n\n"
 
 
+COMMANDS = """
+import os
+from helpers.places import invoke
+def check(code, *commands):
+    for command in commands:
+        result = invoke(*command)
+        assert result.exit_code == code, (command, result.output)
+        said = result.output
+        if code:
+            assert "has a write-ahead log and lies on a file system without" in said, (command, result.output)
+            assert result.output.count("run a study with it there, which turns the log off") == 1, result.output
+def look_and_run(code):
+    check(code, ("report", "tiny"), ("plan", "tiny"))
+    check(2, ("promote", "tiny"), ("predict", "photo.png"))
+    check(1, ("doctor",))
+    check(0, ("run", "tiny", "--in-process", "--threads", "1"), ("report", "tiny"), ("plan", "tiny"), ("doctor",))
+look_and_run(0)
+os.chdir("../cut short")
+look_and_run(2)
+assert "renamed" in invoke("report", "tiny").output
+"""
+
+
+@pytest.mark.slow
+def test_a_store_left_with_a_log_where_none_can_be_read_is_a_sentence_until_the_next_run(copied: Path) -> None:
+    draw(copied / "photos")
+    shutil.copy(next((copied / "photos").rglob("*.png")), copied / "photo.png")
+    clone(copied, copied.parent / "cut short")
+    for store in ("mlflow.db", "optuna.db"):  # as a process leaves them that was killed
+        with closing(sqlite3.connect(copied / "mlruns" / store)) as database:
+            assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            database.execute("PRAGMA wal_autocheckpoint=0")
+            with database:
+                database.execute("CREATE TABLE only_in_the_log (n)")
+                if store == "mlflow.db":
+                    database.execute("UPDATE runs SET name = 'renamed' WHERE name = 'trial-002'")
+            for path in (copied / "mlruns").glob(f"{store}*"):
+                shutil.copy(path, copied.parent / "cut short" / "mlruns")
+            assert (copied.parent / "cut short" / "mlruns" / f"{store}-wal").stat().st_size
+    run_without(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{COMMANDS}", copied, mmap="ENODEV")
+
+
 def test_stores_on_a_mounted_file_system_without_shared_memory(tmp_path: Path) -> None:
     with mounted_without_shared_memory(tmp_path) as mount:
         with closing(sqlite3.connect(mount / "plain.db")) as database, pytest.raises(sqlite3.OperationalError):
@@ -148,6 +190,63 @@ def test_the_quota_of_a_container_is_counted(quota: int, cores: int) -> None:
     finally:
         below.rmdir()
         group.rmdir()
+
+
+MEMORY = """
+import os, sys
+from pathlib import Path
+from caltech_sweep import machine
+(Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
+whole, free = machine.memory(), machine.free_memory()
+print(whole, 0 < free < whole)
+"""
+
+
+def test_the_memory_of_a_container_is_counted() -> None:
+    top = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory").is_dir() else Path("/sys/fs/cgroup")
+    group, limit = top / f"caltech-sweep-{os.getpid()}", 512 << 20
+    below = group / "below"
+    try:
+        below.mkdir(parents=True)
+        file = "memory.max" if (group / "memory.max").exists() else "memory.limit_in_bytes"
+        (group / file).write_text(str(limit))
+    except OSError:
+        pytest.skip("no control group may be made here")
+    try:
+        asked = subprocess.run([sys.executable, "-c", MEMORY, str(below)], capture_output=True, text=True)
+        assert asked.stdout == f"{limit} True\n", asked.stderr
+    finally:
+        below.rmdir()
+        group.rmdir()
+
+
+def test_the_doctor_says_what_the_machine_gives_and_what_would_be_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "CALTECH_SWEEP_DATA", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    cores = machine.cores()
+    asked = ("doctor", "--machine", "--workers", "4", "--threads", str(cores))
+    result = invoke(*asked)
+    assert result.exit_code == 0 and not list(tmp_path.iterdir())
+    found = dict(line.split(":", 1) for line in result.output.splitlines() if not line.startswith("faster"))
+    assert found["processors"].split()[:3] == [str(cores), "of", str(os.cpu_count())]
+    assert f"({len(os.sched_getaffinity(0))} by affinity" in found["processors"]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    assert float(found["memory"].split()[2]) <= memory + 0.1
+    command = ["findmnt", "-no", "FSTYPE", "-T", str(tmp_path)]
+    kind = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert str(tmp_path) in found["cache"] and kind in found["cache"] and kind in found["study store"]
+    threads = "1 thread" if cores == 1 else f"{cores} threads"
+    processors = "1 processor" if cores == 1 else f"{cores} processors"
+    advice = f"faster: 4 workers x {threads} on {processors} wait for each other; use --workers 1 --threads {cores}"
+    assert advice in result.output
+    for wrong in (("doctor", "--workers", "2"), ("doctor", "tiny", "--machine"), ("doctor", "--machine", "--fix")):
+        assert invoke(*wrong).exit_code == 2
+    server = invoke(*asked[:2], "--tracking-uri", "http://someone:secret@tracking.example")
+    assert "on a server: http://" in server.output and "secret" not in server.output
+    assert "wait for each other" not in server.output
 
 
 def test_workers_take_the_threads_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +338,7 @@ def test_a_home_folder_is_understood_wherever_a_path_is_given(
         ("data", "--from=~nobody-here/x"),
     ):
         refused = invoke(*command)
-        assert refused.exit_code == 2 and "whom this machine does not know" in refused.output
+        assert refused.exit_code == 2 and "of a user that is not on this machine" in refused.output
     assert not [path for path in place.iterdir() if "~" in path.name]
 
 
@@ -418,6 +517,45 @@ def test_a_group_shares_a_cache_that_it_may_write(shared_folder: Path) -> None:
     first = as_user(65501, "000", DECODE, "stage-1")
     second = as_user(65502, "000", DECODE, "stage-1", "stage-2")
     assert second.stdout.splitlines()[:2] in (["kept", "kept"],), (first.stdout, second.stdout, second.stderr)
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command in which ``caltech-sweep`` is this checkout's."""
+    sweep = f"{sys.executable} -m caltech_sweep"
+    given = {**os.environ, **environment}
+    return subprocess.run(
+        ["bash", "-c", command.replace("caltech-sweep", sweep)], env=given, capture_output=True, text=True
+    )
+
+
+LIST = "caltech-sweep data list --split test --set dataset.name=shapes --set dataset.resize=32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["caltech-sweep studies", "caltech-sweep --help", LIST])
+def test_an_output_that_takes_nothing_more_is_a_sentence_or_an_end_without_one(place: Path, command: str) -> None:
+    full = shell(f"{command} > /dev/full")
+    assert full.returncode == 2 and full.stderr == (
+        "Error: the output cannot be written (No space left on device); free some disk space, or name another place\n"
+    )
+    assert (shell(f"{command} >&-").returncode, shell(f"{command} >&-").stderr) == (0, "")
+    cut = shell(f"set -o pipefail; {command} | true")
+    assert cut.stderr == "" and cut.returncode in (0, 1)
+    assert shell(f"{command} 2>&-").stdout == shell(command).stdout != ""
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_gone_and_none_for_temporary_files_are_sentences(copied: Path) -> None:
+    for command in ("caltech-sweep studies", "caltech-sweep report", "caltech-sweep plan tiny"):
+        gone = shell(f"mkdir gone && cd gone && rmdir ../gone && {command}")
+        assert gone.returncode == 2 and gone.stdout == ""
+        assert gone.stderr == "Error: the folder of this command is gone; change into one that is there\n"
+    code = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nonexistent']; "
+    code += "from caltech_sweep.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "promote", "tiny"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        "Error: temporary files cannot be written; name a folder for them with the environment variable TMPDIR"
+    ), done.stderr
 
 
 RUN = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", "--set", "epochs=60", "--row", "First"]

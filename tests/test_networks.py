@@ -310,7 +310,7 @@ def test_a_study_of_an_own_network_is_not_gone_on_with_after_its_code_changed(ow
         ("{own}:raises", r"arch: {own}:raises\(3\) raised KeyError: 'no such layer'"),
         ("{own}:none", "arch: {own}:none returned NoneType where a torch.nn.Module is needed"),
         ("{own}:two", "arch: {own}:two has to take one argument, the number of classes: missing .*'depth'"),
-        ("{own}:constant", "arch: {own}:constant is no function, but int"),
+        ("{own}:constant", "arch: {own}:constant is not a function, but int"),
         ("{own}:nothing", "arch: the module {own} has no 'nothing'"),
         ("nowhere_at_all:build", "arch: the module nowhere_at_all of .* cannot be imported: neither installed nor in"),
     ],

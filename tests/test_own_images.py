@@ -18,6 +18,7 @@ from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.study.file import load_study
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.pictures import check_pictures
 from helpers.places import Cli
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -166,7 +167,7 @@ def test_what_is_no_dataset_is_a_sentence(place: Path, cli: Cli) -> None:
     assert "there is no folder or file nowhere" in cli("new", "mine", "--from", "nowhere").output
     (place / "empty").mkdir()
     result = cli("new", "mine", "--from", "empty")
-    assert result.exit_code == 2 and "at least two folders with images" in result.output
+    assert result.exit_code == 2 and "at least two classes, each in a folder" in result.output
     result = cli("new", "../mine", "--from", "empty")
     assert result.exit_code == 2 and "leads out of the folder" in result.output
     assert not (place / "sweeps" / "mine.yaml").exists()
@@ -177,11 +178,16 @@ def test_what_is_no_dataset_is_a_sentence(place: Path, cli: Cli) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STAMPS.is_dir(), reason="Debian's tuxpaint-stamps-default is not installed")
-def test_a_folder_of_stamps_ends_in_a_table_without_preparation(place: Path, cli: Cli) -> None:
+def test_a_folder_of_stamps_ends_in_a_table_and_a_page_without_preparation(place: Path, cli: Cli) -> None:
     """Nested folders, sounds and texts between the images, alpha channels and palettes; a class of three."""
     assert cli("new", "stamps", "--from", str(STAMPS)).exit_code == 0
     quick = ("--set", "epochs=1", "--set", "dataset.resize=36", "--set", "dataset.crop=32", "--trials", "2")
+    planned = cli("plan", "stamps", *quick)
+    assert planned.exit_code == 0 and "passed over: 7,858 .ogg" in planned.output, planned.output
     ran = cli("run", "stamps", *quick, "--in-process", "--threads", str(os.cpu_count()))
     assert ran.exit_code == 0 and "study stamps: 2 complete" in ran.output and "passed over: 7,858 .ogg" in ran.output
     table = cli("report", "stamps").output
     assert "17 classes" in table and table.count("tied with the best") + table.count("best;") >= 1
+    assert cli("report", "stamps", "--format", "html", "--out", "page.html").exit_code == 0
+    page = (place / "page.html").read_text(encoding="utf-8")
+    assert check_pictures(page, STAMPS) == 18 and "cannot be read in the dataset" not in page

@@ -61,7 +61,7 @@ def test_a_name_of_its_own_lets_a_second_study_store_run_and_no_doctor_touches_t
     report = invoke("report", "tiny", "--format", "json").output
     mine = invoke(*RUN, "--name", "mine", "--row", "First", "--set", "epochs=1")
     assert mine.exit_code == 0 and "study mine: 1 complete" in mine.output, mine.output
-    sql(copied, "mlflow.db", "UPDATE runs SET status = 'RUNNING' WHERE name = 'Views'")  # what a doctor mends
+    sql(copied, "mlflow.db", "UPDATE runs SET status = 'RUNNING' WHERE name = 'Views'")  # what a doctor fixes
     before = dump(copied / "mlruns" / "mlflow.db")
     looked = invoke("doctor", "--fix")
     assert looked.exit_code == 0 and "1 study examined, 1 skipped: 0 found, 0 fixed" in looked.output, looked.output
@@ -176,9 +176,8 @@ def identity(definition: StudyDefinition) -> dict[str, object]:
     return {**definition.identity(), "images": "scripted", "initial_weights": {}}
 
 
-@pytest.mark.parametrize(
-    "definition", [LEARNING, pytest.param(FAMILIES, marks=pytest.mark.slow)], ids=["pruned-and-replicated", "families"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("definition", [LEARNING, FAMILIES], ids=["pruned-and-replicated", "families"])
 def test_a_rebuilt_study_has_the_trials_of_the_lost_one_and_samples_what_it_would_have_sampled(
     tmp_path: Path, definition: StudyDefinition
 ) -> None:

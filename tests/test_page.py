@@ -225,7 +225,7 @@ def test_curves_are_drawn_with_the_groupings_that_vary(shapes: str) -> None:
     assert {a["data-freeze"] for a in drawn} == {"c0", "c1"}
     titles = [text for _, text in page.all("title")[1:]]
     assert "Plain: 0.967" in titles
-    assert "log scale" in [text for _, text in page.all("text")]  # a loss of 1000 beside others of 2
+    assert "log scale" in [text for _, text in page.all("text")]  # a loss of 1000 among others of 2
 
 
 def test_curves_are_a_table_too(shapes: str) -> None:
@@ -509,6 +509,10 @@ def test_many_numbers_become_ranges_and_many_names_are_cut() -> None:
     }
     assert few["lr"].groups == ("0.01", "0.1") and few["lr"].member == (1, 0)
     assert few["augment"].groups == ("none", "hflip + rotation")
+    lines = [line("A", weight_decay="0.1"), line("B", weight_decay="0")]
+    assert [(g.key, g.label) for g in groupings(lines, varied=("weight_decay",))][1:] == [
+        ("weight_decay", "Weight decay")
+    ]
 
 
 def test_histories_are_the_same_from_a_database_and_through_the_client(store: PageStore) -> None:

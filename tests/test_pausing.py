@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 import subprocess
 import sys
@@ -22,71 +21,23 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.components import component_problems
-from caltech_sweep.study.definition import Component, StudyDefinition
+from caltech_sweep.study.definition import Component
 from caltech_sweep.study.pausing import Pausing, make_pausing
-from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Job
+from caltech_sweep.sweep.executors.base import Done, Event, Job
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.optuna_trials import is_paused, seen_trials
 from caltech_sweep.sweep.queue import sampler_for
-from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from caltech_sweep.testing import MemoryTracker, run_scripted, scripted_coordinator
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
-from helpers.searches import COMBINATIONS, ENOUGH, GRID, ROWS, STOCK, searched, settings_of, stock
+from helpers.pausing import ASHA, STOPPED, Step, Watched, asha, noisy, search
+from helpers.searches import COMBINATIONS, ENOUGH, GRID, ROWS, STOCK, settings_of, stock
 from helpers.studies import Killed, Unreliable, told
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
-ASHA = Component("asha", {"min_epochs": 1, "factor": 2})
-Step = tuple[int, int]  # a trial's number and an epoch that it trained
-
-
-def asha(trials: int = 14, epochs: int = 9, name: str = "random", pruner: Component = ASHA) -> StudyDefinition:
-    return replace(searched(name, trials=trials), fixed={"epochs": epochs}, pruner=pruner)
-
-
-def noisy(levels: int) -> Callable[[TrialConfig], list[float]]:
-    """Return curves that cross each other and have equals, made from the settings of a trial."""
-
-    def curve(config: TrialConfig) -> list[float]:
-        chance = random.Random(repr((config.lr, config.momentum, config.batch_size, config.freeze, config.gamma)))
-        return [chance.randrange(levels) / levels for _ in range(config.epochs)]
-
-    return curve
-
-
-class Watched(ScriptedExecutor):
-    """Notes every epoch that is trained, not reused, in the order of time, and stops its coordinator if asked to."""
-
-    def __init__(
-        self, curve: Callable[[TrialConfig], list[float]], slots: int = 1, stop_after: float = math.inf
-    ) -> None:
-        super().__init__(lambda config: Script(curve(config)), slots)
-        self.steps: list[Step] = []
-        self.stop_after, self.stop = stop_after, lambda: None
-
-    def poll(self, timeout: float) -> list[Event]:
-        events = super().poll(timeout)
-        self.steps += [(event.job, event.epoch) for event in events if isinstance(event, Epoch) and not event.reused]
-        self.stop_after -= 1
-        if self.stop_after == 0:
-            self.stop()
-        return events
-
 
 def first_times(steps: list[Step]) -> list[Step]:
     return list(dict.fromkeys(steps))
-
-
-def search(
-    definition: StudyDefinition,
-    curve: Callable[[TrialConfig], list[float]],
-    uri: str = MEMORY,
-    tracker: MemoryTracker | None = None,
-    **options: Any,
-) -> tuple[list[Step], list[FrozenTrial]]:
-    """Run a study to its end; return its steps and its trials."""
-    executor, study = Watched(curve, **options), open_study(definition, uri, definition.identity())
-    assert run_scripted(definition, executor, tracker or MemoryTracker(), study).complete
-    return executor.steps, study.trials
 
 
 def config_of(trial: FrozenTrial) -> TrialConfig:
@@ -250,16 +201,7 @@ def ends(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:
     return [(t.number, t.state, t.value, t.params, t.intermediate_values, is_paused(t)) for t in trials]
 
 
-FAMILIES = replace(asha(14, name="tpe"), expand={"gamma": (0.1, 0.5)})
-STOPPED = {
-    "tpe": asha(16, name="tpe"),
-    "gp": asha(ENOUGH["gp"], name="gp"),
-    "brackets": asha(16, name="tpe", pruner=Component("hyperband", {"min_epochs": 1, "factor": 2})),
-    "families": FAMILIES,
-}
-
-
-@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("name", ["tpe", *(pytest.param(n, marks=pytest.mark.slow) for n in STOPPED if n != "tpe")])
 def test_a_study_that_is_stopped_again_and_again_decides_and_samples_as_an_undisturbed_one(
     name: str, tmp_path: Path
 ) -> None:
@@ -293,8 +235,10 @@ IN_A_NEW_PROCESS = """
 import sys
 sys.path.insert(0, {tests!r})
 import pickle
+from dataclasses import replace
 from pathlib import Path
-from test_pausing import MemoryTracker, STOPPED, noisy, replace, search
+from caltech_sweep.testing import MemoryTracker
+from helpers.pausing import STOPPED, noisy, search
 tracker = Path("tracker.pickle")
 memory = pickle.loads(tracker.read_bytes()) if tracker.exists() else MemoryTracker()
 search(replace(STOPPED["tpe"], trials={total}), noisy(60), "sqlite:///optuna.db", memory)
@@ -432,7 +376,7 @@ def test_what_makes_no_rungs_is_refused() -> None:
     assert problems("asha", min_epochs=0) == [("min_epochs", "must be an integer >= 1, got 0")]
     assert problems("asha", factor=1.5) == [("factor", "must be an integer >= 2, got 1.5")]
     assert problems("asha", min_epoch=3) == [
-        ("min_epoch", "is no argument of asha with min_epochs and factor; did you mean 'min_epochs'?")
+        ("min_epoch", "is not an argument of asha with min_epochs and factor; did you mean 'min_epochs'?")
     ]
     assert problems("ashe")[0][1].startswith("there is no pruner 'ashe'")
     assert Pausing(3, 3).rungs(0, 30) == (3, 9, 27) and Pausing(3, 3).rungs(0, 27) == (3, 9)

@@ -168,7 +168,9 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     state = torchvision.models.squeezenet1_1().state_dict()
     state["features.0.bias"][3] = float("inf")
     torch.save(state, tmp_path / "broken.pt")
-    with pytest.raises(ModelError, match="hold NaN or infinity, for one in features.0.bias; take another checkpoint"):
+    with pytest.raises(
+        ModelError, match="hold NaN or infinity, for example in features.0.bias; take another checkpoint"
+    ):
         build_model(TrialConfig(arch="squeezenet1_1", weights=f"file:{tmp_path / 'broken.pt'}"), 5)
 
 

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import dataset_root, load_dataset, load_split
+from helpers.pictures import check_pictures
 from helpers.places import invoke
 
 ROOT = os.environ.get("CALTECH101_ROOT")
@@ -54,3 +55,30 @@ def test_pixels_are_torchvision_s_on_grey_small_and_tall_images(tmp_path: Path, 
         assert torch.equal(crops[index], v2.functional.pil_to_tensor(v2.CenterCrop(224)(resized)))
         views = torch.stack([v2.functional.pil_to_tensor(view) for view in v2.TenCrop(224)(resized)])
         assert torch.equal(data.ten_crops("test", index, 224), views)
+
+
+STUDY = """\
+title: All classes
+dataset: {name: caltech101, resize: 64, crop: 56}
+trials: 1
+sampler: {name: random, seed: 0}
+fixed: {arch: squeezenet1_1, batch_size: 64, epochs: 1}
+space: {}
+rows: [{name: Row, set: {lr: 0.001}}]
+"""
+
+
+@pytest.mark.slow
+def test_all_classes_pass_a_plan_a_short_study_and_the_page_whose_pictures_are_the_pictures(place: Path) -> None:
+    (place / "sweeps" / "all.yaml").write_text(STUDY)
+    data = ("--data", str(ROOT))
+    planned = invoke("plan", "all", *data)
+    assert planned.exit_code == 0 and "3,856 train, 1,928 val, 2,893 test" in planned.output, planned.output
+    few = ("--set", "dataset.images_per_class=6", *data, "--in-process", "--threads", "1")
+    ran = invoke("run", "all", *few)
+    assert ran.exit_code == 0 and "study all: 1 complete" in ran.output, ran.output
+    assert invoke("report", "all", "--format", "html", "--out", "page.html", *data).exit_code == 0
+    page = (place / "page.html").read_text(encoding="utf-8")
+    root = dataset_root(DatasetConfig(root=ROOT))
+    assert root is not None and check_pictures(page, root) == 18
+    assert "101 classes" in page and "cannot be read in the dataset" not in page

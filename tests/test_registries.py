@@ -254,6 +254,7 @@ sampler: {name: random, seed: 3}
 pruner: {name: median, warmup_epochs: 2}
 early_stopping: {patience: 2, min_delta: 0.01}
 budget: {epochs: 90}
+columns: [momentum, test/macro_accuracy]
 tolerance: 0.02
 replicates: 2
 rows: [{name: One, set: {augment: [rotation, hflip]}, reference: {val_accuracy: 0.5, best_epoch: 3}, tolerance: 0.5}]

@@ -5,8 +5,11 @@ import csv
 import json
 import math
 import os
+import pty
+import re
 import shutil
 import sqlite3
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +17,22 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.cells import cell_len
 
 from caltech_sweep.cli import main
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.report.build import build_report, check_report, load_tables
+from caltech_sweep.report.grid import grid
 from caltech_sweep.report.model import Table
-from caltech_sweep.study.definition import Row, StudyDefinition
+from caltech_sweep.report.page.assemble import build_page
+from caltech_sweep.report.page.section import Options
+from caltech_sweep.report.terminal import terminal_table
+from caltech_sweep.study.definition import Choices, Range, Row, StudyDefinition, SubsetOf
 from caltech_sweep.study.file import load_study
 from caltech_sweep.tracking.reader import ClientReader, SqlReader
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.places import invoke, sql
 from helpers.servers import mlflow_server
 from helpers.stores import PREDICTIONS, write_study, write_table, write_trial
 
@@ -36,7 +45,7 @@ IMAGES = {"train": 400, "val": 200, "test": 300, "classes": 5}
 
 
 def check_golden(name: str, text: str) -> None:
-    """Compare with a golden file; UPDATE_GOLDEN=1 alone writes one."""
+    """Compare with a golden file; only UPDATE_GOLDEN=1 writes one."""
     path = GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN") == "1":
         path.write_text(text, encoding="utf-8")
@@ -65,19 +74,30 @@ class Writer:
         *,
         row: str | None = None,
         shift: int = 0,
+        spent: tuple[int, float] | None = None,
+        measures: Mapping[str, float] | None = None,
         **tags: str,
     ) -> str:
-        """Write a trial; ``scores``: validation accuracy, test images classified right, the epoch that won."""
+        """Write a trial; ``scores``: validation accuracy, test images classified right, the epoch that won.
+
+        ``spent`` is epochs and seconds, ``measures`` further ones of both parts.
+        """
         metrics: dict[str, float] = {}
         folder = None
-        if scores is not None:
+        if scores is not None and scores[1] < 0:  # without test images
+            metrics = {"best/val_accuracy": scores[0], "best/epoch": scores[2]}
+        elif scores is not None:
             val, right, epoch = scores
             part = "test_tencrop" if config.test_views == "tencrop" else "test"
             accuracy = right / IMAGES["test"]
             metrics = {"best/val_accuracy": val, "best/epoch": epoch, "test/accuracy": accuracy - 0.01}
             metrics[f"{part}/accuracy"] = accuracy
             folder = self.predictions(part, right, shift)
+        for name, value in (measures or {}).items():
+            metrics |= {f"best/val_{name}": value, f"test/{name}": value}
         epochs = [{"val/accuracy": 0.1, "train/loss": 2.0}]
+        if spent is not None:
+            epochs.append({"spent/epochs": spent[0], "spent/seconds": spent[1]})
         more = {"epochs": epochs, "row": row, "metrics": metrics, "files": folder, **tags}
         return write_trial(self.tracker, study, config, number, outcome, **more)
 
@@ -170,7 +190,7 @@ def store(blank: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def without_run_ids(text: str, tables: Iterable[Table]) -> str:
     """Return text with run ids, which differ each time, replaced by their row's place."""
     for table in tables:
-        for index, row in enumerate(table.rows):
+        for index, row in enumerate((*table.rows, *(table.others or ()))):
             if row.run_id:
                 text = text.replace(row.run_id, f"{table.study}-{index}").replace(row.run_id[:8], f"run{index:05d}")
     return text
@@ -180,7 +200,8 @@ def without_run_ids(text: str, tables: Iterable[Table]) -> str:
 def test_the_report_of_the_store_is_this_text(store: str, kind: str) -> None:
     text = build_report([], kind, 3, store)
     suffix = {"markdown": "md", "latex": "tex"}.get(kind, kind)
-    check_golden(f"report.{suffix}", without_run_ids(text, load_tables([], 3, store)))
+    everything = kind in ("json", "csv")
+    check_golden(f"report.{suffix}", without_run_ids(text, load_tables([], 3, store, everything)))
 
 
 def test_the_studies_come_in_the_order_of_the_report_then_by_age(store: str) -> None:
@@ -341,6 +362,21 @@ def mixed(name: str, *rows: Row, **changes: Any) -> StudyDefinition:
     return replace(StudyDefinition(name, name, 9, {}, {"epochs": 4}, {}, rows), **changes)
 
 
+def test_rows_that_were_computed_in_several_number_formats_are_told_apart(own: Writer) -> None:
+    kinds = [{"precision": "bfloat16"}, {}, {"precision": "float32"}]  # an earlier version recorded the device only
+    study = mixed("kinds", *(Row(name, {"lr": 0.01 * at}) for at, name in enumerate(("One", "Two", "Three"), 1)))
+    asked = mixed("asked", *(Row(name, {"precision": name}) for name in ("bfloat16", "float32")))
+    for each in (study, asked):
+        own.study(each)
+        for number, (row, kind) in enumerate(zip(each.rows, kinds, strict=False)):
+            tags = {f"environment.{key}": value for key, value in {"device": "cpu", **kind}.items()}
+            own.trial(each.name, each.row_config(row), number, "complete", (0.5, 150, 4), row=row.name, **tags)
+    mixture, on_purpose = load_tables(["kinds", "asked"], 0, own.tracker.uri)
+    said = "Not all trainings were computed alike, which may matter as much as a seed does: "
+    assert f"{said}One in bfloat16 on processors; Two and Three in float32 on processors." in mixture.footnotes
+    assert not any(said in note for note in on_purpose.footnotes)
+
+
 def test_ten_views_are_said_of_the_rows_that_have_them_and_of_no_other(own: Writer) -> None:
     rows = (
         Row("Plain", {"lr": 0.01}),
@@ -363,11 +399,11 @@ def test_ten_views_are_said_of_the_rows_that_have_them_and_of_no_other(own: Writ
     for kind in ("markdown", "html", "latex", "json"):
         assert sentence in build_report(["mixed"], kind, 3, own.tracker.uri)
     (table,) = load_tables(["mixed"], 0, own.tracker.uri)
-    assert table.footnotes[0].startswith("The test accuracy of Views is over ten views")
+    assert table.footnotes[1].startswith("The test accuracy of Views is over ten views")
     own.study(mixed("views", rows[1]))
     own.trial("views", study.row_config(rows[1]), 0, "complete", (0.8, 240, 3), row="Views")
     (table,) = load_tables(["views"], 3, own.tracker.uri)
-    assert table.footnotes[0] == "Test accuracy is over ten views of each image (TenCrop)."
+    assert table.footnotes[1] == "Test accuracy is over ten views of each image (TenCrop)."
 
 
 def test_overrides_are_said_with_the_rows_that_were_trained_otherwise(own: Writer) -> None:
@@ -382,12 +418,174 @@ def test_overrides_are_said_with_the_rows_that_were_trained_otherwise(own: Write
     assert note == "Overridden settings: epochs = 3 (not so in trial-001), momentum = 0.5 (not so in trial-002)."
 
 
-def test_batch_sizes_that_differ_have_their_column_in_every_table(own: Writer) -> None:
-    for name in ("scratch", "another"):
-        own.study(mixed(name, Row("Small", {"batch_size": 32}), Row("Usual", {})))
-    tables = load_tables([], 0, own.tracker.uri)
-    assert [[row.settings["batch_size"] for row in table.rows] for table in tables] == [[32, 256]] * 2
-    assert all("batch_size" in table.columns for table in tables)
+VARIED = StudyDefinition(
+    "varied",
+    "What was varied",
+    9,
+    {"name": "shapes"},
+    {"epochs": 4, "arch": "resnet18", "gamma": 0.5},
+    {
+        "weight_decay": Range(1e-5, 1e-2, log=True),
+        "augment": SubsetOf(("hflip", "rotation")),
+        "momentum": Choices((0.9,)),
+    },
+    (
+        Row("Plain", {"optimizer": "sgd", "weight_decay": 1e-4, "augment": ()}),
+        Row("Adam", {"optimizer": "adamw", "weight_decay": 1e-4, "augment": ()}),
+    ),
+    early_stopping={"patience": 2},
+)
+LONG = 0.0001942711129047409
+
+
+def write_varied(own: Writer, **changes: Any) -> StudyDefinition:
+    """A study with a row that is complete, a sampled trial in each state, and a seed that failed."""
+    study = replace(VARIED, **changes)
+    own.study(study)
+    first, second = study.rows
+    more = {"macro_accuracy": 0.5, "top5_accuracy": 0.9}
+    own.trial(study.name, study.row_config(first), 0, "complete", (0.8, 240, 3), row=first.name, measures=more)
+    own.trial(study.name, study.row_config(second), 1, "crashed", row=second.name, reason="no luck")
+    for number, outcome in enumerate(("complete", "complete", "pruned", "paused", "diverged", None), 2):
+        config = study.sampled_config({"weight_decay": LONG * number, "augment": ("hflip", "rotation")})
+        scores = (0.7 + number / 100, 200, 2) if outcome == "complete" else None
+        tags = {"paused_at": "3"} if outcome == "paused" else {}
+        own.trial(study.name, config, number, outcome, scores, spent=(number, 61.5 * number), **tags)
+    older = study.config({"optimizer": "adam", "weight_decay": 0.1, "augment": ()})
+    own.trial(study.name, older, 8, "complete", (0.99, 299, 3), row=second.name)
+    return study
+
+
+def test_columns_are_what_rows_and_space_vary_and_what_is_constant_stands_above(own: Writer) -> None:
+    write_varied(own)
+    (table,) = load_tables(["varied"], 1, own.tracker.uri)
+    assert table.columns == ("optimizer", "weight_decay", "augment")
+    assert table.notes[1:] == (
+        "The same in all rows: arch = resnet18, weights = none, lr = 0.01, momentum = 0.9, gamma = 0.5, epochs = 4, "
+        "batch_size = 256.",
+        "Sampled trials only: patience = 2.",
+    )
+    header, *_ = build_report(["varied"], "markdown", 1, own.tracker.uri).split("| Model")[1].splitlines()
+    assert header.split("|")[1:4] == [" OPTIMIZER ", " WEIGHT DECAY ", " AUGMENT        "]
+    text = build_report(["varied"], "markdown", 1, own.tracker.uri)
+    row = next(line for line in text.splitlines() if line.startswith("| trial-003"))
+    assert [cell.strip() for cell in row.split("|")][1:5] == ["trial-003", "sgd", "0.0005828", "hflip+rotation"]
+    assert str(LONG)[:12] not in text
+    assert "Best Epoch: the epoch with the highest validation accuracy, whose weights are tested." in text
+
+
+def test_a_study_names_the_settings_and_measures_of_its_columns(own: Writer) -> None:
+    write_varied(own, columns=("epochs", "weight_decay", "test/macro_accuracy", "val/top5_accuracy"))
+    (table,) = load_tables(["varied"], 1, own.tracker.uri)
+    header, rows = grid(table)
+    assert header[:7] == [
+        *("Model", "EPOCHS", "WEIGHT DECAY", "Macro accuracy on Test Set", "Top-5 accuracy on Validation Set"),
+        *("Best Epoch", "Note"),
+    ]
+    assert [cell.text for cell in rows[0][:7]] == ["Plain", "4", "0.0001", "0.500", "0.900", "3", "best"]
+    assert rows[2][6].text.endswith(
+        "optimizer sgd, augment hflip+rotation"
+    )  # what sampled trials have without a column
+    assert "epochs" not in table.notes[1] and table.footnotes[0].startswith("EPOCHS: how many a row trains at most.")
+    (measures,) = load_tables([write_varied(own, name="only", columns=("val/loss",)).name], 1, own.tracker.uri)
+    assert measures.columns == ("optimizer", "weight_decay", "augment") and measures.measures == ("val/loss",)
+
+
+def test_every_trial_is_listed_with_its_settings_epochs_time_and_end(own: Writer) -> None:
+    write_varied(own)
+    shown = CliRunner().invoke(main, ["report", "varied", "--all", "--best", "1", "--tracking-uri", own.tracker.uri])
+    lines = [line for line in shown.stdout.splitlines() if line.startswith("| ")]
+    header = [cell.strip() for cell in lines[0].split("|")]
+    cells = [dict(zip(header, (cell.strip() for cell in line.split("|")), strict=True)) for line in lines[2:]]
+    assert [(row["Model"], row["Outcome"]) for row in cells] == [
+        *(("Plain", "complete"), ("Adam", "failed (crashed)"), ("trial-003", "complete"), ("trial-002", "complete")),
+        *(("trial-004", "pruned"), ("trial-005", "paused"), ("trial-006", "failed (diverged)")),
+        *(("trial-007", "running"), ("Adam", "complete")),
+    ]
+    pruned, paused = cells[4], cells[5]
+    assert [pruned[name] for name in ("WEIGHT DECAY", "Epochs Trained", "Time")] == ["0.0007771", "4", "4 min 6 s"]
+    assert paused["Note"] == "at epoch 3" and cells[1]["Note"] == "no luck"
+    assert cells[-1]["Note"] == "an older version of this row"
+    assert "6 trials at the end are compared with no other." in shown.stdout
+    assert "Epochs Trained" not in build_report(["varied"], "markdown", 1, own.tracker.uri)
+
+
+def test_programs_get_every_trial_and_each_setting_in_its_type(own: Writer) -> None:
+    write_varied(own, columns=("epochs", "test/macro_accuracy"))
+    (document,) = json.loads(build_report(["varied"], "json", 1, own.tracker.uri))
+    states = [row["state"] for row in document["rows"]]
+    assert states == [
+        "complete",
+        "crashed",
+        "complete",
+        "complete",
+        "pruned",
+        "paused",
+        "diverged",
+        "running",
+        "complete",
+    ]
+    pruned = document["rows"][4]
+    assert (pruned["weight_decay"], pruned["augment"], pruned["epochs"]) == (LONG * 4, ["hflip", "rotation"], 4)
+    assert (pruned["epochs_trained"], pruned["seconds"], pruned["kind"]) == (4, 246, "sampled")
+    assert document["rows"][0]["test_macro_accuracy"] == 0.5 and document["settings"]["arch"] == "resnet18"
+    lines = list(csv.DictReader(build_report(["varied"], "csv", 1, own.tracker.uri).splitlines()))
+    assert [line["state"] for line in lines] == states
+    assert (lines[4]["weight_decay"], lines[4]["augment"], lines[0]["augment"]) == (
+        str(LONG * 4),
+        "hflip+rotation",
+        "none",
+    )
+    assert lines[0]["optimizer"] == "sgd" and lines[0]["test_macro_accuracy"] == "0.5"
+
+
+def test_a_terminal_gets_tables_of_its_width_with_every_word(own: Writer) -> None:
+    write_varied(own)
+    (table,) = load_tables(["varied"], 3, own.tracker.uri, everything=True)
+    header, rows = grid(table, everything=True)
+    for width in (60, 80, 200):
+        lines = terminal_table(table, width, everything=True).splitlines()
+        assert max(map(cell_len, lines)) <= width
+        wanted = {word for cells in (header, *([cell.text for cell in row] for row in rows)) for text in cells
+                  for word in text.split()}  # fmt: skip
+        assert wanted <= set(" ".join(lines).split()) | {"–"}
+    (line,) = [line for line in terminal_table(table, 300).splitlines() if line.startswith("trial-003")]
+    assert line.split()[1:4] == ["sgd", "0.0005828", "hflip+rotation"]
+
+
+def test_nothing_says_test_where_there_are_no_test_images(own: Writer) -> None:
+    study = mixed("bare", Row("One", {"lr": 0.01}), Row("Two", {"lr": 0.02}), fixed={"epochs": 4, "test_batch_size": 9})
+    own.study(study, {"train": 400, "val": 200, "test": 0, "classes": 5})
+    for number, row in enumerate(study.rows):
+        own.trial("bare", study.row_config(row), number, "complete", (0.8 + number / 10, -1, 3), row=row.name)
+    for kind in ("markdown", "latex", "csv", "json"):
+        for everything in (False, True):
+            text = build_report(["bare"], kind, 3, own.tracker.uri, everything)
+            assert "test" not in text.replace("bare-test", "").lower().replace("latest", ""), text
+    html = build_page(["bare"], Options(), own.tracker.uri).html
+    body = html[html.index("<main") : html.index("<script", html.index("<main"))]
+    assert "test" not in re.sub(r"<[^>]+>", " ", body).lower()
+    (table,) = load_tables(["bare"], 3, own.tracker.uri)
+    assert [row.standing for row in table.rows] == [None, "best"]
+    assert table.footnotes[-1] == "Best: the highest validation accuracy."
+
+
+def test_a_reader_of_a_pipe_gets_markdown_and_of_a_terminal_a_table(
+    own: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_varied(own)
+    command = ["report", "varied", "--tracking-uri", own.tracker.uri]
+    assert "| Model" in CliRunner().invoke(main, command).stdout
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setenv("COLUMNS", "70")
+        monkeypatch.setattr(sys, "stdout", terminal)
+        main(command, standalone_mode=False)
+        terminal.flush()
+    shown = os.read(master, 1 << 20).decode()
+    assert "| Model" not in shown and "trial-003" in shown
+    assert max(map(cell_len, shown.splitlines())) <= 70
+    os.close(master)
 
 
 def test_published_figures_are_of_the_whole_only_where_the_subset_was_asked_for_beside_the_file(own: Writer) -> None:
@@ -408,9 +606,11 @@ def test_brackets_of_one_training_and_of_several_are_told_apart(own: Writer) -> 
         config, scores = study.row_config(rows[1], seed), (math.nan if seed == 2 else 0.7 + seed / 100, 230 + seed, 3)
         own.trial("seeds", config, 1 + seed, "complete", scores, row="Twice", replicate=str(seed))
     (table,) = load_tables(["seeds"], 0, own.tracker.uri)
-    assert table.footnotes[:2] == (
-        "Brackets of one training: 95% Wilson interval, n = 200 validation and 300 test images.",
-        "Rows with n seeds: mean ± standard deviation, brackets the 95% t interval of the mean.",
+    assert table.footnotes[:3] == (
+        "Best Epoch: the epoch with the highest validation accuracy, whose weights are tested; the mean over the "
+        "trainings of Twice.",
+        "Brackets of Once: 95% Wilson interval, n = 200 validation and 300 test images.",
+        "Twice, with n seeds: mean ± standard deviation, brackets the 95% t interval of the mean.",
     )
     text = build_report(["seeds"], "markdown", 0, own.tracker.uri)
     assert "0.705 ± 0.007 [0.641, 0.769] (n = 2)" in text
@@ -434,9 +634,9 @@ def test_rows_of_other_test_images_are_not_compared_and_are_held_against_their_o
     assert (other.standing, other.majority) == (None, False)
     assert equal.remarks == ("not told apart from the majority class",)  # 0.343, and 0.333 is in its interval
     assert other.remarks == ("not compared: its test images are others", *equal.remarks)
-    assert table.footnotes[1].startswith("Best: the highest validation accuracy, the first of equals. Tied:")
-    assert "on the same 300 images (p at least 0.05, Holm-corrected)." in table.footnotes[1]
-    assert table.footnotes[2:] == (
+    assert table.footnotes[2].startswith("Best: the highest validation accuracy, the first of equals. Tied:")
+    assert "on the same 300 images (p at least 0.05, Holm-corrected)." in table.footnotes[2]
+    assert table.footnotes[3:] == (
         "Majority class of Best and Equal: always answering 'fish' is right for 0.333 of the test images.",
         "Majority class of Other images: always answering 'bird' is right for 0.333 of the test images.",
     )
@@ -472,3 +672,10 @@ def test_the_report_knows_neither_sweeps_nor_trainings() -> None:
             for name in names:
                 assert name.split(".")[0] not in ("mlflow", "optuna", "torch"), (path, name)
                 assert not name.startswith(("caltech_sweep.sweep", "caltech_sweep.training")), (path, name)
+
+
+def test_a_report_does_not_depend_on_the_clocks_of_the_machines_that_ran_the_trials(copied: Path) -> None:
+    before = [invoke("report", "tiny", "--format", kind).output for kind in ("json", "markdown", "csv")]
+    sql(copied, "mlflow.db", "UPDATE runs SET start_time = 3000000000000 - start_time, end_time = start_time - 5")
+    sql(copied, "mlflow.db", "UPDATE metrics SET timestamp = 3000000000000 - timestamp")
+    assert [invoke("report", "tiny", "--format", kind).output for kind in ("json", "markdown", "csv")] == before

@@ -121,7 +121,7 @@ def test_a_version_with_new_settings_goes_on_with_the_study_of_this_one(copied: 
     package = tmp_path / "later" / "caltech_sweep"
     shutil.copytree(Path(caltech_sweep.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     config = (package / "config.py").read_text(encoding="utf-8")
-    last = '    channels_last: bool | None = setting(None, optional(BOOLEAN, "CUDA only"), "memory layout of images")\n'
+    last = "    seed: int = setting(0, integer(0, LARGEST_SEED))\n"
     assert config.count(last) == 1
     (package / "config.py").write_text(config.replace(last, last + LATER), encoding="utf-8")
     study = copied / "sweeps" / "tiny.yaml"

@@ -112,7 +112,8 @@ def device(place: Path) -> None:
 
 
 def threads(place: Path) -> None:
-    run("run", "tiny", "--in-process", "--row", "First", "--set", "epochs=1", "--threads", "2")
+    few = ("--set", "epochs=1", "--set", "dataset.images_per_class=2", "--set", "batch_size=6")
+    run("run", "tiny", "--in-process", "--row", "First", *few, "--threads", "2")
     assert trials()[0].tags["environment.threads"] == "2"
 
 

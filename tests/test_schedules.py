@@ -124,11 +124,13 @@ def test_the_nominal_length_of_an_epoch_gives_the_epochs_that_any_other_gives() 
 
 
 def test_the_first_version_s_keys_stay() -> None:
-    from caltech_sweep.training.keys import checkpoint_key, digest, rate_mark
+    from caltech_sweep.training.keys import checkpoint_keys, digest, rate_mark
 
     rates = (0.01, 0.01, 0.001)
     marks = [rate_mark((rate,)) for rate in rates]
-    assert checkpoint_key("base", marks) == digest(["base", [rate.hex() for rate in rates]])
+    exact = [rate.hex() for rate in rates]
+    assert list(checkpoint_keys('a "base"', marks)) == [digest(['a "base"', exact[:epoch]]) for epoch in (1, 2, 3)]
+    assert list(checkpoint_keys("base", [])) == []
     assert len({rate_mark(rates), rate_mark(rates[:2]), rate_mark((0.01,))}) == 3
     assert epoch_rates(CONFIG, 6) == (0.3 * 0.2**1,)
     assert DatasetConfig() == TrialConfig().dataset

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.definition import Choices, Component, Range, Row, StudyDefinition
 from caltech_sweep.study.file import load_study
+from caltech_sweep.sweep.executors.base import Epoch, Event
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.sweep.sharing import branch_epochs, common_epochs, new_epochs, next_index
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
+from caltech_sweep.training.keys import checkpoint_keys
 from caltech_sweep.training.schedule import learning_rates
 from helpers.studies import Dying, Killed
 
@@ -73,6 +77,29 @@ def test_common_epochs_are_the_agreeing_start(one: TrialConfig, other: TrialConf
         assert common == min(len(rates), len(others)) or rates[common] != others[common]
 
 
+def peak(call: Callable[[], object]) -> int:
+    """Return the most bytes that a call has in use."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_shared_epochs_take_grows_with_the_epochs_and_not_with_their_square() -> None:
+    def count(epochs: int) -> None:
+        rows = [TrialConfig(epochs=epochs, schedule=name, lr=0.02) for name in ("constant", "step")]
+        assert new_epochs(rows) == [epochs, epochs - 20] and common_epochs(*rows) == 20
+
+    assert peak(lambda: count(4_000)) < 15 * peak(lambda: count(400))
+
+
+def test_keys_of_many_epochs_are_made_one_after_the_other_and_hold_none_of_them() -> None:
+    marks = itertools.repeat("0x1.47ae147ae147bp-7", 20_000)
+    assert peak(lambda: sum(1 for _ in checkpoint_keys("base", marks))) < 50_000
+
+
 def test_branch_epochs_are_where_rows_and_families_part() -> None:
     study = load_study("transfer")
     assert [sorted(branch_epochs(study, config)) for config in rows_of("transfer")] == [
@@ -109,6 +136,27 @@ FAMILY = StudyDefinition(
     sampler=Component("tpe", {"seed": 3}),
     expand={"step_size": (2, 4), "epochs": (4, 6)},
 )
+
+
+class Saving(ScriptedExecutor):
+    """Its disk is so slow that no state is kept before its trial ends."""
+
+    def poll(self, timeout: float) -> list[Event]:
+        events = super().poll(timeout)
+        return [replace(event, saving=event.epoch) if isinstance(event, Epoch) else event for event in events]
+
+
+@pytest.mark.parametrize(("executor", "before"), [(ScriptedExecutor, 1), (Saving, 4)])
+def test_a_sibling_waits_for_the_state_that_it_goes_on_from(executor: type[ScriptedExecutor], before: int) -> None:
+    rows = [Row(str(step), {"lr": 0.1, "freeze": "none", "step_size": step, "epochs": 6}) for step in (2, 4)]
+    space = {"lr": Range(1e-3, 1.0, log=True), "step_size": Choices((1, 2)), "epochs": Choices((1,))}
+    study = replace(FAMILY, rows=tuple(rows), space=space, expand={}, trials=8)
+    ran = executor(slots=2)
+    run_scripted(study, ran, MemoryTracker(), open_study(study, MEMORY, study.identity()))
+    order = [job.config.step_size for job in ran.jobs if job.config.epochs == 6]
+    assert order == [2, 4]
+    second = next(place for place, job in enumerate(ran.jobs) if (job.config.epochs, job.config.step_size) == (6, 4))
+    assert second == 1 + before  # sampled trials of one epoch run until the first row has what the second needs
 
 
 def test_every_sampled_setting_becomes_a_family_of_real_trials() -> None:

@@ -103,6 +103,16 @@ def test_tokens_and_passwords_reach_the_server_as_mlflow_sends_them(
     assert MlflowTracker(gate.address).start_study("password", "A title", {})
 
 
+@pytest.mark.parametrize("token", ["hunter2\n", "hunter2\r\nX: 1", "hunter2€"])
+def test_a_token_that_no_header_can_hold_is_a_sentence_about_it_that_does_not_tell_it(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+    refused = invoke("report", "--tracking-uri", gate.address)
+    assert refused.exit_code == 2 and "renew what MLflow signs in with (MLFLOW_TRACKING_TOKEN" in refused.output
+    assert "hunter2" not in refused.output and "start it" not in refused.output
+
+
 def test_a_server_behind_a_proxy_is_reached_through_it(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", gate.address)
     monkeypatch.setenv("NO_PROXY", "")

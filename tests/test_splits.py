@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_split
-from caltech_sweep.data.splits import caltech_split, folder_split, subset
+from caltech_sweep.data.given import folder_split
+from caltech_sweep.data.splits import caltech_split, subset
 from caltech_sweep.errors import DatasetError
 from helpers.datasets import fake_caltech
 
@@ -61,26 +62,28 @@ def test_a_folder_split_is_disjoint_exhaustive_and_stratified(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seed: int
 ) -> None:
     root = make_folder(tmp_path_factory.mktemp("folder"), {f"c{i}": n for i, n in enumerate(sizes)})
-    split = folder_split(root, 1 / 3, 1 / 3, seed)
+    split = folder_split(root, DatasetConfig(split_seed=seed))
     parts = [[item.path for item in part] for part in (split.train, split.val, split.test)]
     everything = [path for part in parts for path in part]
     assert len(everything) == len(set(everything)) == sum(sizes)
     for label in range(len(sizes)):
         assert all(any(item.label == label for item in part) for part in (split.train, split.val, split.test))
-    assert folder_split(root, 1 / 3, 1 / 3, seed) == split
+    assert folder_split(root, DatasetConfig(split_seed=seed)) == split
 
 
 def test_impossible_splits_are_sentences(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="at least two folders"):
-        folder_split(make_folder(tmp_path / "one", {"a": 9}), 0.3, 0.3, 0)
+    with pytest.raises(DatasetError, match="at least two classes"):
+        folder_split(make_folder(tmp_path / "one", {"a": 9}), DatasetConfig(val_fraction=0.3, test_fraction=0.3))
     with pytest.raises(DatasetError, match="class 'b' has 2 images, too few"):
-        folder_split(make_folder(tmp_path / "two", {"a": 9, "b": 2}), 0.3, 0.3, 0)
+        folder_split(
+            make_folder(tmp_path / "two", {"a": 9, "b": 2}), DatasetConfig(val_fraction=0.3, test_fraction=0.3)
+        )
     with pytest.raises(DatasetError, match="caltech-sweep data"):
         load_split(DatasetConfig(root=str(tmp_path / "nowhere")))
 
 
 def test_subsets_renumber_their_classes(tmp_path: Path) -> None:
-    split = folder_split(make_folder(tmp_path, dict.fromkeys("abcde", 12)), 1 / 3, 1 / 3, 0)
+    split = folder_split(make_folder(tmp_path, dict.fromkeys("abcde", 12)), DatasetConfig())
     second = subset(split, DatasetConfig(classes="second_half", images_per_class=2))
     assert second.classes == ("d", "e")
     assert [item.label for item in second.val] == [0, 0, 1, 1]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.sweep.executors.base import Job
 from caltech_sweep.sweep.executors.worker import train
+from caltech_sweep.training import cache, device
 from caltech_sweep.training import checkpoints as stages
-from caltech_sweep.training import device
 from caltech_sweep.training import keys as reuse
 from caltech_sweep.training.cache import Cache, default_budget
 from caltech_sweep.training.checkpoints import identity, stored_epochs
-from caltech_sweep.training.fit import EpochResult
-from caltech_sweep.training.keys import CacheOptions, checkpoint_key, epoch_marks, prefix_key
+from caltech_sweep.training.fit import EpochResult, Training
+from caltech_sweep.training.keys import CacheOptions, checkpoint_keys, epoch_marks, prefix_key
+from caltech_sweep.training.models import build_model
 from caltech_sweep.training.schedule import epoch_rates, learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
@@ -104,8 +106,10 @@ data = load_dataset(t.SHAPES)
 for _ in range(3):
     child = os.fork()
     if child == 0:
+        trained = 0
         for epoch in t.run_trial(t.CONFIG, data, t.CPU, stages=t.use_of(Path(sys.argv[1]))):
-            if not epoch.reused:
+            trained += not epoch.reused
+            if trained == 2 or epoch.epoch == 4:  # the state before this one is kept, its own is being written
                 os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
@@ -116,7 +120,7 @@ def test_processes_killed_after_every_epoch_leave_an_uninterrupted_training(data
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(torch.get_num_threads())]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     got = run(CONFIG, data, use_of(tmp_path))
-    assert (got[1].epochs_reused, got[1].epochs_trained) == (3, 1)
+    assert got[1].epochs_reused >= 3 and got[1].epochs_reused + got[1].epochs_trained == 4 and not got[1].warnings
     assert_same(got, run(CONFIG, data))
 
 
@@ -181,27 +185,108 @@ def test_saves_for_resuming_wait_until_they_are_cheap(data: LoadedData, tmp_path
     assert len(Cache(tmp_path, 0).entries()) == 1  # a second of training does not pay for one in the midst of it
 
 
+def epochs_in(folder: Path) -> list[int]:
+    store = Cache(folder, 0)
+    return sorted(len(store.open(entry.name)[0]["history"]) for entry in store.entries())
+
+
 def test_what_only_serves_resuming_gives_way_to_what_is_later(
     data: LoadedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "SAVING_SHARE", math.inf)
     use = replace(use_of(tmp_path, frozenset({2})), every_seconds=0.0)
-    store = Cache(tmp_path, 0)
-
-    def epochs() -> list[int]:
-        return sorted(len(store.open(entry.name)[0]["history"]) for entry in store.entries())
-
     config = replace(CONFIG, epochs=6)
     kill_after(1, config, data, use)
-    assert epochs() == [1]
+    assert epochs_in(tmp_path) == [1]
     kill_after(4, config, data, use)
-    assert epochs() == [2, 4]
+    assert epochs_in(tmp_path) == [2, 4]
     kill_after(5, replace(config, epochs=7), data, use)  # another trial goes on from there: it is not its own to drop
-    assert epochs() == [2, 4, 5]
-    store.clear()
+    assert epochs_in(tmp_path) == [2, 4, 5]
+    Cache(tmp_path, 0).clear()
     kill_after(4, config, data, use)
     run(config, data, use)
-    assert epochs() == [2, 6]
+    assert epochs_in(tmp_path) == [2, 6]
+
+
+def test_training_goes_on_while_a_state_is_written_and_ends_after_it(
+    data: LoadedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, written = threading.Event(), stages.save_file
+
+    def slowly(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        assert disk.wait(60)
+        written(tensors, path)
+
+    monkeypatch.setattr(stages, "save_file", slowly)
+    trial = run_trial(CONFIG, data, CPU, stages=use_of(tmp_path, frozenset({1, 4})))
+    assert [next(trial).saving for _ in range(3)] == [1, 2, 3]  # that of epoch 1 waits for the disk all the time
+    assert epochs_in(tmp_path) == []
+    threading.Timer(0.2, disk.set).start()
+    assert next(trial).epoch == 4
+    with pytest.raises(StopIteration):
+        next(trial)
+    assert epochs_in(tmp_path) == [1, 4]
+    assert_same(run(CONFIG, data, use_of(tmp_path)), run(CONFIG, data))
+
+
+def test_a_trial_that_is_stopped_waits_for_its_state_and_one_that_may_pause_has_it_at_once(
+    data: LoadedData, tmp_path: Path
+) -> None:
+    kill_after(2, CONFIG, data, use_of(tmp_path / "stopped", frozenset({2})))
+    assert epochs_in(tmp_path / "stopped") == [2]
+    trial = run_trial(CONFIG, data, CPU, stages=replace(use_of(tmp_path / "paused"), hold_at=frozenset({1})))
+    assert next(trial).saving == 0 and epochs_in(tmp_path / "paused") == [1]
+
+
+def test_what_goes_wrong_while_a_state_is_written_is_told_like_any_other_error(
+    data: LoadedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise ValueError("no such tensors")
+
+    monkeypatch.setattr(stages, "save_file", refused)
+    with pytest.raises(ValueError, match="no such tensors"):
+        run(CONFIG, data, use_of(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_is_saved_where_it_spares_more_than_it_costs(
+    data: LoadedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use, config = replace(use_of(tmp_path, frozenset({1, 2})), hold_at=frozenset({3})), replace(CONFIG, epochs=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_FIRST_RATE", 1.0)  # a byte a second
+        run(config, data, use)
+    assert epochs_in(tmp_path) == [3]  # where a trial may pause it is saved at any cost
+    run(config, data, use)
+    assert epochs_in(tmp_path) == [3, 5]
+    Cache(tmp_path, 0).clear()
+    run(config, data, use)
+    assert epochs_in(tmp_path) == [1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("changes", [{"freeze": "conv", "augment": ()}, {"ema_decay": 0.5}], ids=["frozen", "average"])
+def test_a_state_holds_what_its_start_lacks_once_and_older_ones_are_read(changes: dict, data: LoadedData) -> None:
+    config = replace(CONFIG, **changes)
+    first = Training(config, data, build_model(config, 3), CPU)
+    first.run_epoch()
+    state = stages.capture(first)
+    names = {name.partition(".")[2] for name in state.tensors if name.startswith("model.")}
+    trained = {name for name, parameter in first.model.named_parameters() if parameter.requires_grad}
+    statistics = set() if config.freeze == "conv" else {name for name, _ in first.model.named_buffers()}
+    assert names == trained | statistics and not state.group("best")
+    older = {f"{kind}.{k}": v for kind in ("model", "best") for k, v in first.model.state_dict().items()}
+    older |= {f"best.{name}": value for name, value in first.best_weights.items()}
+    second = []
+    for stage in (state, stages.Checkpoint(state.header, {**state.tensors, **older})):
+        training = Training(config, data, build_model(config, 3), CPU)
+        stages.restore(training, stage)
+        assert all(torch.equal(value, first.best_weights[name]) for name, value in training.best_weights.items())
+        training.run_epoch()
+        second.append(training.model.state_dict())
+    first.run_epoch()
+    for got in second:
+        assert all(torch.equal(value, got[name]) for name, value in first.model.state_dict().items())
 
 
 FULL_DISK = """
@@ -237,6 +322,8 @@ def test_the_runner_says_what_was_reused(tmp_path: Path) -> None:
         with pytest.raises(StopIteration) as end:
             next(epochs)
         tags = end.value.value.tags
+        assert tags["environment.precision"] == "float32"  # since it has depthwise convolutions
+        assert tags["environment.channels_last"] == str(device.uses_channels_last(CONFIG, CPU))
         assert (tags["reuse.epochs_reused"], tags["reuse.epochs_trained"]) == (("4", "0") if reused else ("0", "4"))
 
 
@@ -245,7 +332,7 @@ def test_the_runner_says_what_was_reused(tmp_path: Path) -> None:
 
 def test_only_what_decides_the_weights_is_in_the_key(data: LoadedData) -> None:
     def key(**changes: object) -> str:
-        return reuse.digest(identity(replace(CONFIG, **changes), data, CPU, None, True))
+        return reuse.digest(identity(replace(CONFIG, **{"precision": "float32", **changes}), data, CPU, None, True))
 
     base = key()
     same: list[dict] = [
@@ -255,8 +342,8 @@ def test_only_what_decides_the_weights_is_in_the_key(data: LoadedData) -> None:
         {"rotation_degrees": 3.0},
         {"outputs": 3},
         {"normalize": "half"},
-        {"precision": "float32"},
         {"channels_last": False},
+        {"precision": "auto", "channels_last": False},  # depthwise convolutions: what it means on every processor
         {"weight_decay": 5e-5},
     ]
     for changes in same:
@@ -353,10 +440,10 @@ def test_two_schedules_share_exactly_the_epochs_in_which_their_rates_agree(
     rates, others = learning_rates(one), learning_rates(other)
     assert rates == tuple(epoch_rates(one, epoch) for epoch in range(1, one.epochs + 1))
     agree = True
-    for epoch in range(1, min(one.epochs, other.epochs) + 1):
-        agree = agree and rates[epoch - 1] == others[epoch - 1]
-        keys = [checkpoint_key("base", epoch_marks(config)[:epoch]) for config in (one, other)]
-        assert (keys[0] == keys[1]) == agree
+    keys = zip(*(checkpoint_keys("base", epoch_marks(config)) for config in (one, other)), strict=False)
+    for rate, other_rate, (key, other_key) in zip(rates, others, keys, strict=False):
+        agree = agree and rate == other_rate
+        assert (key == other_key) == agree
 
 
 def test_what_sets_two_trunks_apart() -> None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -34,9 +35,9 @@ REFUSED: tuple[tuple[str, tuple[str, ...], str, str | None], ...] = (
     ("mlflow.example.com", BOTH, "is neither the address of a server", None),
     ("http//localhost:5000", BOTH, "is neither the address of a server", None),
     ("http:/localhost:5000", BOTH[:1], "too few slashes", "http://localhost:5000"),
-    ("file:./mlruns", BOTH[:1], "means a folder of files", "mlruns/mlflow.db"),
-    ("file:mlruns/optuna.db", BOTH[1:], "means a folder of files", "mlruns/optuna.db"),
-    ("file:///srv/mlruns", BOTH[:1], "means a folder of files", "/srv/mlruns/mlflow.db"),
+    ("file:./mlruns", BOTH[:1], "names a folder of files", "mlruns/mlflow.db"),
+    ("file:mlruns/optuna.db", BOTH[1:], "names a folder of files", "mlruns/optuna.db"),
+    ("file:///srv/mlruns", BOTH[:1], "names a folder of files", "/srv/mlruns/mlflow.db"),
     ("databricks", BOTH, "Databricks, which is not supported", None),
     ("databricks://profile", BOTH, "Databricks, which is not supported", None),
     ("databricks-uc", BOTH, "Databricks, which is not supported", None),
@@ -54,14 +55,14 @@ REFUSED: tuple[tuple[str, tuple[str, ...], str, str | None], ...] = (
     ("postgresql:/host/db", BOTH, "too few slashes", "postgresql://host/db"),
     ("postgresql+psycopg3://host/db", BOTH, "a driver that cannot be used", "postgresql+psycopg://host/db"),
     ("postgresql+asyncpg://host/db", BOTH, "a driver that cannot be used", "postgresql://host/db"),
-    ("postgresql://host:54x2/db", BOTH, "a port that is no number", None),
+    ("postgresql://host:54x2/db", BOTH, "a port that is not a number", None),
     ("htp://localhost:5000", BOTH[:1], "not known", "http://localhost:5000"),
-    ("http://localhost:50x", BOTH[:1], "a port that is no number", None),
-    ("http://localhost:", BOTH[:1], "a port that is no number", None),
-    ("http://localhost:70000", BOTH[:1], "a port that is no number", None),
+    ("http://localhost:50x", BOTH[:1], "a port that is not a number", None),
+    ("http://localhost:", BOTH[:1], "a port that is not a number", None),
+    ("http://localhost:70000", BOTH[:1], "a port that is not a number", None),
     ("http://", BOTH[:1], "names no host", None),
-    ("http://::1:5000", BOTH[:1], "a port that is no number", None),
-    ("http://h:5000/#/experiments/1", BOTH[:1], "the address of a page", "http://h:5000"),
+    ("http://::1:5000", BOTH[:1], "a port that is not a number", None),
+    ("http://h:5000/#/experiments/1", BOTH[:1], "the address of a web page", "http://h:5000"),
     ("http://localhost:5000", BOTH[1:], "which holds no studies", None),
     ("https://example.com", BOTH[1:], "which holds no studies", None),
     ("redis://localhost", BOTH, "it may start with", None),
@@ -71,7 +72,7 @@ REFUSED: tuple[tuple[str, tuple[str, ...], str, str | None], ...] = (
     ("./none/", BOTH[1:], "is a folder", "./none/optuna.db"),
     ("sqlite:///sweeps", BOTH, "is a folder", None),
     (".", BOTH, "is a folder", None),
-    ("/dev/null", BOTH, "is a device", None),
+    ("/dev/null", BOTH, "is not an ordinary file", None),
     ("~no-such-user/x.db", BOTH, "home folder of a user", None),
     ("", BOTH, "is empty", None),
     ("  ", BOTH, "is empty", None),
@@ -346,3 +347,17 @@ def test_a_journal_is_found_however_the_address_of_its_store_is_written(tmp_path
     assert folder(SAME) == folder("postgresql+psycopg2://other:secret@127.0.0.1:5432/db") != folder("postgresql:///x")
     assert folder("http://me:a@localhost:5000/") == folder("http://127.0.0.1:5000") != folder("http://127.0.0.1:5001")
     assert not re.search("secret|me", str(folder(SAME).name))
+
+
+def test_only_a_store_that_is_being_made_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    def waits(address: str) -> int:
+        engine = sa.create_engine(address)
+        with engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE IF NOT EXISTS t (n)"))
+            found: int = connection.execute(sa.text("PRAGMA synchronous")).scalar_one()
+        engine.dispose()
+        return found
+
+    store, seen = stores.study_store(str(tmp_path / "odd #place & more.db")), []
+    store.make_whole(lambda address: seen.append((waits(address), waits(f"sqlite:///{tmp_path}/other.db"))))
+    assert seen == [(0, 2)] and waits(store.uri) == 2

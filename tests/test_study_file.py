@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caltech_sweep.config import DATASET_RULES, TRIAL_RULES
 from caltech_sweep.errors import CaltechSweepError, StudyFileError, UsageError
 from caltech_sweep.study.definition import Choices, Range, SubsetOf, identity_difference
 from caltech_sweep.study.file import list_studies, load_study, override, parse_override
@@ -57,7 +59,7 @@ def test_a_good_file_is_read_as_yaml_1_2(tmp_path: Path) -> None:
     assert study.rows[0].reference["best_epoch"] == 3 and study.trials == 5
 
 
-def test_every_problem_is_told_at_once_with_its_line_and_mend(tmp_path: Path) -> None:
+def test_every_problem_is_told_at_once_with_its_line_and_fix(tmp_path: Path) -> None:
     text = """\
 title: A study
 datset: {name: shapes}
@@ -81,7 +83,7 @@ rows:
         "x.yaml:2: datset: is an unknown key; did you mean 'dataset'?",
         "x.yaml:3: trials: must be an integer >= 1, got 0; it counts rows and sampled trials together",
         "x.yaml:4: sampler.name: there is no sampler 'tpee'; did you mean 'tpe'?",
-        "x.yaml:5: pruner.warmup: is no argument of median; did you mean 'warmup_epochs'?",
+        "x.yaml:5: pruner.warmup: is not an argument of median; did you mean 'warmup_epochs'?",
         "x.yaml:6: fixed.lr: must be a number above 0, got 'fast'",
         "x.yaml:6: fixed.drop_last: must be true or false, got 'off'",
         "x.yaml:8: space.lr.low: must be > 0 for a log range, got 0",
@@ -182,13 +184,45 @@ def test_the_shipped_studies_ask_for_what_the_report_did() -> None:
     assert shipped["demo"].trials >= 8 and shipped["demo"].dataset["name"] == "shapes"
 
 
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ("[lr, learning_rate]", "columns[1]: there is no setting or measure 'learning_rate'; did you mean"),
+        ("[test/macro_acuracy]", "did you mean 'test/macro_accuracy'?"),
+        ("[train/accuracy]", "columns[0]: there is no setting or measure 'train/accuracy'"),
+        ("[objective]", "columns[0]: there is no setting or measure 'objective'"),
+        ("[lr, epochs, lr]", "columns[2]: 'lr' is there twice; remove one"),
+        ("lr", "columns: must be a list of settings and measures, such as [lr, test/macro_accuracy], got 'lr'"),
+        ("[]", "columns: must be a list of settings and measures, such as [lr, test/macro_accuracy], got []"),
+        ("[[lr]]", "columns: must be a list of settings and measures"),
+    ],
+)
+def test_wrong_columns_are_refused_with_their_line_and_how_to_fix_them(
+    tmp_path: Path, columns: str, sentence: str
+) -> None:
+    (problem,) = problems(tmp_path, f"title: X\nrows: [{{name: One}}]\ncolumns: {columns}\n")
+    assert problem.startswith("x.yaml:3: columns") and sentence in problem
+
+
+def test_a_wrong_value_of_any_setting_is_refused_with_its_line_and_what_it_may_be(tmp_path: Path) -> None:
+    trial = [f"  {name}: {{wrong: 1}}" for name in TRIAL_RULES if name != "objective"]
+    dataset = [f"  {name}: {{wrong: 1}}" for name in DATASET_RULES]
+    lines = ["fixed:", *trial, "dataset:", *dataset]
+    told = problems(tmp_path, "\n".join(lines) + "\n")
+    for number, line in enumerate(lines, 1):
+        if line.startswith(" "):
+            key = line.strip().partition(":")[0]
+            (found,) = [text for text in told if text.startswith(f"x.yaml:{number}: ")]
+            assert re.search(rf"(fixed|dataset)\.{key}: must be .+, got {{'wrong': 1}}", found)
+
+
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12))
 values = st.recursive(
     scalars,
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
 )
 keys = st.sampled_from(
-    ["title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows", "lr", "name", "low"]
+    ["title", "dataset", "trials", "sampler", "pruner", "fixed", "space", "rows", "columns", "lr", "name", "low"]
 )
 trees = st.recursive(values, lambda inner: st.dictionaries(keys, inner, max_size=5), max_leaves=12)
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import math
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.default_context import DefaultRunContext
 
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.testing import MemoryTracker, ScriptedExecutor, scripted_coordinator
+from caltech_sweep.tracking import client
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import OUTCOMES, Tracker
 from caltech_sweep.tracking.writer import MlflowTracker
@@ -161,3 +170,108 @@ def test_stores_that_cannot_be_used_are_sentences(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="special characters in a database URL"):
             MlflowTracker(str(tmp_path / name / "none.db"), create=True)
     assert not list(tmp_path.glob("none*")) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_who_ran_a_study_and_its_trials_and_by_what_is_recorded_as_mlflow_does(finished: Path) -> None:
+    tracker = MlflowTracker()
+    record = tracker.study("tiny")
+    assert record is not None
+    recorded = [tracker.client.get_run(run.run_id).data.tags for run in tracker.trials(record)]
+    recorded.append(tracker.client.get_run(record.run_id).data.tags)
+    own = DefaultRunContext().tags()
+    assert len(recorded) == 4 and own["mlflow.user"] == getpass.getuser()
+    for tags in recorded:
+        assert tags["mlflow.user"] == own["mlflow.user"] and tags["mlflow.source.type"] == own["mlflow.source.type"]
+        assert tags["mlflow.source.name"] == Path(own["mlflow.source.name"]).name
+
+
+def test_a_user_who_has_no_name_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    tracker = MlflowTracker(str(tmp_path / "mlflow.db"), create=True)
+    for who in ("ada", ""):
+        monkeypatch.setenv("LOGNAME", who)
+        monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # whom the machine does not know
+        run_id = tracker.start_study(f"by {who}", "A title", {})
+        assert tracker.client.get_run(run_id).data.tags.get("mlflow.user", "") == who
+
+
+# What is written in bulk, beside MLflow's own client in the same database
+
+BATCHES: dict[str, list[dict[str, list[Any]]]] = {
+    "epochs": [
+        {"metrics": [Metric(key, 0.1 * step, 1000 + step, step) for step in range(1, 9) for key in ("a", "b/c")]}
+    ],
+    "an older epoch after a newer one": [{"metrics": [Metric("a", 1.0, 9, 3)]}, {"metrics": [Metric("a", 2.0, 10, 2)]}],
+    "one step again, later": [{"metrics": [Metric("a", 1.0, 9, 3)]}, {"metrics": [Metric("a", 0.5, 10, 3)]}],
+    "one step again, at the same time": [{"metrics": [Metric("a", v, 9, 3)]} for v in (0.5, 1.0, 0.7)],
+    "the same twice in one": [{"metrics": [Metric("a", 1.0, 9, 3), Metric("b", 1.0, 9, 3), Metric("a", 1.0, 9, 3)]}],
+    "the same once more": [{"metrics": [Metric("a", 1.0, 9, 3)]}, {"metrics": [Metric(k, 1.0, 9, 3) for k in "ab"]}],
+    "no numbers": [{"metrics": [Metric("a", v, 9, s) for s, v in enumerate((math.nan, math.inf, -math.inf, 1.0))]}],
+    "params": [{"params": [Param("lr", "0.1"), Param("note", "n" * 7000)]}, {"params": [Param("seed", "1")]}],
+    "the same params": [{"params": [Param("lr", "0.1")]}, {"params": [Param("lr", "0.1"), Param("seed", "1")]}],
+    "another value of a param": [{"params": [Param("lr", "0.1")]}, {"params": [Param("lr", "0.2")]}],
+    "tags": [{"tags": [RunTag("a", "1"), RunTag("b", "2")]}, {"tags": [RunTag("b", "3"), RunTag("c", "x" * 9000)]}],
+    "a tag twice": [{"tags": [RunTag("a", "1"), RunTag("a", "2")]}],
+    "another name": [{"tags": [RunTag("mlflow.runName", "other"), RunTag("a", "1")]}],
+    "a bad name": [{"metrics": [Metric("a?", 1.0, 9, 3)]}, {"tags": [RunTag("../a", "1")]}],
+    "all at once": [{"metrics": [Metric("a", 1.0, 9, 3)], "params": [Param("lr", "1")], "tags": [RunTag("a", "1")]}],
+    "nothing": [{}],
+}
+
+
+def written(tracker: MlflowTracker, run_id: str) -> list[Any]:
+    """Return all rows of a run, and its name and status."""
+    tables = (client.METRICS, client.LATEST_METRICS, client.PARAMS, client.TAGS)
+    with tracker.client._tracking_client.store.engine.connect() as connection:
+        rows = [
+            sorted(
+                tuple(value for key, value in row._mapping.items() if key != "run_uuid")
+                for row in connection.execute(sa.select(table).where(table.c.run_uuid == run_id))
+            )
+            for table in tables
+        ]
+    info = tracker.client.get_run(run_id).info
+    return [*rows, info.run_name, info.status, info.lifecycle_stage]
+
+
+@pytest.fixture(scope="module")
+def local(store: Path) -> MlflowTracker:
+    return MlflowTracker(str(store), create=True)
+
+
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("active", [True, False], ids=["", "deleted"])
+def test_bulk_writes_leave_what_mlflow_s_client_leaves(local: MlflowTracker, case: str, active: bool) -> None:
+    assert type(local.client) is client.LocalClient
+    stock, found = MlflowClient(local.uri, local.uri), []
+    for writer in (local.client, stock):
+        run_id = stock.create_run("0", run_name="one", tags={"a": "0"}).info.run_id
+        if not active:
+            stock.delete_run(run_id)
+        errors = []
+        for batch in BATCHES[case]:
+            try:
+                writer.log_batch(run_id, **batch)
+            except MlflowException as error:
+                errors.append(error.error_code)
+        with contextlib.suppress(MlflowException):
+            writer.set_terminated(run_id, "FAILED", 17)
+        found.append((errors, written(local, run_id)))
+    assert found[0] == found[1]
+    assert bool(found[0][0]) == (
+        case in ("another value of a param", "a bad name") or (not active and case != "nothing")
+    )
+
+
+def test_what_is_written_for_a_run_that_is_not_there_is_refused_as_by_mlflow(
+    local: MlflowTracker, tmp_path: Path
+) -> None:
+    missing = "0" * 32
+    for write in (
+        lambda: local.client.log_batch(missing, tags=[RunTag("a", "1")]),
+        lambda: local.client.set_terminated(missing),
+        lambda: local.client.log_artifacts(missing, str(tmp_path)),
+    ):
+        with pytest.raises(MlflowException, match="not found"):
+            write()

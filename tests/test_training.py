@@ -15,7 +15,7 @@ from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, DivergedError, ModelError
 from caltech_sweep.training import augment
-from caltech_sweep.training.device import pick_device, uses_bfloat16
+from caltech_sweep.training.device import has_bfloat16, pick_device, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
@@ -109,28 +109,50 @@ def test_ops_draw_independently_and_as_often_and_as_wide_as_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "units", "expected"),
+    ("precision", "device", "units", "arch", "expected"),
     [
-        ("auto", "cuda", True, True),
-        ("auto", "cuda", False, False),  # a GPU that emulates it, such as a T4
-        ("bfloat16", "cuda", False, True),
-        ("float32", "cuda", True, False),
-        ("bfloat16", "cpu", False, True),
-        ("float32", "cpu", False, False),
+        ("auto", "cuda", True, "alexnet", True),
+        ("auto", "cuda", True, "mobilenet_v3_small", True),
+        ("auto", "cuda", False, "alexnet", False),  # a GPU that emulates it, such as a T4
+        ("bfloat16", "cuda", False, "alexnet", True),
+        ("float32", "cuda", True, "alexnet", False),
+        *(
+            ("auto", "cpu", True, arch, True)
+            for arch in ("alexnet", "resnext50_32x4d", "vgg11", "vit_b_16", "convnext_tiny")
+        ),
+        *(("auto", "cpu", True, arch, False) for arch in ("mobilenet_v3_small", "efficientnet_b0", "mnasnet0_5")),
+        ("auto", "cpu", False, "alexnet", False),
+        ("bfloat16", "cpu", False, "mobilenet_v3_small", True),
+        ("float32", "cpu", True, "alexnet", False),
     ],
 )
-def test_auto_means_bfloat16_where_the_device_has_units_for_it(
-    precision: str, device: str, units: bool, expected: bool
+def test_auto_means_bfloat16_where_the_device_has_units_and_the_network_uses_them(
+    precision: str, device: str, units: bool, arch: str, expected: bool
 ) -> None:
-    config = TrialConfig(precision=precision)
+    config = TrialConfig(precision=precision, arch=arch)
     assert uses_bfloat16(config, torch.device(device), lambda asked: units) is expected
 
 
-def test_auto_is_float32_on_the_cpu_and_what_the_gpu_computes_itself_elsewhere() -> None:
-    assert not uses_bfloat16(TrialConfig(), torch.device("cpu"))
+def test_auto_leaves_small_images_as_they_are_on_a_processor() -> None:
+    config = TrialConfig(dataset=DatasetConfig(name="shapes", resize=32, crop=28))
+    assert not uses_bfloat16(config, torch.device("cpu"), lambda asked: True)
+    assert not uses_channels_last(config, torch.device("cpu"))
+    assert uses_bfloat16(config, torch.device("cuda"), lambda asked: True)
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not say what the processor has")
+def test_the_units_are_those_that_torch_finds() -> None:
+    known = torch.cpu.get_capabilities()
+    own = torch.backends.mkldnn.is_available() and any(known.get(n) for n in ("avx512_bf16", "amx_bf16", "bf16"))
+    cpu, config = torch.device("cpu"), TrialConfig()
+    assert uses_bfloat16(config, cpu) is has_bfloat16(cpu) is own
+    for arch in ("alexnet", "mobilenet_v3_small"):
+        assert uses_channels_last(replace(config, arch=arch), cpu) is own
+    assert not uses_channels_last(replace(config, precision="float32"), cpu)
+    assert uses_channels_last(replace(config, precision="float32", channels_last=True), cpu)
     if torch.cuda.is_available():
         own = torch.cuda.get_device_capability(0) >= (8, 0)  # the first with such units, by NVIDIA's tables
-        assert uses_bfloat16(TrialConfig(), torch.device("cuda:0")) is own
+        assert uses_bfloat16(config, torch.device("cuda:0")) is own
 
 
 def test_the_schedule_is_torch_step_lr() -> None:

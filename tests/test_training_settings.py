@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import WeightedRandomSampler
 from torchvision.transforms import v2
 
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.metrics import objective_names
+from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training.augment import AUGMENTATIONS
 from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.keys import CacheOptions
-from caltech_sweep.training.loss import class_weights, mixed
+from caltech_sweep.training.loss import class_weights, epoch_order, mixed
 from caltech_sweep.training.models import build_model
 from caltech_sweep.training.optimizer import rate_factors
 from caltech_sweep.training.rehearsal import batch_kinds
@@ -41,6 +44,7 @@ CONFIG = TrialConfig(
     lr=0.02,
     weight_decay=0.0,
     step_size=2,
+    precision="float32",
 )  # which has no batch statistics
 
 
@@ -130,6 +134,32 @@ def test_class_weights_are_scikit_learn_s() -> None:
     assert got[[2, 4, 5]].tolist() == [1, 1, 1] and class_weights(CONFIG, labels, 6) is None
 
 
+def test_balanced_draws_are_those_of_torch_s_weighted_sampler_and_keyed_by_seed_and_epoch() -> None:
+    labels = torch.tensor([0] * 60 + [1] * 12 + [3] * 8)
+    config = replace(CONFIG, sample_weights="balanced", seed=4)
+    generator = torch.Generator().manual_seed(derive_seed(4, "shuffle", 2))
+    weights = compute_sample_weight("balanced", labels.numpy())
+    sampler = WeightedRandomSampler(torch.tensor(weights) / len(labels) * 3, len(labels), generator=generator)
+    assert epoch_order(config, labels, 2).tolist() == list(sampler)
+    counts = sum(labels[epoch_order(config, labels, epoch)].bincount(minlength=4) for epoch in range(1, 61))
+    assert isinstance(counts, torch.Tensor) and counts[2] == 0
+    assert (counts[[0, 1, 3]] - 1600).abs().max() < 5 * 1600**0.5
+    assert sorted(epoch_order(CONFIG, labels, 2).tolist()) == list(range(80))
+    orders = [epoch_order(replace(config, seed=seed), labels, epoch).tolist() for seed in (0, 1) for epoch in (1, 2)]
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+
+
+def test_an_image_that_is_drawn_twice_is_augmented_in_two_ways(data: LoadedData) -> None:
+    config = replace(CONFIG, sample_weights="balanced", augment=("color_jitter",), augment_probability=1.0)
+    training = Training(config, data, build_model(config, 3), CPU)
+    seen: list[torch.Tensor] = []
+    training.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    training.train_epoch(1)
+    order, images = epoch_order(config, data.labels("train"), 1), torch.cat(seen)
+    assert len(images) == len(order) > len(set(order.tolist()))
+    assert len({image.numpy().tobytes() for image in images}) == len(images)
+
+
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixed_images_and_targets_are_torchvision_s(kind: str) -> None:
     images, labels = torch.rand(6, 3, 20, 24), torch.arange(6)
@@ -209,6 +239,7 @@ def cases() -> Iterator[dict[str, Any]]:
     yield from ({"ema_decay": 0.5, "arch": arch} for arch in ("squeezenet1_1", "resnet18"))
     yield {"ema_decay": 0.5, "freeze": "conv"}
     yield from ({"class_weights": "balanced"}, {"accumulate": 2}, {"freeze": "conv", "augment": ("hflip", "vflip")})
+    yield from ({"sample_weights": "balanced"}, {"sample_weights": "balanced", "freeze": "conv", "augment": ("hflip",)})
 
 
 def run(
@@ -243,6 +274,21 @@ def test_a_trial_that_was_stopped_ends_as_if_it_had_not_been(
     assert [epoch.train_loss for epoch in again] == [epoch.train_loss for epoch in epochs]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", list(cases()), ids=lambda changes: "-".join(map(str, changes.values())))
+def test_shared_epochs_and_kept_outputs_change_no_bit(
+    changes: dict[str, Any], data: LoadedData, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, **{**changes, "arch": "resnet18", "freeze": "conv"})
+    run(config, data, CacheOptions(tmp_path, 10**9, frozenset({1, 2})))
+    longer = replace(config, epochs=4)
+    _, got = run(longer, data, CacheOptions(tmp_path, 10**9))
+    assert_same(got, run(longer, data)[1])
+    assert got is not None and (got.epochs_reused == 3 or config.schedule in ("cosine", "linear", "one_cycle", "wsd"))
+    kept = not (config.mixup or config.cutmix) and {"hflip", "vflip"}.issuperset(config.augment)
+    assert bool(list(tmp_path.rglob("features-*"))) == kept
+
+
 def test_schedules_share_the_epochs_whose_rates_agree(data: LoadedData, tmp_path: Path) -> None:
     stages = CacheOptions(tmp_path, 10**9, frozenset({1, 2}))
     wsd = replace(CONFIG, schedule="wsd", cooldown_epochs=1)
@@ -254,6 +300,7 @@ def test_schedules_share_the_epochs_whose_rates_agree(data: LoadedData, tmp_path
         (replace(wsd, schedule="cosine"), 0),
         (replace(wsd, warmup_steps=2), 0),
         (replace(wsd, mixup=0.5), 0),
+        (replace(wsd, sample_weights="balanced"), 0),
         (replace(wsd, objective="val/loss"), 0),
     ):
         _, got = run(config, data, CacheOptions(tmp_path, 10**9))

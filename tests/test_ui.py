@@ -1,4 +1,4 @@
-"""The UI command: a real server on the local stores, on loopback alone."""
+"""The UI command: a real server on the local stores, on loopback only."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ of one group, such as those of one patient, always stay together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,11 +53,10 @@ def deal(groups: Sequence[Mapping[str, int]], shares: Sequence[float], seed: Seq
     Parts get about their ``shares`` of every class: the larger groups first, in a seeded order, each to the part that
     lacks its classes most.
     """
-    totals: dict[str, int] = {}
+    totals = Counter[str]()
     for group in groups:
-        for name, number in group.items():
-            totals[name] = totals.get(name, 0) + number
-    have: list[dict[str, int]] = [dict.fromkeys(totals, 0) for _ in shares]
+        totals.update(group)
+    have = [Counter[str]() for _ in shares]
     parts = [0] * len(groups)
     order = np.random.default_rng(list(seed)).permutation(len(groups)).tolist()
     for index in sorted(order, key=lambda index: -sum(groups[index].values())):
@@ -66,8 +66,7 @@ def deal(groups: Sequence[Mapping[str, int]], shares: Sequence[float], seed: Seq
             return sum((2 * have[part][c] + n) * n / (shares[part] * totals[c]) for c, n in group.items())
 
         parts[index] = min(range(len(shares)), key=cost)
-        for name, number in group.items():
-            have[parts[index]][name] += number
+        have[parts[index]].update(group)
     return parts
 
 
@@ -76,14 +75,12 @@ def _deal_out(items: Sequence[Item], fraction: float, seed: Sequence[int]) -> tu
     members: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         members.setdefault(item.group if item.group is not None else f"\0{index}", []).append(index)
-    counts = []
-    for indices in members.values():
-        count: dict[str, int] = {}
-        for index in indices:
-            count[items[index].class_name] = count.get(items[index].class_name, 0) + 1
-        counts.append(count)
+    counts = [Counter(items[index].class_name for index in indices) for indices in members.values()]
     parts = deal(counts, [1 - fraction, fraction], seed)
-    out = {index for part, indices in zip(parts, members.values(), strict=True) if part for index in indices}
+    return _parted(items, {i for part, own in zip(parts, members.values(), strict=True) if part for i in own})
+
+
+def _parted(items: Sequence[Item], out: Container[int]) -> tuple[list[Item], list[Item]]:
     return [item for i, item in enumerate(items) if i not in out], [item for i, item in enumerate(items) if i in out]
 
 
@@ -105,9 +102,7 @@ def _carve_test(
                 "add images or change dataset.test_fraction"
             )
         chosen.update(picked)
-    return [item for i, item in enumerate(items) if i not in chosen], [
-        item for i, item in enumerate(items) if i in chosen
-    ]
+    return _parted(items, chosen)
 
 
 def given_split(
@@ -120,10 +115,14 @@ def given_split(
     parts = {part: [item for item in items if item.part == part] for part in SPLITS}
     known = classes or sorted({item.class_name for item in items}, key=lambda name: by_name(Path(name)))
     rest = [item for item in items if item.part is None]
+    if len(known) < 2:
+        other = f" (passed over: {passed})" if passed else ""
+        raise DatasetError(
+            f"{where} must hold images of at least two classes, each in a folder of its own or by its label; it has "
+            f"{len(known)}{other}"
+        )
     if rest and not any(parts.values()):
         parts["train"], parts["test"] = _carve_test(rest, known, config.test_fraction, config.split_seed)
-    if len(known) < 2:
-        raise DatasetError(f"{where} must hold images of at least two classes; it has {len(known)}")
     trained = {item.class_name for item in parts["train"]}
     for part in ("val", "test"):
         if strange := sorted({item.class_name for item in parts[part]} - trained):
@@ -197,11 +196,10 @@ def _stratified_folds(samples: Sequence[Sample], split: Split, config: DatasetCo
 
 
 def _grouped_folds(samples: Sequence[Sample], groups: Mapping[Path, str], config: DatasetConfig) -> list[int]:
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Counter[str]] = {}
     names = [groups.get(item.path, f"\0{item.path}") for item in samples]
     for item, name in zip(samples, names, strict=True):
-        count = counts.setdefault(name, {})
-        count[item.class_name] = count.get(item.class_name, 0) + 1
+        counts.setdefault(name, Counter())[item.class_name] += 1
     parts = deal(list(counts.values()), [1 / config.folds] * config.folds, [config.split_seed, 5])
     fold_of = dict(zip(counts, parts, strict=True))
     return [fold_of[name] for name in names]
@@ -233,15 +231,20 @@ def part_folders(root: Path) -> dict[str, Path]:
     return {part: folders[0] for part, folders in found.items()}
 
 
-def parts_split(root: Path, folders: Mapping[str, Path], config: DatasetConfig) -> Split:
-    """Return the split that folders called train, val and test give, each of class folders."""
+def folder_split(root: Path, config: DatasetConfig) -> Split:
+    """Return the split of a folder of class folders, or of folders called train, val and test with these.
+
+    An image counts for its top folder.
+    """
     items: list[Item] = []
-    passed = PassedOver()
-    for part, folder in folders.items():
+    passed, order = PassedOver(), list[str]()
+    folders: Sequence[tuple[str | None, Path]] = [*part_folders(root).items()] or [(None, root)]
+    for part, folder in folders:
         classes, others = list_classes(folder)
         passed.add(others)
         items += [Item(path, name, part) for name, paths in classes.items() for path in paths]
-    return given_split(items, config, readable(str(root)), str(passed))
+        order = list(classes) if part is None else []
+    return given_split(items, config, readable(str(root)), str(passed), order)
 
 
 # -- a table of paths and labels ---------------------------------------------------------------------------------------
@@ -345,7 +348,7 @@ class CsvReader:
         if "split" in cells:
             part = part_named(cells["split"])
             if part is None:
-                self._say(line, f"{one_line(cells['split'])!r} is no part; write train, val or test")
+                self._say(line, f"{one_line(cells['split'])!r} is not a part; write train, val or test")
         if len(self.problems) > before:
             return None
         seen[path.as_posix()] = line

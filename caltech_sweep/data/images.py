@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import functional as tvf
+from torchvision.transforms.v2.functional import resize_image
 
 from caltech_sweep.data.digests import Files, why_unreadable
 from caltech_sweep.data.pixels import DEFAULT_RULES, PixelRules, read_rgb
@@ -79,9 +80,13 @@ class ImageStore:
         height, width = self._shapes[index]
         return self._flat[self._offsets[index] : self._offsets[index + 1]].reshape(height, width, 3)
 
+    def whole(self, index: int) -> np.ndarray:
+        """Return image ``index`` with all that was resized of it; raise DatasetError where only a part is kept."""
+        return self.array(index)
+
     def tensor(self, index: int) -> torch.Tensor:
         """Return image ``index`` as a (3, H, W) uint8 tensor of its own."""
-        return torch.from_numpy(np.array(self.array(index))).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(self.whole(index))).permute(2, 0, 1).contiguous()
 
     def center_crops(self, indices: Sequence[int], crop: int) -> torch.Tensor:
         """Return (N, 3, crop, crop) uint8, equal to torchvision's CenterCrop of each image.
@@ -96,6 +101,24 @@ class ImageStore:
         self._do(fill, range(len(indices)))
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
+    def resized_crops(
+        self, indices: Sequence[int], crop: int, cuts: Sequence[Callable[[int, int], tuple[int, int, int, int]]]
+    ) -> torch.Tensor:
+        """Return (N, 3, crop, crop) uint8, equal to torchvision's ``resized_crop`` of each whole image.
+
+        ``cuts`` give top, left, height and width of the box of each by the height and width of its image.
+        """
+        out = torch.empty((len(indices), 3, crop, crop), dtype=torch.uint8)
+
+        def fill(position: int) -> None:
+            image = self.whole(indices[position])
+            top, left, height, width = cuts[position](*image.shape[:2])
+            box = torch.from_numpy(np.array(image[top : top + height, left : left + width])).permute(2, 0, 1)
+            out[position] = resize_image(box, [crop, crop], antialias=True)
+
+        self._do(fill, range(len(indices)))
+        return out
+
     def _do(self, work: Callable[[int], None], numbers: Iterable[int]) -> None:
         for number in numbers:
             work(number)
@@ -104,7 +127,7 @@ class ImageStore:
 class CropStore(ImageStore):
     """The centre crops of images, and nothing else of them."""
 
-    def tensor(self, index: int) -> torch.Tensor:
+    def whole(self, index: int) -> np.ndarray:
         """Raise DatasetError: what lies outside of the crop is not kept."""
         raise DatasetError("dataset.cache: crop keeps centre crops only, and whole images are asked for; set resized")
 
@@ -191,6 +214,16 @@ class LoadedData:
         start = self._starts[part]
         wanted = range(len(self.split.part(part))) if indices is None else indices
         return self._store.center_crops([start + index for index in wanted], crop)
+
+    def resized_crops(
+        self,
+        part: str,
+        crop: int,
+        indices: Sequence[int],
+        cuts: Sequence[Callable[[int, int], tuple[int, int, int, int]]],
+    ) -> torch.Tensor:
+        """Return (N, 3, crop, crop) uint8: boxes of a part's whole images, resized, as ``cuts`` give them."""
+        return self._store.resized_crops([self._starts[part] + index for index in indices], crop, cuts)
 
     def ten_crops(self, part: str, index: int, crop: int) -> torch.Tensor:
         """Return (10, 3, crop, crop) uint8, equal to torchvision's TenCrop of the resized image."""

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 
 from caltech_sweep import paths
 from caltech_sweep.config import DATASET_RULES, FIRST_DATASET_FIELDS, DatasetConfig
-from caltech_sweep.data.given import csv_file, csv_split, fold_split, part_folders, parts_split
-from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, folder_split, subset
+from caltech_sweep.data.given import csv_file, csv_split, fold_split, folder_split
+from caltech_sweep.data.library import fetch_library, library_place, library_reader, library_split
+from caltech_sweep.data.pixels import read_file
+from caltech_sweep.data.shapes import draw_sample, shape_file, shapes_listing
+from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, subset
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.rules import Rule, one_of
 
@@ -24,16 +27,6 @@ Read = Callable[[Path], bytes]  # from a sample's path to the content of an imag
 Place = Callable[[Path], "Path | None"]  # from a sample's path to the file that holds it and nothing else
 CSV_COLUMNS = ("path_column", "label_column", "split_column", "group_column")
 _MOST_DRAWN = 2_000_000_000  # bytes
-
-
-def _files(config: DatasetConfig) -> Read:
-    from caltech_sweep.data.pixels import read_file
-
-    return read_file
-
-
-def _file_itself(config: DatasetConfig) -> Place:
-    return lambda path: path
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,8 @@ class Dataset:
     about: str  # in a few words
     split: Callable[[DatasetConfig], Split]
     root: Callable[[DatasetConfig], Path] | None = None
-    read: Callable[[DatasetConfig], Read] = _files
-    file: Callable[[DatasetConfig], Place] = _file_itself
+    read: Callable[[DatasetConfig], Read] = lambda config: read_file
+    file: Callable[[DatasetConfig], Place] = lambda config: lambda path: path
     images: Callable[[DatasetConfig], OpenedStore] | None = None
     fetch: Callable[[DatasetConfig], None] | None = None
     settings: frozenset[str] = frozenset()  # that this dataset reads, and not every one
@@ -86,55 +79,15 @@ def _caltech(config: DatasetConfig) -> Split:
 
 
 def _folder(config: DatasetConfig) -> Split:
-    root = _folder_root(config)
-    if parts := part_folders(root):
-        return parts_split(root, parts, config)
-    return folder_split(root, config.val_fraction, config.test_fraction, config.split_seed)
-
-
-def _csv_root(config: DatasetConfig) -> Path:
-    return csv_file(config).parent
-
-
-def _library(config: DatasetConfig) -> Split:
-    from caltech_sweep.data.library import library_split
-
-    return library_split(config)
-
-
-def _library_reader(config: DatasetConfig) -> Read:
-    from caltech_sweep.data.library import library_reader
-
-    return library_reader(config)
-
-
-def _library_place(config: DatasetConfig) -> Place:
-    from caltech_sweep.data.library import library_place
-
-    return library_place(config)
-
-
-def _fetch_library(config: DatasetConfig) -> None:
-    from caltech_sweep.data.library import fetch_library
-
-    fetch_library(config)
-
-
-def _shapes(config: DatasetConfig) -> Split:
-    from caltech_sweep.data.shapes import shapes_listing
-
-    return shapes_listing()
+    return folder_split(_folder_root(config), config)
 
 
 def _drawn(config: DatasetConfig) -> Read:
-    from caltech_sweep.data.shapes import shape_file
-
     return lambda path: shape_file(path, config.resize, config.split_seed)
 
 
 def _drawings(config: DatasetConfig) -> OpenedStore:
     from caltech_sweep.data.images import store_of
-    from caltech_sweep.data.shapes import draw_sample
 
     split = load_split(config)
     samples = [item for part in SPLITS for item in split.part(part)]
@@ -157,16 +110,16 @@ DATASETS = {
     "csv": Dataset(
         "a csv file with a path and a label a line, and a split and a group where it has them",
         csv_split,
-        _csv_root,
+        lambda config: csv_file(config).parent,
         settings=frozenset({"root", "val_fraction", "test_fraction", *CSV_COLUMNS}),
         claims=lambda place: place.suffix.lower() in (".csv", ".tsv"),
     ),
     "torchvision": Dataset(
         "one of torchvision's classification datasets, such as CIFAR10 or Flowers102",
-        _library,
-        read=_library_reader,
-        file=_library_place,
-        fetch=_fetch_library,
+        library_split,
+        read=library_reader,
+        file=library_place,
+        fetch=fetch_library,
         settings=frozenset({"root", "source", "val_fraction", "test_fraction"}),
     ),
     "folder": Dataset(
@@ -176,7 +129,7 @@ DATASETS = {
         settings=frozenset({"root", "val_fraction", "test_fraction"}),
         claims=lambda place: True,
     ),
-    "shapes": Dataset("shapes drawn by code", _shapes, read=_drawn, images=_drawings),
+    "shapes": Dataset("shapes drawn by code", lambda config: shapes_listing(), read=_drawn, images=_drawings),
 }
 
 

@@ -96,9 +96,3 @@ def shape_file(path: Path, size: int, seed: int) -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()
-
-
-def shapes_split(size: int, seed: int) -> tuple[Split, list[np.ndarray]]:
-    """Return the split and its pictures in the order train, val, test."""
-    split = shapes_listing()
-    return split, [draw_sample(item.path, size, seed) for part in COUNTS for item in split.part(part)]

@@ -7,7 +7,6 @@ folders; every third is test; only then is ``BACKGROUND_Google`` dropped.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from caltech_sweep.config import DatasetConfig
-from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden, list_classes
+from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden
 from caltech_sweep.errors import DatasetError
-from caltech_sweep.text import counted, readable
+from caltech_sweep.text import counted, readable, suggestion
 
 BACKGROUND = "BACKGROUND_Google"
 CALTECH_FOLDERS, CALTECH_FILES = 102, 9145
@@ -143,34 +142,6 @@ def caltech_split(root: Path, val_fraction: float = 1 / 3, seed: int = 0) -> Spl
     return Split(classes, kept, val, tuple(test), str(passed))
 
 
-def folder_split(root: Path, val_fraction: float, test_fraction: float, seed: int) -> Split:
-    """Return a seeded, stratified split of any folder of class folders; an image counts for its top folder.
-
-    ``test_fraction`` of each class is test; ``val_fraction`` of what is left is val. Raises DatasetError when
-    there are fewer than two classes, or a class too small to give every part an image.
-    """
-    files, passed = list_classes(root)
-    if len(files) < 2:
-        other = f" (passed over: {passed})" if str(passed) else ""
-        raise DatasetError(
-            f"{root} must hold at least two folders with images, one a class; it has {len(files)}{other}"
-        )
-    classes = tuple(files)
-    train: list[Sample] = []
-    test: list[Sample] = []
-    for label, (name, paths) in enumerate(files.items()):
-        chosen = set(carve(len(paths), test_fraction, [seed, 0, label]).tolist())
-        if not 0 < len(chosen) < len(paths) - 1:
-            raise DatasetError(
-                f"class {name!r} has {len(paths)} images, too few for a train, val and test part; "
-                "add images or change dataset.test_fraction"
-            )
-        for position, path in enumerate(paths):
-            (test if position in chosen else train).append(Sample(path, label, name))
-    kept, val = carve_val(classes, train, val_fraction, seed)
-    return Split(classes, kept, val, tuple(test), str(passed))
-
-
 def _chosen_classes(classes: tuple[str, ...], wanted: int | str | tuple[str, ...]) -> tuple[str, ...]:
     half = (len(classes) + 1) // 2
     if isinstance(wanted, int):
@@ -184,9 +155,7 @@ def _chosen_classes(classes: tuple[str, ...], wanted: int | str | tuple[str, ...
         return halves[wanted]
     for name in wanted:
         if name not in classes:
-            near = difflib.get_close_matches(name, classes, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DatasetError(f"dataset.classes: there is no class {name!r}{hint}")
+            raise DatasetError(f"dataset.classes: there is no class {name!r}{suggestion(name, classes, '')}")
     return tuple(name for name in classes if name in wanted)
 
 

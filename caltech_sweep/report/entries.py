@@ -6,9 +6,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import TRIAL_RULES, TrialConfig
 from caltech_sweep.metrics import finite
 from caltech_sweep.report.model import Kind
 from caltech_sweep.study.definition import Row, StudyDefinition
@@ -25,10 +26,11 @@ class Entry:
     settings: Mapping[str, Any]
     state: str
     reason: str = ""
-    detail: str = ""
     runs: tuple[TrialRecord, ...] = ()
     shown: TrialRecord | None = None  # the run that the row points to
-    unfinished: int = 0  # further seeds without a complete run
+    trained: tuple[TrialRecord, ...] = ()  # all runs that it is about, complete or not
+    unfinished: int = 0  # further seeds or folds without a complete run
+    remark: str = ""
     selected_at: float | None = None  # score on validation that a repeated sampled trial was chosen for
     reference: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float | None = None
@@ -39,10 +41,18 @@ def metric(run: TrialRecord, name: str) -> float | None:
     return finite(run.metrics, name)
 
 
+@lru_cache(maxsize=1 << 16)
+def _value(name: str, text: str) -> tuple[Any, ...]:
+    """Return the value of a param, or nothing where another version wrote what is none here."""
+    try:
+        return (TRIAL_RULES[name].ordered(TRIAL_RULES[name].parse(text)),)
+    except (KeyError, ValueError):
+        return ()
+
+
 def _settings(run: TrialRecord) -> dict[str, Any]:
     """Return those settings of a run that it recorded."""
-    settings = TrialConfig.from_params(run.params).to_dict()
-    return {key: value for key, value in settings.items() if key in run.params}
+    return {name: value for name, text in run.params.items() for value in _value(name, text)}
 
 
 def pick(runs: Iterable[TrialRecord]) -> TrialRecord:
@@ -102,7 +112,15 @@ def _row_entry(row: Row, runs: Sequence[TrialRecord], definition: StudyDefinitio
     reason = "" if complete else shown.tags.get("reason", "")
     wanted = max(definition.trainings if definition else 1, len(picked))
     unfinished = wanted - len(complete) if complete else 0
-    return replace(entry, state=shown.state, reason=reason, runs=complete, shown=shown, unfinished=unfinished)
+    return replace(
+        entry,
+        state=shown.state,
+        reason=reason,
+        runs=complete,
+        shown=shown,
+        trained=tuple(picked),
+        unfinished=unfinished,
+    )
 
 
 def row_entries(study: StoredStudy) -> list[Entry]:
@@ -116,14 +134,8 @@ def row_entries(study: StoredStudy) -> list[Entry]:
     return [_row_entry(row, by_row[row.name], definition) for row in rows]
 
 
-def _detail(study: StoredStudy, run: TrialRecord, columns: Sequence[str]) -> str:
-    definition = study.record.definition
-    varied = [*definition.space, *definition.expand] if definition else []
-    return ", ".join(f"{key} {run.params[key]}" for key in varied if key not in columns and key in run.params)
-
-
-def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> list[Entry]:
-    """Return the complete sampled trials with the best score on validation, the earlier of equals first.
+def sampled_entries(study: StoredStudy, best: int | None) -> list[Entry]:
+    """Return the complete sampled trials with the best score on validation, the earlier of equals first; None: all.
 
     A run tagged ``confirms`` repeats the sampled trial of that number on a fresh seed: the repeats are what an entry
     reports, since the score that won the selection is too good by that selection.
@@ -141,6 +153,7 @@ def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> li
         else:
             trials[trial.number, trial.fingerprint].append(trial)
     runs = [pick(attempts) for attempts in trials.values()]
+    wanted = study.record.definition.folds if study.record.definition else 1
 
     def every_fold(run: TrialRecord) -> tuple[TrialRecord, ...]:
         return (run, *{other.fingerprint: other for other in folds[str(run.number)]}.values())
@@ -152,16 +165,53 @@ def sampled_entries(study: StoredStudy, best: int, columns: Sequence[str]) -> li
     entries = []
     for run in runs[:best]:
         confirmed = {repeat.fingerprint: repeat for repeat in repeats[str(run.number)]}
+        repeated = tuple(confirmed.values())
         entries.append(
             Entry(
                 "sampled",
                 run.name,
                 _settings(run),
                 "complete",
-                detail=_detail(study, run, columns),
-                runs=tuple(confirmed.values()) or every_fold(run),
+                runs=repeated or every_fold(run),
                 shown=run,
-                selected_at=run.score if confirmed else None,
+                trained=(*every_fold(run), *repeated),
+                unfinished=0 if repeated else max(0, wanted - len(every_fold(run))),
+                selected_at=statistics.fmean(each.score or 0.0 for each in every_fold(run)) if confirmed else None,
+            )
+        )
+    return entries
+
+
+def other_entries(study: StoredStudy, known: Iterable[Entry]) -> list[Entry]:
+    """Return an entry for each trial that is in none of some entries, whatever its state, in the order of numbers."""
+    covered = {(run.number, run.fingerprint) for entry in known for run in entry.trained}
+    definition = study.record.definition
+    rows = definition.rows if definition else ()
+    current = {
+        (row.name, definition.row_config(row, number).fingerprint())
+        for row in rows
+        if definition
+        for number in range(definition.trainings)
+    }
+    left: dict[tuple[int, str], list[TrialRecord]] = defaultdict(list)
+    for run in study.trials:
+        if (run.number, run.fingerprint) not in covered:
+            left[run.number, run.fingerprint].append(run)
+    entries = []
+    for _, attempts in sorted(left.items()):
+        run = pick(attempts)
+        older = run.row is not None and bool(rows) and (run.row, run.fingerprint) not in current
+        entries.append(
+            Entry(
+                "sampled" if run.row is None else "row",
+                run.name,
+                _settings(run),
+                run.state,
+                reason=run.tags.get("reason", ""),
+                runs=(run,) if run.state == "complete" else (),
+                shown=run,
+                trained=(run,),
+                remark="an older version of this row" if older else "",
             )
         )
     return entries

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from caltech_sweep.metrics import label_of
 from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableRow
+from caltech_sweep.rules import as_text
+from caltech_sweep.text import duration
 
 NOTHING = "–"
 _STATES = {
@@ -28,10 +32,23 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _setting(value: float | int | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def setting_text(value: Any) -> str:
+    """Return a setting as a person reads it: four digits of a number, + between the names of a list."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).lower() if isinstance(value, bool) else as_text(value)
+
+
+def heading(setting: str) -> str:
+    """Return the heading of a setting's column."""
+    return HEADINGS.get(setting) or setting.replace("_", " ").upper()
+
+
+def _measure(name: str) -> str:
+    """Return the heading of a measure's column."""
+    part, _, measure = name.partition("/")
+    label = label_of(measure)
+    return f"{label[:1].upper()}{label[1:]} on {'Validation' if part == 'val' else 'Test'} Set"
 
 
 def _score(score: Score | None, seeds: int) -> str:
@@ -70,45 +87,50 @@ def _p_value(value: float | None) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def note(row: TableRow) -> str:
-    """Return what there is to say of a row besides its figures."""
-    if row.state != "complete":
-        text = _STATES.get(row.state, row.state)
-        return f"{text}: {row.reason}" if row.reason else text
+def outcome(row: TableRow) -> str:
+    """Return how a row ended."""
+    return _STATES.get(row.state, row.state)
+
+
+def note(row: TableRow, told: bool = False) -> str:
+    """Return what there is to say of a row besides its figures, and besides its outcome where that is ``told``."""
     words = {
         "best": "best",
         "tied": f"tied with the best ({_p_value(row.p_value)})",
         "better": f"better than the best on test ({_p_value(row.p_value)})",
     }
     notes = [words[row.standing]] if row.standing in words else []
+    if row.state != "complete":
+        state = [] if told else [outcome(row)]
+        notes.append(": ".join([*state, *([row.reason] if row.reason else [])]))
     if row.majority:
         notes.append("no better than the majority class")
-    return "; ".join([*notes, *row.remarks])
+    return "; ".join(filter(None, [*notes, *row.remarks]))
 
 
-def grid(table: Table) -> tuple[list[str], list[list[Cell]]]:
-    """Return a table's headings and cells in the published order, then what the report adds."""
-    header = ["Model", *(HEADINGS[key] for key in table.columns)]
-    tested = table.images.get("test") != 0
-    header += ["Accuracy on Validation Set", *(["Accuracy on Test Set"] if tested else [])]
-    if table.own_objective:
-        name = table.objective.label[:1].upper() + table.objective.label[1:]
-        header += [f"{name} on Validation Set", *([f"{name} on Test Set"] if tested else [])]
-    header += ["Number of Epochs"]
+def grid(table: Table, everything: bool = False) -> tuple[list[str], list[list[Cell]]]:
+    """Return a table's headings and cells in the published order, then what the report adds.
+
+    With ``everything``, it has the table's other trials too, and what each trial took and how it ended.
+    """
+    header = ["Model", *map(heading, table.columns), *map(_measure, table.measures), table.best_epoch_heading]
+    header += ["Epochs Trained", "Time", "Outcome"] if everything else []
     if table.has_reference:
-        header += ["Reference: Validation Set", "Reference: Test Set", "Reference: Number of Epochs"]
+        header += ["Reference: Validation Set", *(["Reference: Test Set"] if table.tested else [])]
+        header += [f"Reference: {table.best_epoch_heading}"]
     header += ["Note", "Run"]
     rows = []
-    for row in table.rows:
-        texts = [f"{row.name} ({row.detail})" if row.detail else row.name]
-        texts += [_setting(row.settings.get(key)) for key in table.columns]
-        texts += [_score(row.val, row.seeds), *([_score(row.test, row.seeds)] if tested else [])]
-        if table.own_objective:
-            texts += [_score(row.goal, row.seeds), *([_score(row.goal_test, row.seeds)] if tested else [])]
+    for row in (*table.rows, *((table.others or ()) if everything else ())):
+        texts = [row.name, *(NOTHING if (v := row.settings.get(k)) is None else setting_text(v) for k in table.columns)]
+        texts += [_score(row.scores.get(measure), row.seeds) for measure in table.measures]
         texts.append(_epoch(row.best_epoch))
+        if everything:
+            texts += [NOTHING if row.epochs is None else str(row.epochs)]
+            texts += [NOTHING if row.seconds is None else duration(row.seconds), outcome(row)]
         if table.has_reference:
-            texts += [_reference(row.val_reference), _reference(row.test_reference), _epoch(row.best_epoch_reference)]
-        texts.append(note(row))
+            texts += [_reference(row.val_reference), *([_reference(row.test_reference)] if table.tested else [])]
+            texts += [_epoch(row.best_epoch_reference)]
+        texts.append(note(row, told=everything))
         cells = [Cell(one_line(text)) for text in texts]
         rows.append([*cells, Cell(row.run_id[:8] if row.run_id else NOTHING, row.url)])
     return header, rows

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,20 +13,25 @@ from typing import Any
 import numpy as np
 
 from caltech_sweep.artifacts import Predictions, read_predictions
+from caltech_sweep.config import TRIAL_RULES
 from caltech_sweep.errors import StoreError
 from caltech_sweep.metrics import (
     BEST_ACCURACY,
     BEST_EPOCH,
     DEFAULT_OBJECTIVE,
+    METRICS,
+    SPENT_EPOCHS,
+    SPENT_SECONDS,
     TEST_ACCURACY,
     Objective,
     Outputs,
     logged,
+    logged_at_best,
     objective,
 )
-from caltech_sweep.report.entries import Entry, metric, pick, row_entries, sampled_entries
-from caltech_sweep.report.grid import one_line
-from caltech_sweep.report.model import HEADINGS, Reference, Score, Table, TableRow
+from caltech_sweep.report.entries import Entry, metric, other_entries, pick, row_entries, sampled_entries
+from caltech_sweep.report.grid import heading, one_line, setting_text
+from caltech_sweep.report.model import TEST, VAL, Reference, Score, Table, TableRow
 from caltech_sweep.report.statistics import (
     ALPHA,
     SHUFFLES,
@@ -35,22 +41,16 @@ from caltech_sweep.report.statistics import (
     paired_permutation,
     wilson_interval,
 )
-from caltech_sweep.study.definition import StudyDefinition
+from caltech_sweep.rules import as_text
+from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.reader import StoredStudy
 from caltech_sweep.tracking.records import NETWORK_INPUT, PAUSED_AT, StudyRecord, TrialRecord
 
-# The one setting that a table of the report shows besides LR, step size and epochs.
-REPORT_COLUMNS: dict[str, str | None] = {
-    "scratch": None,
-    "transfer": None,
-    "freeze": None,
-    "augment": None,
-    "tencrop": "test_batch_size",
-    "resnet": "batch_size",
-}
-USUAL_BATCH_SIZE = 256
-_NAMED = 12  # paused trials of one epoch that a footnote names
+REPORT = ("scratch", "transfer", "freeze", "augment", "tencrop", "resnet")  # the published tables, in their order
+ESSENTIAL = ("arch", "weights", "optimizer", "lr", "epochs", "batch_size")  # that are said where they do not vary, too
+DEVICES = {"cpu": "processors", "cuda": "GPUs"}
+_NAMED = 12  # rows, or paused trials of one epoch, that a footnote names
 _MAJORITY = "majority class"  # ends the remark of a row that is held against it
 
 ReadText = Callable[[TrialRecord, str], str]
@@ -65,15 +65,51 @@ def _reported_part(entry: Entry) -> str:
     return "test_tencrop" if _is_tencrop(entry) else "test"
 
 
-def _columns(definition: StudyDefinition | None, name: str, rows: Sequence[Entry]) -> tuple[str, ...]:
-    """Return the settings that a table shows: the report's own for its six studies, else what sets the rows apart."""
-    fixed, overrides = (definition.fixed, definition.overrides) if definition else ({}, {})
-    sizes = {entry.settings.get("batch_size") for entry in rows} | {fixed.get("batch_size")}
-    unusual = bool(sizes - {None, USUAL_BATCH_SIZE}) and "batch_size" not in overrides
-    tencrop = any(map(_is_tencrop, rows)) or fixed.get("test_views") == "tencrop"
-    own = REPORT_COLUMNS.get(name, "test_batch_size" if tencrop else None)
-    extra = {own, "batch_size" if unusual else None}
-    return tuple(key for key in HEADINGS if key in ("lr", "step_size", "epochs") or key in extra)
+def _varied(definition: StudyDefinition | None, entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Return the settings of which rows, sampled trials or the space have different values.
+
+    Early stopping sets all sampled trials apart from all rows; it is no column.
+    """
+    space = definition.dimensions if definition else {}
+    apart = definition.early_stopping if definition else {}
+    values: dict[str, set[Any]] = {
+        key: set(map(TRIAL_RULES[key].ordered, _ends(dimension))) for key, dimension in space.items()
+    }
+    for entry in entries:
+        for key, value in entry.settings.items():
+            if key in TRIAL_RULES and not (key in apart and entry.kind == "sampled"):
+                values.setdefault(key, set()).add(TRIAL_RULES[key].ordered(value))
+    return tuple(key for key in TRIAL_RULES if len(values.get(key, ())) > 1)
+
+
+def _ends(dimension: Dimension) -> tuple[Any, ...]:
+    """Return values of a dimension, as many as tell whether it varies."""
+    if isinstance(dimension, Range):
+        return dimension.low, dimension.high
+    return dimension.values if isinstance(dimension, Choices) else ((), dimension.values)
+
+
+def _constant(
+    definition: StudyDefinition | None, entries: Sequence[Entry], varied: Sequence[str], tested: bool
+) -> dict[str, Any]:
+    """Return the settings that all rows have in common and that the study, or its reader, cares for."""
+    if not entries:
+        return {}
+    named = set(ESSENTIAL)
+    if definition is not None:
+        rows = (row.settings for row in definition.rows)
+        named = named.union(definition.fixed, definition.space, definition.expand, *rows) - definition.overrides.keys()
+    named -= {"objective", *varied, *(() if tested else ("test_views", "test_batch_size"))}
+    settings = entries[0].settings
+    return {key: settings[key] for key in TRIAL_RULES if key in named and key in settings}
+
+
+def _measures(definition: StudyDefinition | None, goal: Objective, tested: bool) -> tuple[str, ...]:
+    """Return the measures that have a column: those that the study names, else accuracy and its objective."""
+    named = [name for name in definition.columns if name not in TRIAL_RULES] if definition else []
+    usual = [logged(part, name) for name in ("accuracy", goal.name) for part in ("val", "test")]
+    there = [[name for name in names if tested or not name.startswith("test/")] for names in (named, usual)]
+    return tuple(dict.fromkeys(there[0] or there[1]))
 
 
 def _score(runs: Sequence[TrialRecord], name: str, images: int | None, share: bool = True) -> Score | None:
@@ -98,12 +134,17 @@ def _reference(value: float | None, ours: Score | None) -> Reference | None:
     return Reference(value, ours.value - value, inside)
 
 
-def _remarks(entry: Entry) -> tuple[str, ...]:
-    remarks = []
+def _remarks(entry: Entry, table: Table) -> tuple[str, ...]:
+    """Return what there is to say of an entry: of a sampled one, also the settings that have no column."""
+    hidden = [key for key in table.varied if key not in table.columns and entry.kind == "sampled"]
+    remarks = [", ".join(f"{key} {setting_text(entry.settings[key])}" for key in hidden if key in entry.settings)]
+    remarks += [entry.remark]
+    if entry.state == "paused" and entry.shown is not None and PAUSED_AT in entry.shown.tags:
+        remarks.append(f"at epoch {entry.shown.tags[PAUSED_AT]}")
     if entry.selected_at is not None:
         seeds = "fresh seeds" if len(entry.runs) > 1 else "a fresh seed"
         remarks.append(f"repeated on {seeds}; selected at {entry.selected_at:.3f}")
-    word = "fold" if entry.settings.get("dataset", {}).get("fold") else "seed"
+    word = "fold" if any(run.params.get("dataset.fold", "none") != "none" for run in entry.trained) else "seed"
     if entry.unfinished:
         remarks.append(f"{entry.unfinished} more {word if entry.unfinished == 1 else f'{word}s'} not complete")
     early = [run.tags["stopped_early"] for run in entry.runs if "stopped_early" in run.tags]
@@ -113,40 +154,46 @@ def _remarks(entry: Entry) -> tuple[str, ...]:
     if entry.runs and _is_tencrop(entry):
         centre = _score(entry.runs, TEST_ACCURACY, None)
         remarks += [f"{centre.value:.3f} on the centre crop"] if centre else []
-    return tuple(remarks)
+    return tuple(filter(None, remarks))
 
 
-def _goals(entry: Entry, goal: Objective, val: Score | None, test: Score | None) -> tuple[Score | None, Score | None]:
-    """Return what decides, on validation and on test."""
-    if goal.name == "accuracy":
-        return val, test
-    share = goal.metric.share
-    reached = _score(entry.runs, logged(_reported_part(entry), goal.name), None, share)
-    return _score(entry.runs, goal.at_best, None, share), reached
+def _scores(entry: Entry, measures: Iterable[str], images: Mapping[str, int]) -> dict[str, Score]:
+    """Return what an entry reached of some measures; those of the test are over the views that its settings say."""
+    scores = {}
+    for measure in measures:
+        part, _, name = measure.partition("/")
+        recorded = logged_at_best(name) if part == "val" else logged(_reported_part(entry), name)
+        share = METRICS[name].share
+        score = _score(entry.runs, recorded, images.get(part) if name == "accuracy" else None, share)
+        if score is not None:
+            scores[measure] = score
+    return scores
 
 
-def _row(entry: Entry, images: Mapping[str, int], link: Link, goal: Objective) -> TableRow:
-    part = _reported_part(entry)
-    val = _score(entry.runs, BEST_ACCURACY, images.get("val"))
-    test = _score(entry.runs, logged(part, "accuracy"), images.get("test"))
-    goals = _goals(entry, goal, val, test)
+def _sum(entry: Entry, name: str) -> float | None:
+    """Return the sum of a metric over the runs of an entry that have it."""
+    found = [value for run in entry.trained if (value := metric(run, name)) is not None]
+    return math.fsum(found) if found else None
+
+
+def _row(entry: Entry, table: Table, link: Link) -> TableRow:
+    scores = _scores(entry, {VAL, TEST, table.objective.each_epoch, *table.measures}, table.images)
     epochs = [epoch for run in entry.runs if (epoch := metric(run, BEST_EPOCH)) is not None]
+    spent = _sum(entry, SPENT_EPOCHS)
     return TableRow(
         kind=entry.kind,
         name=entry.name,
-        settings={key: entry.settings.get(key) for key in HEADINGS},
+        settings={key: value for key, value in entry.settings.items() if key in TRIAL_RULES},
         state=entry.state,
-        detail=entry.detail,
         reason=entry.reason,
-        remarks=_remarks(entry),
+        remarks=_remarks(entry, table),
         seeds=len(entry.runs),
-        val=val,
-        test=test,
-        goal=goals[0],
-        goal_test=goals[1],
+        scores=scores,
         best_epoch=statistics.fmean(epochs) if epochs else None,
-        val_reference=_reference(entry.reference.get("val_accuracy"), val),
-        test_reference=_reference(entry.reference.get("test_accuracy"), test),
+        epochs=None if spent is None else int(spent),
+        seconds=_sum(entry, SPENT_SECONDS),
+        val_reference=_reference(entry.reference.get("val_accuracy"), scores.get(VAL)),
+        test_reference=_reference(entry.reference.get("test_accuracy"), scores.get(TEST)),
         best_epoch_reference=entry.reference.get("best_epoch"),
         tolerance=entry.tolerance,
         run_id=entry.shown.run_id if entry.shown else None,
@@ -207,17 +254,18 @@ def _p_value(goal: Objective, one: Predictions, other: Predictions) -> float:
     return paired_permutation(labels, first, second, lambda truth, said: goal.metric.compute(Outputs(truth, said)))
 
 
-def _compare(rows: list[TableRow], predictions: Sequence[Predictions | None], goal: Objective) -> tuple[int, int]:
+def _compare(rows: list[TableRow], predictions: Sequence[Predictions | None], table: Table) -> tuple[int, int]:
     """Mark the best row and how each other one stands against it, in place.
 
     Returns the number of comparisons, and of the images that they are made on.
 
     The best row has the best score on validation, so that the test set, on which rows are compared, takes no part
-    in choosing it. A measure that predictions do not tell compares nothing.
+    in choosing it. Without test images, and by a measure that predictions do not tell, nothing is compared.
     """
-    scored = [index for index, row in enumerate(rows) if row.goal is not None]
-    best = min(scored, key=lambda index: goal.loss(rows[index].goal.value), default=None)  # type: ignore[union-attr]
-    if best is not None and not goal.metric.by_class:
+    goal = table.objective
+    scored = [index for index, row in enumerate(rows) if table.goal(row) is not None]
+    best = min(scored, key=lambda index: goal.loss(table.goal(rows[index]).value), default=None)  # type: ignore[union-attr]
+    if best is not None and (not goal.metric.by_class or (not table.tested and len(scored) > 1)):
         rows[best] = replace(rows[best], standing="best")
         return 0, 0
     top = predictions[best] if best is not None else None
@@ -253,7 +301,7 @@ def _against_majority(row: TableRow, own: Predictions | None) -> TableRow:
 def _differs(entry: Entry, key: str, value: Any) -> bool:
     """Tell whether the run that a row shows has another value of a setting than the study's override."""
     text = entry.shown.params.get(key) if entry.shown else None
-    if text is None or text == _plain(value):
+    if text is None or text == as_text(value):
         return False
     try:
         return float(text) != float(value)
@@ -263,7 +311,7 @@ def _differs(entry: Entry, key: str, value: Any) -> bool:
 
 def _override(key: str, value: Any, entries: Sequence[Entry]) -> str:
     others = [entry.name for entry in entries if _differs(entry, key, value)]
-    return f"{key} = {_plain(value)}" + (f" (not so in {_listed(others)})" if others else "")
+    return f"{key} = {setting_text(value)}" + (f" (not so in {_listed(others)})" if others else "")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -271,7 +319,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _notes(record: StudyRecord, entries: Sequence[Entry]) -> tuple[str, ...]:
+def _notes(record: StudyRecord, entries: Sequence[Entry], constant: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what a reader must know before the figures: how many images, which subset, what was overridden."""
     definition, images, notes = record.definition, record.images, []
     if definition is None:
@@ -280,7 +328,7 @@ def _notes(record: StudyRecord, entries: Sequence[Entry]) -> tuple[str, ...]:
         counts = ", ".join(
             f"{images[part]:,} {name}"
             for part, name in (("train", "train"), ("val", "validation"), ("test", "test"))
-            if part in images
+            if images.get(part)
         )
         notes.append(f"Images: {counts}" + (f"; {images['classes']} classes." if "classes" in images else "."))
     dataset, overrides = definition.dataset, definition.overrides
@@ -297,6 +345,11 @@ def _notes(record: StudyRecord, entries: Sequence[Entry]) -> tuple[str, ...]:
         notes.append(f"A subset of the dataset: {'; '.join(subset)}.{warning}")
     if overrides:
         notes.append("Overridden settings: " + ", ".join(_override(k, v, entries) for k, v in overrides.items()) + ".")
+    if constant:
+        same = ", ".join(f"{key} = {setting_text(value)}" for key, value in constant.items())
+        notes.append(f"The same in all rows: {same}.")
+    if early := definition.early_stopping:
+        notes.append("Sampled trials only: " + ", ".join(f"{k} = {setting_text(v)}" for k, v in early.items()) + ".")
     inputs = dict.fromkeys(run.tags.get(NETWORK_INPUT, "") for entry in entries for run in entry.runs)
     return (*notes, *(f"{note}." for note in inputs if note))
 
@@ -307,12 +360,6 @@ def _classes(classes: Any) -> str:
     if isinstance(classes, tuple):
         return f"its classes {', '.join(map(str, classes))}"
     return f"the {str(classes).replace('_', ' ')} of its classes"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return "+".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
 
 
 def _views(rows: Sequence[TableRow], entries: Sequence[Entry]) -> list[str]:
@@ -330,30 +377,80 @@ def _views(rows: Sequence[TableRow], entries: Sequence[Entry]) -> list[str]:
     return [f"The test accuracy of {_listed(ten)} {views}."]
 
 
+def _computed_in(run: TrialRecord) -> str | None:
+    """Return the number format and the kind of device of a run, or None where it does not tell."""
+    device, asked = run.tags.get("environment.device"), run.params.get("precision", "auto")
+    before = "float32" if device == "cpu" else None  # what auto was in versions that did not record it
+    used = run.tags.get("environment.precision") or (before if asked == "auto" else asked)
+    return f"{used} on {DEVICES.get(device, device)}" if device and used else None
+
+
+def _computed(entries: Sequence[Entry], table: Table) -> list[str]:
+    """Say so where rows that do not differ in it by their settings were computed in several number formats."""
+    kinds: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        for kind in filter(None, map(_computed_in, entry.runs)):
+            kinds.setdefault(kind, {})[entry.name] = None
+    if len(kinds) < 2 or "precision" in table.varied:
+        return []
+    said = "; ".join(f"{_listed(list(names))} in {kind}" for kind, names in kinds.items())
+    return [f"Not all trainings were computed alike, which may matter as much as a seed does: {said}."]
+
+
+def _epochs(rows: Sequence[TableRow], table: Table) -> list[str]:
+    """Say what epochs and best epochs are, and of which rows they are a mean."""
+    found = [row for row in rows if row.best_epoch is not None]
+    if not found:
+        return []
+    most = "highest" if table.objective.higher else "lowest"
+    text = f"{heading('epochs')}: how many a row trains at most. " if "epochs" in table.columns else ""
+    text += f"{table.best_epoch_heading}: the epoch with the {most} validation {table.objective.label}"
+    text += ", whose weights are tested" if table.tested else ", whose weights are kept"
+    several = [row.name for row in found if row.seeds > 1]
+    mean = f"; the mean over the trainings{_of(several, found)}" if several else ""
+    return [f"{text}{mean}."]
+
+
+def _of(names: Sequence[str], rows: Sequence[TableRow]) -> str:
+    """Return " of NAMES" where these are not all rows."""
+    return f" of {_some(names)}" if len(names) < len(rows) else ""
+
+
 def _brackets(rows: Sequence[TableRow], images: Mapping[str, int], folds: int) -> list[str]:
     """Say what the brackets of the scores are: an interval over images, or over seeds and folds."""
-    scores = {part: [row.val if part == "val" else row.test for row in rows] for part in ("val", "test")}
-    single = [part for part in scores if any(s and s.deviation is None and s.low is not None for s in scores[part])]
-    several = any(score and score.deviation is not None for part in scores for score in scores[part])
+    words = {"val": "validation", "test": "test"}
+    scores = {row.name: [(part, score) for part in words if (score := _accuracy(row, part))] for row in rows}
+    single = {n: [p for p, s in own if s.deviation is None and s.low is not None] for n, own in scores.items()}
+    one = [name for name, parts in single.items() if parts]
+    many = [name for name, own in scores.items() if any(score.deviation is not None for _, score in own)]
+    scored = [row for row in rows if scores[row.name]]
     notes = []
-    if single:
-        words = {"val": "validation", "test": "test"}
-        counts = " and ".join(f"{images[part]:,} {words[part]}" for part in single)
-        which = "Brackets of one training" if several else "Brackets"
-        notes.append(f"{which}: 95% Wilson interval, n = {counts} images.")
-    if several:
+    if one:
+        parts = [part for part in words if any(part in own for own in single.values())]
+        counts = " and ".join(f"{images[part]:,} {words[part]}" for part in parts)
+        notes.append(f"Brackets{_of(one, scored)}: 95% Wilson interval, n = {counts} images.")
+    if many:
         which = "seeds" if folds == 1 else f"trainings on {folds} folds of the training and validation images"
-        notes.append(f"Rows with n {which}: mean ± standard deviation, brackets the 95% t interval of the mean.")
+        those = f"{_some(many)}," if len(many) < len(scored) else "Rows"
+        notes.append(f"{those} with n {which}: mean ± standard deviation, brackets the 95% t interval of the mean.")
     return notes
 
 
-def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int, goal: Objective) -> list[str]:
+def _accuracy(row: TableRow, part: str) -> Score | None:
+    return row.val if part == "val" else row.test
+
+
+def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int, table: Table) -> list[str]:
     """Say what best and tied mean, when rows were compared."""
-    top = next((row for row in rows if row.standing == "best"), None)
-    if top is None or top.goal is None:
+    goal, top = table.objective, next((row for row in rows if row.standing == "best"), None)
+    reached = table.goal(top) if top else None
+    if reached is None:
         return []
-    equals = sum(row.goal is not None and row.goal.value == top.goal.value for row in rows) > 1
+    equals = sum((score := table.goal(row)) is not None and score.value == reached.value for row in rows) > 1
     best = f"Best: the {'highest' if goal.higher else 'lowest'} validation {goal.label}"
+    best += ", the first of equals" if equals else ""
+    if not table.tested:
+        return [f"{best}."]
     if not comparisons:
         return [f"{best}. Rows are not compared by it on the test set, since predictions do not tell it."]
     test = "exact McNemar test"
@@ -362,9 +459,8 @@ def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int, goal: 
     times = f" over {comparisons} comparisons" if comparisons > 1 else ""
     seeds = "; of rows with several seeds, the first one" if any(row.seeds > 1 for row in rows) else ""
     return [
-        f"{best}{', the first of equals' if equals else ''}. Tied: not told apart from "
-        f"it on the test set by the {test} on the same {images:,} images (p at least {ALPHA}, "
-        f"Holm-corrected{times}{seeds})."
+        f"{best}. Tied: not told apart from it on the test set by the {test} on the same {images:,} images "
+        f"(p at least {ALPHA}, Holm-corrected{times}{seeds})."
     ]
 
 
@@ -404,9 +500,10 @@ def _paused(study: StoredStudy) -> list[str]:
     ]
 
 
-def _some(numbers: Sequence[int]) -> str:
-    left = len(numbers) - _NAMED
-    return _listed([*map(str, numbers[:_NAMED]), *([f"{left} more"] if left > 0 else [])])
+def _some(names: Sequence[object]) -> str:
+    """Return the first of some names as a phrase, and how many more there are."""
+    left = len(names) - _NAMED
+    return _listed([*map(str, names[:_NAMED]), *([f"{left} more"] if left > 0 else [])])
 
 
 def _references(row: TableRow) -> tuple[Reference | None, Reference | None]:
@@ -420,34 +517,61 @@ def _floor(score: Score | None) -> float:
     return score.value if score.low is None else score.low
 
 
-def build_table(study: StoredStudy, best: int, read: ReadText, link: Link) -> Table:
-    """Build one study's table: its rows, then the ``best`` sampled trials with the highest validation accuracy."""
+def build_table(study: StoredStudy, best: int, read: ReadText, link: Link, everything: bool = False) -> Table:
+    """Build one study's table: its rows, then the ``best`` sampled trials with the highest scores on validation.
+
+    With ``everything``, all further trials are in the table as well; they are not compared with the others.
+    """
     definition, images, name = study.record.definition, study.record.images, study.record.name
-    entries = row_entries(study)
-    columns = _columns(definition, name, entries)
-    entries += sampled_entries(study, best, columns)
+    entries = [*row_entries(study), *sampled_entries(study, best)]
     goal = definition.objective if definition else objective(DEFAULT_OBJECTIVE)
-    rows = [_row(entry, images, link, goal) for entry in entries]
+    varied, tested = _varied(definition, entries), images.get("test") != 0
+    columns = tuple(key for key in definition.columns if key in TRIAL_RULES) if definition else ()
+    constant = _constant(definition, entries, varied, tested)
+    table = Table(
+        name,
+        definition.title if definition else name,
+        columns or varied,
+        (),
+        _notes(study.record, entries, {key: value for key, value in constant.items() if key not in columns}),
+        images=images,
+        overrides=definition.overrides if definition else {},
+        objective=goal,
+        measures=_measures(definition, goal, tested),
+        varied=varied,
+        constant=constant,
+    )
+    table = _filled(table, study, entries, read, link)
+    if not everything:
+        return table
+    ranked = sampled_entries(study, None)[best:]
+    others = [*ranked, *other_entries(study, [*entries, *ranked])]
+    spent = "Epochs Trained: those that were trained for it, not those that it shares with an earlier trial. "
+    spent += "Time: while it ran, shared among the trials that ran at the same time."
+    more = f" {counted(len(others), 'trial')} at the end {'is' if len(others) == 1 else 'are'} compared with no other."
+    return replace(
+        table,
+        others=tuple(_row(entry, table, link) for entry in others),
+        footnotes=(*table.footnotes, spent + (more if others else "")),
+    )
+
+
+def _filled(table: Table, study: StoredStudy, entries: Sequence[Entry], read: ReadText, link: Link) -> Table:
+    """Return a table with the rows of some entries, compared with each other, and with what is to be said of them."""
+    definition = study.record.definition
+    rows = [_row(entry, table, link) for entry in entries]
     predictions = [_test_predictions(entry, read) for entry in entries]
-    comparisons, compared = _compare(rows, predictions, goal)
+    comparisons, compared = _compare(rows, predictions, table)
     if any(predictions):  # mocked trials have none
         rows = [_with_what_is_lost(row, own) for row, own in zip(rows, predictions, strict=True)]
     rows = [_against_majority(row, own) for row, own in zip(rows, predictions, strict=True)]
-    footnotes = [*_views(rows, entries), *_brackets(rows, images, definition.folds if definition else 1)]
+    table = replace(table, rows=tuple(rows))
+    footnotes = [*_epochs(rows, table), *_views(rows, entries), *_computed(entries, table)]
+    footnotes += _brackets(rows, table.images, definition.folds if definition else 1)
     if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
         footnotes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
-    footnotes += [*_comparisons(rows, comparisons, compared, goal), *_majorities(rows, predictions), *_paused(study)]
-    return Table(
-        name,
-        definition.title if definition else name,
-        columns,
-        tuple(rows),
-        _notes(study.record, entries),
-        tuple(footnotes),
-        images,
-        definition.overrides if definition else {},
-        goal,
-    )
+    footnotes += [*_comparisons(rows, comparisons, compared, table), *_majorities(rows, predictions), *_paused(study)]
+    return replace(table, footnotes=tuple(footnotes))
 
 
 def told_apart(tables: Sequence[Table]) -> list[Table]:

@@ -76,7 +76,7 @@ def _open_version(tracker: MlflowTracker, found: ModelVersion) -> tuple[dict[str
     if not (folder / "artifacts" / SPEC).is_file():
         raise ModelError(
             f"{found.name}/{found.version} was not logged by caltech-sweep promote, or lost its card; loading it could "
-            "run pickled code, so it is not loaded; promote a study, or ask it with mlflow models predict"
+            "run pickled code, so it is not loaded; promote a study, or run it with `mlflow models predict`"
         )
     spec = read_spec(folder / "artifacts" / SPEC)
     return spec, read_weights(folder / "artifacts" / WEIGHTS, spec["sha256"])

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from caltech_sweep.artifacts import CHECKPOINT, read_classes, read_config
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
+from caltech_sweep.text import parse_json
 from caltech_sweep.tracking.records import grey_bits
 from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.models import not_finite
@@ -70,7 +71,7 @@ def _read_checkpoint(path: Path, run_id: str, fingerprint: str) -> tuple[dict[st
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
-        json.loads(metadata["classes"])
+        parse_json(metadata["classes"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ModelError(f"the checkpoint {path} of run {run_id} is damaged; train the trial again") from error
     if metadata.get("fingerprint") != fingerprint:

@@ -18,7 +18,6 @@ Over HTTP an image is the base64 of its file, in a column named ``image``; the p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from caltech_sweep.data.images import decode
 from caltech_sweep.data.pixels import PixelRules
 from caltech_sweep.errors import DatasetError, ModelError, UsageError
 from caltech_sweep.files import file_digest
+from caltech_sweep.text import parse_json
 from caltech_sweep.training.models import not_finite, trained_model
 
 WEIGHTS = "model.safetensors"
@@ -48,9 +48,9 @@ Ranking = list[tuple[str, float]]  # class names and probabilities, the most pro
 
 
 class Classifier:
-    """A trained network with its preprocessing. ``card`` is what ``champion.make_card`` returns.
+    """A trained network with its preprocessing. ``spec`` is what ``runs.model_spec`` returns.
 
-    Raises ModelError when the weights are not those of the card's architecture and outputs.
+    Raises ModelError when the weights are not those of its architecture and outputs.
     """
 
     def __init__(self, spec: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -106,7 +106,7 @@ class Classifier:
 def read_spec(path: Path) -> dict[str, Any]:
     """Return the card next to a model's weights; raise ModelError when it is damaged."""
     try:
-        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        spec: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         if missing := {"arch", "outputs", "resize", "crop", "mean", "std", "sha256"} - set(spec):
             raise ValueError(f"without {sorted(missing)[0]}")
     except (OSError, ValueError, TypeError) as error:

@@ -85,7 +85,7 @@ def component_problems(kind: str, component: Component) -> Iterator[tuple[str, s
     aliases = {alias: name for alias, name in ALIASES.items() if name in known}
     unknown = [key for key in component.arguments if aliases.get(key, key) not in known]
     for key in unknown:
-        yield key, f"is no argument of {component.name}{suggestion(str(key), [*aliases, *known])}"
+        yield key, f"is not an argument of {component.name}{suggestion(str(key), [*aliases, *known])}"
     too_large = [key for key, value in component.arguments.items() if _is_too_large(key, value)]
     for key in too_large:
         yield key, f"is too large a number: {quoted(component.arguments[key])}"
@@ -100,7 +100,7 @@ def _pausing_problems(component: Component) -> Iterator[tuple[str, str]]:
     for key in component.arguments:
         if key not in PAUSING_ARGUMENTS:
             hint = suggestion(str(key), PAUSING_ARGUMENTS)
-            yield key, f"is no argument of {component.name} with {' and '.join(PAUSING_ARGUMENTS)}{hint}"
+            yield key, f"is not an argument of {component.name} with {' and '.join(PAUSING_ARGUMENTS)}{hint}"
     for key in PAUSING_ARGUMENTS:
         try:
             Pausing(**{k: v for k, v in component.arguments.items() if k == key})

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from caltech_sweep.config import DATASET_RULES, PLACE_FIELDS, TRIAL_RULES, TrialConfig
-from caltech_sweep.metrics import Objective, objective
+from caltech_sweep.metrics import Objective, measure_names, objective
 from caltech_sweep.rules import Rule
 
 
@@ -23,6 +23,11 @@ class Range:
     log: bool = False
     step: float | None = None
     integer: bool = False
+
+    @property
+    def integers(self) -> range:
+        """Its numbers, where they are integers."""
+        return range(int(self.low), int(self.high) + 1, int(self.step or 1))
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class StudyDefinition:
     replicates: int = 1  # seeds that every row is trained on; not counted by ``trials``
     early_stopping: Mapping[str, Any] = field(default_factory=dict)  # ``patience`` and ``min_delta`` of sampled trials
     budget: Mapping[str, float] = field(default_factory=dict)  # the most ``epochs`` or ``hours`` that it may spend
+    columns: tuple[str, ...] = ()  # settings and measures that its table shows; none: what varies, and the usual ones
 
     @property
     def family_size(self) -> int:
@@ -100,6 +106,14 @@ class StudyDefinition:
     def dimensions(self) -> dict[str, Dimension]:
         """The settings that vary: the sampled ones, and those of ``expand``."""
         return {**self.space, **{key: Choices(values) for key, values in self.expand.items()}}
+
+    @property
+    def sampled_epochs(self) -> Sequence[int]:
+        """The numbers of epochs that a sampled trial may ask for."""
+        dimension = self.dimensions.get("epochs")
+        if isinstance(dimension, Range):
+            return dimension.integers
+        return [int(value) for value in dimension.values] if dimension else [self.config({}).epochs]
 
     @property
     def objective(self) -> Objective:
@@ -163,6 +177,8 @@ class StudyDefinition:
         document["replicates"] = self.replicates
         if self.budget:
             document["budget"] = dict(self.budget)
+        if self.columns:
+            document["columns"] = list(self.columns)
         result: dict[str, Any] = json.loads(json.dumps(document))
         return result
 
@@ -201,7 +217,13 @@ class StudyDefinition:
             document.get("replicates") or 1,
             document.get("early_stopping") or {},
             document.get("budget") or {},
+            tuple(name for name in document.get("columns") or () if name in column_names()),
         )
+
+
+def column_names() -> list[str]:
+    """Return what may have a column in a study's table: settings, and measures such as ``test/macro_accuracy``."""
+    return [*(name for name in TRIAL_RULES if name != "objective"), *measure_names()]
 
 
 def in_fold(config: TrialConfig, fold: int) -> TrialConfig:

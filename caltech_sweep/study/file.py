@@ -39,6 +39,7 @@ from caltech_sweep.study.definition import (
     Row,
     StudyDefinition,
     SubsetOf,
+    column_names,
 )
 from caltech_sweep.text import is_overgrown, one_line, quoted, suggestion
 from caltech_sweep.training.schedule import schedule_settings
@@ -85,6 +86,11 @@ def _check_depth(text: str, where: str) -> None:
         if depth > _DEEPEST:
             line = text.count("\n", 0, found.start()) + 1
             raise StudyFileError([f"{where}:{line}: not valid YAML: brackets are nested more than {_DEEPEST} deep"])
+
+
+def _crop_problem(dataset: Mapping[str, Any]) -> str | None:
+    crop, resize = dataset.get("crop", DatasetConfig.crop), dataset.get("resize", DatasetConfig.resize)
+    return f"{crop} pixels cannot be cut from images of {resize} (dataset.resize)" if crop > resize else None
 
 
 def _load_yaml(text: str, where: str) -> Any:
@@ -159,11 +165,8 @@ class _Reader:
         dataset = self.ruled(self.mapping(root, "dataset", "dataset"), "dataset.", dataset_rules())
         for key, text in unread(dataset):
             self.problem(root["dataset"], key, f"dataset.{key}", text)
-        crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
-        if crop > resize:
-            self.problem(
-                root, "dataset", "dataset.crop", f"{crop} pixels cannot be cut from images of {resize} (resize)"
-            )
+        if wrong := _crop_problem(dataset):
+            self.problem(root, "dataset", "dataset.crop", wrong)
         return dataset
 
     def dimension(self, space: CommentedMap, key: str) -> Dimension | None:
@@ -197,7 +200,7 @@ class _Reader:
     def _range(self, space: CommentedMap, node: CommentedMap, key: str, path: str) -> Range | None:
         rule, before = TRIAL_RULES[key], len(self.problems)
         if rule.kind == "other":
-            self.problem(space, key, path, "is no number and cannot have a range; use choices")
+            self.problem(space, key, path, "is not a number and cannot have a range; use choices")
             return None
         self.known(node, f"{path}.", ["low", "high", "log", "step"])
         values = _plain(node)
@@ -298,6 +301,23 @@ class _Reader:
             self.problem(node, key, f"early_stopping.{key}", "is also under fixed or space; leave it in one place")
         return values
 
+    def columns(self, root: CommentedMap) -> tuple[str, ...]:
+        """Return the settings and measures that the study's table shows."""
+        if root.get("columns") is None:
+            return ()
+        names, known = _plain(root["columns"]), column_names()
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            example = "must be a list of settings and measures, such as [lr, test/macro_accuracy]"
+            self.problem(root, "columns", "columns", f"{example}, got {quoted(names)}")
+            return ()
+        for place, name in enumerate(names):
+            if name not in known:
+                text = f"there is no setting or measure {quoted(name)}{suggestion(name, known)}"
+                self.problem(root["columns"], place, f"columns[{place}]", text)
+            elif name in names[:place]:
+                self.problem(root["columns"], place, f"columns[{place}]", f"{quoted(name)} is there twice; remove one")
+        return tuple(names)
+
     def exhaustive(self, root: CommentedMap, definition: StudyDefinition) -> None:
         """Report what keeps an exhaustive sampler from trying the whole space."""
         from caltech_sweep.study.grid import exhaustive_problems
@@ -335,21 +355,9 @@ class _Reader:
 
 
 _TOP = (
-    "title",
-    "dataset",
-    "objective",
-    "trials",
-    "sampler",
-    "pruner",
-    "fixed",
-    "space",
-    "expand",
-    "rows",
-    "tolerance",
-    "replicates",
-    "early_stopping",
-    "budget",
-)
+    "title", "dataset", "objective", "trials", "sampler", "pruner", "fixed", "space", "expand", "rows", "tolerance",
+    "replicates", "early_stopping", "budget", "columns",
+)  # fmt: skip
 
 
 def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
@@ -391,6 +399,7 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
         replicates=replicates,
         early_stopping=early_stopping,
         budget=budget,
+        columns=reader.columns(root),
     )
 
 
@@ -430,11 +439,8 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         for row in definition.rows
     )
     recorded = {key: value for key, value in overrides.items() if key.removeprefix("dataset.") not in PLACE_FIELDS}
-    crop, resize = dataset.get("crop", 224), dataset.get("resize", 256)
-    if crop > resize:
-        raise UsageError(
-            f"dataset.crop: {crop} pixels cannot be cut from images of {resize} (dataset.resize); set both"
-        )
+    if wrong := _crop_problem(dataset):
+        raise UsageError(f"dataset.crop: {wrong}; set both")
     return replace(
         definition,
         dataset=dataset,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.study.definition import Range, StudyDefinition
+from caltech_sweep.metrics import SPENT_EPOCHS, SPENT_SECONDS
 from caltech_sweep.sweep.executors.base import Epoch
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.records import TrialRecord
@@ -28,25 +28,16 @@ class Spent:
 
     def metrics(self) -> dict[str, float]:
         """Return these by their names in the tracking store."""
-        return {"spent/epochs": float(self.epochs), "spent/seconds": self.seconds}
+        return {SPENT_EPOCHS: float(self.epochs), SPENT_SECONDS: self.seconds}
 
 
 def spent_by(records: Iterable[TrialRecord]) -> Spent:
     """Return what some runs have spent; a complete one of a version that did not record it, by its other records."""
     total = Spent()
     for record in records:
-        total.epochs += int(record.metrics.get("spent/epochs", record.tags.get("reuse.epochs_trained", 0)))
-        total.seconds += record.metrics.get("spent/seconds", 0.0)
+        total.epochs += int(record.metrics.get(SPENT_EPOCHS, record.tags.get("reuse.epochs_trained", 0)))
+        total.seconds += record.metrics.get(SPENT_SECONDS, 0.0)
     return total
-
-
-def most_epochs(definition: StudyDefinition) -> int:
-    """Return the most epochs that a sampled trial of a study can ask for."""
-    dimension = definition.space.get("epochs")
-    if isinstance(dimension, Range):
-        return int(dimension.high)
-    values = dimension.values if dimension is not None else definition.expand.get("epochs", ())
-    return max(map(int, values), default=definition.config({}).epochs)
 
 
 class Ledger:

@@ -15,7 +15,7 @@ from functools import partial
 from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
 from caltech_sweep.stores import reason
-from caltech_sweep.sweep.budget import Ledger, most_epochs
+from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.optuna_store import STORE_ERRORS
 from caltech_sweep.sweep.progress import Progress
@@ -37,6 +37,7 @@ class _Running:
     run: RecordedTrial
     job: Job
     epoch: int = 0  # the last one that its worker has finished
+    kept: int = 0  # the last one whose state others need not wait for
     attempt: int = 0
     stops: str | None = None  # "pruned" or "paused": it was told to stop
     retrains: bool = False  # it was paused, and its state is no longer kept
@@ -145,7 +146,7 @@ class Coordinator:
             except (StoreError, LostStudyError, *STORE_ERRORS):
                 continue
             except Exception as error:  # the others have their ends all the same
-                self.progress.note(f"the end of the study is not recorded ({reason(error)}); the next run settles it")
+                self.progress.note(f"the end of the study is not recorded ({reason(error)}); the next run records it")
 
     def _run_all(self) -> None:
         while not self._stop and not self.ledger.over and (self._fill() or self._running):
@@ -154,6 +155,7 @@ class Coordinator:
             for event in events:
                 self._handle(event)
             self.recorder.keep_up()
+            self.queue.keep_up()
 
     def _settle_budget(self) -> None:
         """Where the budget ends the study, let what it keeps from running wait, and say what is left."""
@@ -166,13 +168,13 @@ class Coordinator:
             self._end(running, "interrupted", "waits until the study has a larger budget")
         waiting, sampled = self.queue.left()
         if waiting or sampled:
-            self.progress.note(self.ledger.sentence(waiting, sampled, most_epochs(self.queue.definition)))
+            self.progress.note(self.ledger.sentence(waiting, sampled, max(self.queue.definition.sampled_epochs)))
 
     def _fill(self) -> bool:
         """Hand a trial to every free slot; return whether any was handed out."""
         before = len(self._running)
         while self.executor.free() > 0:
-            running = {other.queued.config: other.epoch for other in self._running.values()}
+            running = {other.queued.config: other.kept for other in self._running.values()}
             queued, self._held = self._held or self.queue.next(running), None
             if queued is None:
                 break
@@ -189,7 +191,7 @@ class Coordinator:
     def _submit(self, running: _Running) -> None:
         queued, folder = running.queued, running.job.folder
         self._running[queued.number] = running
-        running.epoch, running.broken, running.stops = 0, "", None
+        running.epoch, running.kept, running.broken, running.stops = 0, 0, "", None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.executor.submit(running.job)
@@ -212,7 +214,7 @@ class Coordinator:
 
     def _epoch(self, running: _Running, event: Epoch) -> None:
         """Log and report an epoch; one that the stores have already, from before an interruption, changes neither."""
-        running.epoch = event.epoch
+        running.epoch, running.kept = event.epoch, event.epoch - event.saving
         self.ledger.epoch(event)
         if event.epoch <= running.queued.paused_at and not (event.reused or running.retrains):
             running.retrains = True
@@ -260,11 +262,15 @@ class Coordinator:
             running.job = replace(running.job, alone=True)
             self._retry(running, f"{event.message}; retried with its device to itself")
             return
-        if event.trace:
-            (running.job.folder / TRACEBACK).write_text(event.trace)
+        where = f"its traceback is {TRACEBACK} of run {running.run.run_id}"
+        try:
+            if event.trace:
+                (running.job.folder / TRACEBACK).write_text(event.trace, encoding="utf-8")
+        except OSError as error:  # a full disk, or a folder that was cleaned away: the trial ends all the same
+            where = f"its traceback could not be kept ({error.strerror})"
         self._end(running, event.outcome, event.message)
         if event.trace:
-            self.progress.note(f"{running.queued.name}: its traceback is {TRACEBACK} of run {running.run.run_id}")
+            self.progress.note(f"{running.queued.name}: {where}")
 
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
         code = event.exit_code or 0

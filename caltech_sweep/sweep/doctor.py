@@ -7,11 +7,11 @@ and what is fixed is not found again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -29,12 +29,10 @@ from caltech_sweep.sweep.reconcile import Finding, give_up, key_of, survey
 from caltech_sweep.text import counted, suggestion
 from caltech_sweep.tracking.client import local_path
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
-from caltech_sweep.tracking.records import StudyRecord, TrialRecord, missing_artifacts
+from caltech_sweep.tracking.records import RESULTS, StudyRecord, TrialRecord, missing_artifacts, worth
 from caltech_sweep.tracking.writer import MlflowTracker
 
-T = TypeVar("T")
 Key = tuple[int, str]  # a trial's number and fingerprint
-_RESULTS = ("complete", "pruned", "diverged")  # outcomes that training again would only repeat
 
 
 @dataclass
@@ -196,7 +194,8 @@ def _findings(
         yield Finding("is only in the tracking store; name its study store with --storage, or put its file back", None)
         return
     runs = _runs_by_trial(tracker.trials(record), study)
-    chosen = {key: _best_of(same, partial(_damage, tracker, record)) for key, same in runs.items()}
+    by_worth = partial(worth, sound=lambda run: not any(_damage(tracker, record, run)))
+    chosen = {key: max(same, key=by_worth) if len(same) > 1 else same[0] for key, same in runs.items()}
     yield from _surplus(tracker, study, runs, chosen)
     numbers = {key_of(trial) for trial in study.get_trials(deepcopy=False)}
     chosen = {key: run for key, run in chosen.items() if key in numbers}
@@ -235,17 +234,6 @@ def _is_equal(one: str, other: str) -> bool:
         return False
 
 
-def _best_of(same: Sequence[TrialRecord], damage: Callable[[TrialRecord], Iterator[str]]) -> TrialRecord:
-    """Return the run of a trial that counts: one that has ended, complete and sound if there is such a one."""
-
-    def worth(run: TrialRecord) -> tuple[bool, bool, bool, int]:
-        complete = run.outcome == "complete"
-        sound = complete and len(same) > 1 and not any(damage(run))
-        return run.outcome in _RESULTS, complete, sound, run.start_time
-
-    return max(same, key=worth)
-
-
 def _wanted(record: StudyRecord) -> set[tuple[str, str]] | None:
     """Return what the study's rows train, as (name, fingerprint) with every seed; None where it is not known."""
     definition = record.definition
@@ -262,12 +250,12 @@ def _is_wanted(wanted: set[tuple[str, str]] | None, trial: FrozenTrial) -> bool:
 def _moved(tracker: MlflowTracker, record: StudyRecord) -> Iterator[Finding]:
     """Artifact locations are absolute: find those that point nowhere while the artifacts lie next to the database."""
     location = tracker.client.get_experiment(record.experiment_id).artifact_location
-    named, beside = local_path(location), tracker.artifacts.moved(record.name)
+    named, moved = local_path(location), tracker.artifacts.moved(record.name)
     if named is None or named.exists():
         return
-    if beside is not None and beside.is_dir():
-        fix = partial(tracker.move_artifacts, record.experiment_id, location, beside.resolve().as_uri())
-        yield Finding(f"its artifacts are no longer in {named}, but in {beside}: locations updated", fix)
+    if moved is not None and moved.is_dir():
+        fix = partial(tracker.move_artifacts, record.experiment_id, location, moved.resolve().as_uri())
+        yield Finding(f"its artifacts are no longer in {named}, but in {moved}: locations updated", fix)
     elif tracker.trials(record):
         yield Finding(f"its artifacts are not in {named}; put the folder back, or next to the tracking store", None)
 
@@ -290,7 +278,7 @@ def _surplus(
                 continue
             if known:
                 text = f"{name} repeats another run of its trial: moved to the deleted runs"
-            elif run.outcome in _RESULTS:
+            elif run.outcome in RESULTS:
                 yield Finding(
                     f"{name} is {run.outcome}, belongs to no trial of the study store, and is kept, since no other run "
                     "has its result; delete it in MLflow, or rebuild the study store from all runs (move its file "
@@ -318,14 +306,14 @@ def _damaged(
 
 def _damage(tracker: MlflowTracker, record: StudyRecord, run: TrialRecord) -> Iterator[str]:
     """Yield what is wrong with a run's artifacts, but for those that are known to be missing."""
-    place = (run.artifact_uri, record.name)
-    read = partial(_of_run, tracker.artifacts.text, *place)
-    find = partial(_of_run, tracker.artifacts.file, *place)
     images = dict(record.images)
     if run.params.get("dataset.folds", "1") != "1":  # whose sizes differ by an image or so
         images.pop("val", None)
-    yield from artifact_problems(run.metrics, read, find, images, missing_artifacts(run.tags))
-
-
-def _of_run(get: Callable[[str, str, str], T], uri: str, study: str, path: str) -> T:
-    return get(uri, path, study)
+    artifacts, uri, study = tracker.artifacts, run.artifact_uri, record.name
+    yield from artifact_problems(
+        run.metrics,
+        lambda path: artifacts.text(uri, path, study),
+        lambda path: artifacts.file(uri, path, study),
+        images,
+        missing_artifacts(run.tags),
+    )

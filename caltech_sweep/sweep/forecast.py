@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from caltech_sweep.metrics import objective
 from caltech_sweep.study.components import pruning_start, startup_trials
-from caltech_sweep.study.definition import Choices, Component, Range, StudyDefinition
+from caltech_sweep.study.definition import Component, StudyDefinition
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_size, reachable
-from caltech_sweep.sweep.budget import most_epochs, spent_by
+from caltech_sweep.sweep.budget import spent_by
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.records import TrialRecord
 
@@ -73,18 +73,9 @@ def expected_epochs(pruner: Component, epochs: int) -> float | None:
     return stops[0] + sum((b - a) / share**k for k, (a, b) in enumerate(itertools.pairwise(stops), 1))
 
 
-def _all_epochs(definition: StudyDefinition) -> Sequence[int]:
-    """Return the numbers of epochs that sampled trials may ask for, each once."""
-    dimension = definition.space.get("epochs")
-    if isinstance(dimension, Range):
-        return range(int(dimension.low), int(dimension.high) + 1, int(dimension.step or 1))
-    values = dimension.values if isinstance(dimension, Choices) else definition.expand.get("epochs", ())
-    return [int(value) for value in values] or [definition.config({}).epochs]
-
-
 def _savings(definition: StudyDefinition, pruner: Component) -> str:
     """Return what pausing or pruning is expected to save of the epochs of sampled trials, or can save at most."""
-    each, number = _all_epochs(definition), definition.trials - len(definition.rows)
+    each, number = definition.sampled_epochs, definition.trials - len(definition.rows)
     asked = statistics.fmean(each) * number
     expected = [value for epochs in each if (value := expected_epochs(pruner, epochs)) is not None]
     if expected:
@@ -135,7 +126,7 @@ def _enough(definition: StudyDefinition, records: Sequence[TrialRecord], left: f
         return f"that is not enough for the rows, which have {rows_left:,} epochs to train"
     ended = sum(r.row is None and "confirms" not in r.tags and r.state in ("complete", "pruned") for r in records)
     sampled = max(0, definition.trials - len(definition.rows) - ended) if definition.space else 0
-    fit = min(sampled, int((left - rows_left) // most_epochs(definition)))
+    fit = min(sampled, int((left - rows_left) // max(definition.sampled_epochs)))
     if fit == sampled:
         return "that is enough for all trials"
     return f"that is enough for the rows and at least {fit:,} of {counted(sampled, 'sampled trial')}"

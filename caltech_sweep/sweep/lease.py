@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, Protocol
@@ -78,10 +78,16 @@ def _clocks() -> tuple[float, float]:
 
 
 class Lease:
-    """The lease of one study in a database; ``seconds`` is how long it lasts without a renewal."""
+    """The lease of one study in a database; ``seconds`` is how long it lasts without a renewal, by ``clocks`` here."""
 
-    def __init__(self, engine: Engine, study: str, seconds: float | None = None) -> None:
-        self.engine, self.study = engine, study
+    def __init__(
+        self,
+        engine: Engine,
+        study: str,
+        seconds: float | None = None,
+        clocks: Callable[[], tuple[float, float]] = _clocks,
+    ) -> None:
+        self.engine, self.study, self._clocks = engine, study, clocks
         self.seconds = LEASE_SECONDS if seconds is None else seconds
         self.holder = uuid.uuid4().hex
         self._now: Any = sa.literal_column(_NOW[engine.dialect.name], sa.Double)
@@ -95,7 +101,7 @@ class Lease:
     def acquire(self) -> None:
         """Take the lease in one statement and renew it from now on; raise StoreError while another process has it."""
         self._make_table()
-        before = _clocks()
+        before = self._clocks()
         values = {"holder": self.holder, "who": _who(), "since": self._now, "expires": self._now + self.seconds}
         free = (LEASES.c.study == self.study) & (LEASES.c.expires < self._now)
         taken = sa.update(LEASES).where(free).values(**values)
@@ -151,7 +157,7 @@ class Lease:
         with self._guard:
             if self._lost:
                 raise LostStudyError(self._lost)
-            before = _clocks()
+            before = self._clocks()
             with self.engine.begin() as connection:
                 renewed = sa.update(LEASES).where(self._mine).values(expires=self._now + self.seconds)
                 kept = connection.execute(renewed).rowcount == 1
@@ -175,9 +181,8 @@ class Lease:
         if self._lost:
             raise LostStudyError(self._lost)
         give_up = time.monotonic() + _PATIENCE
-        while max(now - then for now, then in zip(_clocks(), self._renewed, strict=True)) > self.seconds * (
-            1 - _MARGIN
-        ):
+        sure = self.seconds * (1 - _MARGIN)
+        while max(now - then for now, then in zip(self._clocks(), self._renewed, strict=True)) > sure:
             try:
                 self.renew()
             except _OUTAGES as error:

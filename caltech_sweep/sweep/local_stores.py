@@ -19,7 +19,7 @@ from pathlib import Path
 
 from caltech_sweep.errors import StoreError, UsageError
 from caltech_sweep.files import create_atomically, file_digest, locked
-from caltech_sweep.stores import Store, leave_log, study_store, tracking_store
+from caltech_sweep.stores import Store, study_store, tracking_store
 
 _NONE = "none"  # in the place of a digest: there was no store yet
 
@@ -60,7 +60,6 @@ class _Copy:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.home.exists():
-            leave_log(self.home)
             with create_atomically(self.local) as made:
                 _snapshot(self.home, made)
                 self._base.write_text(self._there(), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from caltech_sweep.study.file import name_problem
 from caltech_sweep.text import counted, one_line, readable
 
 ARCH = "resnet18"
+_quoted = json.dumps  # a JSON string is a YAML string in quotes, whatever characters it has
 _LOOKED_AT = 300  # images whose sizes are read
 _CROPS = (32, 64, 96, 128, 224)  # pixels
 _EVEN = "val/macro_accuracy"
@@ -107,13 +109,6 @@ def write_study(name: str, place: Path, has_weights: bool, folder: Path = paths.
     return target, found
 
 
-def quoted_yaml(value: str) -> str:
-    """Return text as a YAML scalar in quotes, whatever characters it has."""
-    import json
-
-    return json.dumps(value)
-
-
 def describe(found: Found) -> list[str]:
     """Return what was found as sentences."""
     counts, split = found.counts, found.split
@@ -131,11 +126,11 @@ def describe(found: Found) -> list[str]:
 
 
 def _dataset_lines(config: DatasetConfig, chosen: Mapping[str, Any]) -> Sequence[str]:
-    lines = [f"  name: {config.name}", f"  root: {quoted_yaml(str(config.root))}"]
+    lines = [f"  name: {config.name}", f"  root: {_quoted(str(config.root))}"]
     defaults = DatasetConfig()
     for column in CSV_COLUMNS:
         if (value := getattr(config, column)) != getattr(defaults, column):
-            lines.append(f"  {column}: {quoted_yaml(value)}")
+            lines.append(f"  {column}: {_quoted(value)}")
     return [
         *lines,
         f"  resize: {chosen['resize']}  # pixels of the shorter side; larger shows more and takes longer",
@@ -152,7 +147,7 @@ def _text(name: str, found: Found, chosen: Mapping[str, Any]) -> str:
         *(f"# {line.replace(chr(10), ' ')}" for line in describe(found)),
         f"# Check it with: caltech-sweep plan {name}    Run it with: caltech-sweep run {name}",
         "",
-        f"title: {quoted_yaml(name)}",
+        f"title: {_quoted(name)}",
         "",
         "dataset:",
         *_dataset_lines(found.config, chosen),

@@ -228,7 +228,7 @@ def _read_study(name: str, store: Store) -> optuna.Study | None:
         if not sa.inspect(store.engine()).has_table(TrialModel.__tablename__):  # Optuna would make its tables
             return None
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return stored_studies(RDBStorage(store.uri, {"poolclass": sa.NullPool})).get(name)
+        return stored_studies(RDBStorage(store.uri, store.looking())).get(name)
 
 
 def other_identity(name: str, differences: Sequence[str]) -> UsageError:

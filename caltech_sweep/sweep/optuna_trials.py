@@ -10,13 +10,15 @@ cache of the thread, so everything here that changes a trial without them clears
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Container, Iterable
+import statistics
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialModel
+from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.sweep.optuna_store import engine_of
@@ -30,15 +32,12 @@ class SettledSampler(optuna.samplers.BaseSampler):
     """The sampler of a trial that has all its settings: it draws nothing and leaves no mark in the store."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        """Return nothing to draw."""
         return {}
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """Draw nothing."""
         return {}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
-        """Refuse to draw."""
         raise AssertionError(f"trial {trial.number} has no {param_name}")
 
 
@@ -61,26 +60,65 @@ def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
 
 def seen_trials(study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> list[FrozenTrial]:
     """Return the trials of a study as its sampler sees them."""
-    if isinstance(sampler, ViewSampler):
-        return list(sampler.view(study).get_trials(deepcopy=False))
-    return study.get_trials(deepcopy=False)
+    seen = sampler.view(study) if isinstance(sampler, ViewSampler) else study
+    return list(seen._get_trials(deepcopy=False, use_cache=True))
+
+
+def setting_of(trial: FrozenTrial) -> object:
+    """Return what tells a setting from others, whatever the fold: the number of a sampled trial, or a row's config."""
+    attributes = trial.user_attrs
+    if "row" not in attributes and "confirms" not in attributes:
+        return attributes.get("fold_of", trial.number)
+    config = attributes["config"]
+    whole = {**config, "dataset": {**config["dataset"], "fold": None}}
+    return attributes.get("row"), attributes.get("confirms"), json.dumps(whole, sort_keys=True)
+
+
+def over_folds(trials: Iterable[FrozenTrial], folds: int) -> list[FrozenTrial]:
+    """Return trials with those of one setting on several folds as one: the first, with their mean as its value.
+
+    It is running until each fold is complete, and failed once one of them has failed.
+    """
+    if folds == 1:
+        return list(trials)
+    settings: dict[object, list[FrozenTrial]] = {}
+    for trial in trials:
+        key = trial.number if is_unsampled(trial) else setting_of(trial)
+        settings.setdefault(key, []).append(trial)
+    return [_as_one(own, folds) for own in settings.values()]
+
+
+def _as_one(own: Sequence[FrozenTrial], folds: int) -> FrozenTrial:
+    first, values = own[0], [trial.value for trial in own if trial.state == TrialState.COMPLETE]
+    if first.state != TrialState.COMPLETE:
+        return first
+    shown = copy.copy(first)
+    shown.values = None
+    if len(values) >= folds:
+        shown.value = statistics.fmean(value for value in values if value is not None)
+    else:
+        shown.state = TrialState.FAIL if any(t.state == TrialState.FAIL for t in own) else TrialState.RUNNING
+    return shown
 
 
 class _View:
-    """A study, or its storage, as a sampler should see it: paused trials are pruned, others out of its space hidden."""
+    """A study, or its storage, as samplers and pruners should see it.
 
-    def __init__(self, seen: Any, names: frozenset[str]) -> None:
-        self._seen, self._names = seen, names
+    Paused trials are pruned, trials without the settings ``names`` hidden, and those of several folds one.
+    """
+
+    def __init__(self, seen: Any, names: frozenset[str], folds: int) -> None:
+        self._seen, self._names, self._folds = seen, names, folds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._seen, name)
 
     def _show(self, trials: Iterable[FrozenTrial], states: Container[TrialState] | None) -> list[FrozenTrial]:
-        shown = [_as_pruned(t) for t in trials if self._names <= t.distributions.keys()]
+        seen = over_folds(trials, self._folds)
+        shown = [_as_pruned(t) for t in seen if self._names <= t.distributions.keys()]
         return [trial for trial in shown if states is None or trial.state in states]
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        """Return what ``Study.get_trials`` does, of the trials to be seen."""
         return self._show(self._seen.get_trials(deepcopy), states)
 
     def _get_trials(
@@ -91,48 +129,53 @@ class _View:
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """Return what ``BaseStorage.get_all_trials`` does, of the trials to be seen."""
         return self._show(self._seen.get_all_trials(study_id, deepcopy), states)
 
     @property
     def _storage(self) -> _View:
         """The storage, which samplers that try every combination ask for themselves."""
-        return _View(self._seen._storage, self._names)
+        return _View(self._seen._storage, self._names, self._folds)
 
 
 class ViewSampler(optuna.samplers.BaseSampler):
     """A sampler that sees paused trials as pruned ones, and no trial that lacks one of the settings ``names``.
 
     Optuna models only settings that every trial has. One row with a learning rate outside the space would take the
-    learning rate out of the model for good.
+    learning rate out of the model for good. Of a setting that is trained on several folds it sees the mean.
     """
 
-    def __init__(self, sampler: optuna.samplers.BaseSampler, names: Iterable[str]) -> None:
-        self.sampler, self._names = sampler, frozenset(names)
+    def __init__(self, sampler: optuna.samplers.BaseSampler, names: Iterable[str], folds: int = 1) -> None:
+        self.sampler, self._names, self._folds = sampler, frozenset(names), folds
 
     def view(self, study: optuna.Study) -> Any:
         """Return the study as the sampler sees it."""
-        return _View(study, self._names)
+        return _View(study, self._names, self._folds)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Pass the call on."""
         self.sampler.before_trial(self.view(study), trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        """Return the space that trials with all settings have in common."""
         return self.sampler.infer_relative_search_space(self.view(study), trial)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """Suggest some settings together."""
         return self.sampler.sample_relative(self.view(study), trial, search_space)
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
-        """Suggest one setting."""
         return self.sampler.sample_independent(self.view(study), trial, param_name, distribution)
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
-        """Pass the call on."""
         self.sampler.after_trial(self.view(study), trial, state, values)
+
+
+class ViewPruner(optuna.pruners.BasePruner):
+    """A pruner that sees each setting once: as it was on the first fold, where trials are pruned."""
+
+    def __init__(self, pruner: optuna.pruners.BasePruner, folds: int) -> None:
+        self.pruner, self._folds = pruner, folds
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Tell whether a trial should stop."""
+        return self.pruner.prune(_View(study, frozenset(), self._folds), trial)  # type: ignore[arg-type]
 
 
 def _refresh(study: optuna.Study) -> None:
@@ -140,10 +183,10 @@ def _refresh(study: optuna.Study) -> None:
     study._thread_local.cached_all_trials = None
 
 
-def start_sampled(study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> optuna.Trial:
+def start_sampled(study: optuna.Study, sampler: optuna.samplers.BaseSampler, others_wait: bool = True) -> optuna.Trial:
     """Start a new trial whose settings ``sampler`` suggests."""
     study.sampler = sampler
-    if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # ``Study.ask`` would start the first of these
+    if others_wait:  # ``Study.ask`` would start the first of these
         _refresh(study)
         return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
     return study.ask()
@@ -176,6 +219,50 @@ def start_unsampled(study: optuna.Study, waiting: FrozenTrial, sampler: optuna.s
         if name not in relative and not distribution.single():
             study.sampler.sample_independent(study, waiting, name, distribution)
     return trial
+
+
+def note_epoch(trial: optuna.Trial, epoch: int, value: float) -> None:
+    """Let the pruner know of an epoch of a running trial; :func:`report` tells the store."""
+    trial._cached_frozen_trial.intermediate_values[epoch] = value
+
+
+def report(study: optuna.Study, epochs: Iterable[tuple[optuna.Trial, int, float]]) -> None:
+    """Tell the store of epochs that it has not heard of, all in one transaction."""
+    engine, model = engine_of(study), TrialIntermediateValueModel
+    if engine is None:
+        for trial, epoch, value in epochs:
+            study._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
+        return
+    rows = []
+    for trial, epoch, value in epochs:
+        stored, kind = model.intermediate_value_to_stored_repr(value)
+        own = {"intermediate_value": stored, "intermediate_value_type": kind}
+        rows.append({"trial_id": trial._trial_id, "step": epoch, **own})
+    with engine.begin() as connection:
+        connection.execute(sa.insert(model.__table__), rows)
+
+
+class _Known:
+    """A study whose complete trials are known, for pruners that ask for no others."""
+
+    def __init__(self, study: optuna.Study, complete: Sequence[FrozenTrial]) -> None:
+        self._study, self._complete = study, complete
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """Return the complete trials."""
+        assert states == (TrialState.COMPLETE,)
+        return list(self._complete)
+
+
+def is_pruned(study: optuna.Study, trial: optuna.Trial, complete: Sequence[FrozenTrial]) -> bool:
+    """Return what ``Trial.should_prune`` does; ``complete`` trials are known, so that no epoch reads them again."""
+    if isinstance(study.pruner, (optuna.pruners.PercentilePruner, optuna.pruners.ThresholdPruner)):
+        known: Any = _Known(study, complete)
+        return study.pruner.prune(known, trial._get_latest_trial())
+    return trial.should_prune()
 
 
 def requeue(study: optuna.Study, number: int) -> None:

@@ -36,6 +36,7 @@ from caltech_sweep.tracking.records import (
     InitialWeights,
     StudyRecord,
     TrialRecord,
+    worth,
 )
 from caltech_sweep.tracking.writer import MlflowTracker
 
@@ -217,7 +218,7 @@ def adopt(
     study = open_study(definition, storage, identity, attributes={_ADOPTING: True})
     tracker.adopt(record, study.user_attrs[STORE_TAG])
     runs: dict[int, TrialRecord] = {}
-    for run in sorted(tracker.trials(record), key=lambda run: (run.outcome == "complete", run.start_time)):
+    for run in sorted(tracker.trials(record), key=worth):
         if run.number >= 0:
             runs[run.number] = run
     for number in range(max(runs, default=-1) + 1):

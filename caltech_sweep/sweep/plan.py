@@ -42,7 +42,7 @@ from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
 from caltech_sweep.text import duration
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
-from caltech_sweep.tracking.records import UNFINISHED, InitialWeights, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import RESULTS, UNFINISHED, InitialWeights, StudyRecord, TrialRecord
 
 Span = tuple[int, int]  # the least and the most
 T = TypeVar("T")
@@ -81,7 +81,6 @@ class Planned:
 
 
 HEADER = ("trial", "epochs", "images/trial", "parameters trained", "epochs to train", "state")
-ENDED = ("complete", "pruned", "diverged")
 _MOST_VALUES = 4096  # of an integer's range that are looked at one by one
 
 
@@ -179,7 +178,7 @@ def _planned_rows(
     new = new_epochs([config for _, config in wanted], there)
     left, seeds = defaultdict[str, int](int), defaultdict[str, list[str]](list)
     for (row, _), state, count in zip(wanted, states, new, strict=True):
-        left[row.name] += 0 if state in ENDED else count
+        left[row.name] += 0 if state in RESULTS else count
         seeds[row.name].append(state)
     planned = []
     for row in definition.rows:
@@ -217,10 +216,8 @@ def _ends(dimension: Dimension) -> tuple[Any, ...]:
 
 def _every(dimension: Dimension) -> Sequence[Any]:
     """Return all values of a setting that is a choice or an integer, or its ends where they are too many."""
-    ends = _ends(dimension)
-    if isinstance(dimension, Range) and ends[1] - ends[0] < _MOST_VALUES:
-        return range(int(ends[0]), int(ends[1]) + 1, int(dimension.step or 1))
-    return ends
+    few = isinstance(dimension, Range) and dimension.high - dimension.low < _MOST_VALUES
+    return dimension.integers if isinstance(dimension, Range) and few else _ends(dimension)
 
 
 def _branches(definition: StudyDefinition, base: TrialConfig) -> list[TrialConfig]:
@@ -262,12 +259,12 @@ def _as_trained(definition: StudyDefinition, record: TrialRecord) -> TrialConfig
 
 def _begun(definition: StudyDefinition, family: Sequence[TrialRecord]) -> tuple[int, Span]:
     """Return the epochs that a family of which trials are known requests, and those that are left."""
-    ended = {_schedule(_as_trained(definition, record)) for record in family if record.state in ENDED}
+    ended = {_schedule(_as_trained(definition, record)) for record in family if record.state in RESULTS}
     configs = _branches(definition, _as_trained(definition, family[0]))
     configs.sort(key=lambda config: _schedule(config) not in ended)
     new = new_epochs(configs, [config.epochs if _schedule(config) in ended else 0 for config in configs])
     left = sum(count for config, count in zip(configs, new, strict=True) if _schedule(config) not in ended)
-    interrupted = any(record.state not in ENDED for record in family)
+    interrupted = any(record.state not in RESULTS for record in family)
     return sum(config.epochs for config in configs), (0 if interrupted or _may_be_less(definition) else left, left)
 
 
@@ -302,12 +299,12 @@ def _planned_sampled(
         if (
             record.row is None
             and not {"confirms", "fold_of"} & record.tags.keys()
-            and record.state in (*ENDED, *UNFINISHED, "running")
+            and record.state in (*RESULTS, *UNFINISHED, "running")
         ):
             groups[record.tags.get("family", str(record.number))][record.number] = record
     begun = [_begun(definition, list(group.values())) for group in groups.values()]
     states = [record.state for group in groups.values() for record in group.values()]
-    done, paused = sum(state in ENDED for state in states), states.count("paused")
+    done, paused = sum(state in RESULTS for state in states), states.count("paused")
     families = list(_families(definition))
     asked = [sum(config.epochs for config in family) for family in families]
     left = [sum(new_epochs(family)) for family in families]
@@ -316,7 +313,7 @@ def _planned_sampled(
     later = sum(
         TrialConfig.from_params(record.params).epochs
         for record in records
-        if "fold_of" in record.tags and record.state in ENDED
+        if "fold_of" in record.tags and record.state in RESULTS
     )
     least = 0 if _may_be_less(definition) else min(left)
     epochs = [config.epochs for family in families for config in family]

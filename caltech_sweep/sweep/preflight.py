@@ -18,7 +18,7 @@ from caltech_sweep.data.splits import SPLITS, Split
 from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError, UsageError
 from caltech_sweep.files import file_digest
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
-from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, variants
+from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, SubsetOf, variants
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors.base import HANG_SECONDS
@@ -27,6 +27,7 @@ from caltech_sweep.sweep.recorder import DatasetInfo
 from caltech_sweep.text import progress_line, suggestion
 from caltech_sweep.tracking.records import GREY_BITS, InitialWeights
 from caltech_sweep.tracking.writer import MlflowTracker
+from caltech_sweep.training.augment import AUGMENTATIONS
 
 _LONGEST_TAG = 5000  # characters, which every tracking store takes
 Weights = dict[str, InitialWeights]  # by ``weights_key``
@@ -106,7 +107,7 @@ def _batch_sizes(definition: StudyDefinition, config: TrialConfig, images: int) 
     if not isinstance(sizes, Range):
         yield config
         return
-    for size in range(int(sizes.low), int(sizes.high) + 1, int(sizes.step or 1)):
+    for size in sizes.integers:
         yield replace(config, batch_size=size)
         if size > images:
             return
@@ -120,6 +121,17 @@ def _variants(definition: StudyDefinition, images: int) -> Iterator[TrialConfig]
         yield from _batch_sizes(definition, config, images)
 
 
+def _needs_whole_images(definition: StudyDefinition) -> str | None:
+    """Return what of a study needs more of an image than its centre crop."""
+    subset = definition.space.get("augment")
+    ops = set(subset.values if isinstance(subset, SubsetOf) else ())
+    for config in variants(definition, ("test_views", "augment")):
+        if config.test_views == "tencrop":
+            return "TenCrop"
+        ops.update(config.augment)
+    return next((op for op in sorted(ops) if AUGMENTATIONS[op].cuts is not None), None)
+
+
 def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> None:
     """Raise the error that a trial would meet: a network that cannot be built or trained, a batch that is not filled.
 
@@ -131,10 +143,8 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
     for part in SPLITS:
         if not data.split.part(part) and part != "test":
             raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
-    if definition.dataset.get("cache") == "crop" and any(
-        config.test_views == "tencrop" for config in variants(definition, ("test_views",))
-    ):
-        raise UsageError("dataset.cache: crop keeps centre crops only, and TenCrop needs whole images; set it to jpeg")
+    if definition.dataset.get("cache") == "crop" and (what := _needs_whole_images(definition)):
+        raise UsageError(f"dataset.cache: crop keeps centre crops only, and {what} needs whole images; set it to jpeg")
     seen = set()
     for config in _variants(definition, images):
         if config.outputs is not None and config.outputs < classes:
@@ -233,7 +243,7 @@ def _full_batch_sizes(definition: StudyDefinition, images: int) -> set[int]:
     sizes: set[int] = set()
     if isinstance(dimension, Range):
         if any(config.drop_last for config in variants(definition, ("drop_last",), rows=False)):
-            sizes = set(range(int(dimension.low), min(int(dimension.high), images) + 1, int(dimension.step or 1)))
+            sizes = {size for size in dimension.integers if size <= images}
         configs = [definition.row_config(row) for row in definition.rows]
     return sizes | {config.batch_size for config in configs if config.drop_last and config.batch_size <= images}
 
@@ -252,9 +262,15 @@ def left_out(definition: StudyDefinition, split: Split) -> list[str]:
     return sentences
 
 
-def _checked(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> _Checked:
-    """Raise the error of whatever is wrong with a study, its data or the options; nothing is written but caches."""
-    tracking, storage = check_options(definition, options)
+def _checked(
+    definition: StudyDefinition, options: RunOptions, tracking: Store, storage: Store, write: Callable[[str], None]
+) -> _Checked:
+    """Raise the error of whatever is wrong with a study, its data or its stores; nothing is written but caches.
+
+    A store that a run can use only without its write-ahead log loses that here.
+    """
+    for store in (tracking, storage):
+        store.leave_log()
     weights = find_weights(definition, tracking)
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:

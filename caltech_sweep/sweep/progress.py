@@ -61,7 +61,7 @@ class _Trial:
         return duration(max(0.0, seconds * (self.epochs - self.epoch) - (time.monotonic() - self.heard)))
 
 
-class PlainProgress:
+class PlainProgress(Progress):
     """One line an event; for logs and pipes."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
@@ -69,16 +69,13 @@ class PlainProgress:
         self._trials: dict[int, _Trial] = {}
 
     def study_started(self, name: str, done: int, total: int) -> None:
-        """Say how much is to do."""
         self._write(f"study {name}: {done} of {total} trials done")
 
     def trial_started(self, number: int, name: str, epochs: int) -> None:
-        """Say which trial starts."""
         self._trials[number] = _Trial(name, epochs)
         self._write(f"[{number}] {name}: started, {epochs} epochs")
 
     def trial_promoted(self, number: int, name: str, epoch: int) -> None:
-        """Say that a trial goes on."""
         self._write(f"[{number}] {name}: promoted, goes on from epoch {epoch}")
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -95,16 +92,14 @@ class PlainProgress:
         )
 
     def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
-        """Say how a trial ended."""
         self._trials.pop(number, None)
         self._write(f"[{number}] {name}: {outcome}{', ' + text if text else ''}")
 
     def note(self, text: str) -> None:
-        """Say it."""
         self._write(text)
 
 
-class LiveProgress:
+class LiveProgress(Progress):
     """A table of the running trials below the lines of those that ended; a context manager."""
 
     def __init__(self, console: Console) -> None:
@@ -142,11 +137,9 @@ class LiveProgress:
         return table
 
     def study_started(self, name: str, done: int, total: int) -> None:
-        """Set the table's title."""
         self._study, self._done, self._total = name, done, total
 
     def trial_started(self, number: int, name: str, epochs: int) -> None:
-        """Add a line to the table."""
         self._trials[number] = _Trial(name, epochs)
 
     def trial_promoted(self, number: int, name: str, epoch: int) -> None:
@@ -155,7 +148,6 @@ class LiveProgress:
         self._lines.trial_promoted(number, name, epoch)
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Update a line of the table."""
         self._trials[number].ended(epoch, metrics)
 
     def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
@@ -166,7 +158,6 @@ class LiveProgress:
         self._lines.trial_ended(number, name, outcome, text)
 
     def note(self, text: str) -> None:
-        """Print a line above the table."""
         self._lines.note(text)
 
 

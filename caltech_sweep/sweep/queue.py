@@ -6,7 +6,9 @@ starts only what is missing from it.
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,20 +18,20 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.metrics import Objective
 from caltech_sweep.stores import reason
 from caltech_sweep.study.components import LEARN_FROM_PRUNED, make_sampler, startup_trials
 from caltech_sweep.study.definition import Row, StudyDefinition, in_fold
 from caltech_sweep.study.grid import EXHAUSTIVE, encode, grid_of, grid_size, param_names, reachable
 from caltech_sweep.study.pausing import Contender, make_pausing
 from caltech_sweep.sweep import optuna_trials
-from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled
+from caltech_sweep.sweep.optuna_trials import PROMOTED, RUNG, ViewSampler, is_paused, is_unsampled, over_folds
 from caltech_sweep.sweep.sharing import next_index
 from caltech_sweep.sweep.space import all_branches, enqueue_params, own_branch, sample
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.records import REPEAT_TAGS, SUGGESTED_BY
 
 CONFIRMING_SEEDS = 3  # at least so many fresh seeds for a trial that is confirmed
+REPORT_SECONDS = 1.0  # how long the epochs of running trials may wait to be reported together
 
 
 @dataclass
@@ -41,7 +43,7 @@ class QueuedTrial:
     row: str | None
     prunable: bool
     tags: Mapping[str, str] = field(default_factory=dict)
-    reported: int = 0  # the last epoch that Optuna has
+    reported: int = 0  # the last epoch that Optuna has, or that waits
     rungs: tuple[int, ...] = ()  # epochs after which it may pause
     paused_at: int = 0  # the last epoch that it was paused at
     promoted: int = 0  # it does not pause at this rung or before
@@ -81,8 +83,13 @@ class TrialQueue:
         self.definition, self.study, self.only, self.resumed = definition, study, tuple(only), tuple(resumed)
         self.pausing = make_pausing(definition.pruner)
         self.objective = definition.objective
+        if definition.folds > 1:
+            study.pruner = optuna_trials.ViewPruner(study.pruner, definition.folds)
         self._sampled_left = 0
         self._exhausts = False  # whether the space ends before the total is reached
+        self._unreported: list[tuple[optuna.Trial, int, float]] = []  # epochs that the store has not heard of
+        self._reported = time.monotonic()  # when it last was told
+        self._complete: list[FrozenTrial] | None = None  # the complete trials, as long as none ends
 
     def prepare(self) -> tuple[int, int]:
         """Let what is missing wait; return how many trials are done, and how many there will be."""
@@ -131,8 +138,8 @@ class TrialQueue:
     def endings(self) -> Iterator[str]:
         """Yield a sentence where the study ends before its total, and one where trials stay paused."""
         if self._exhausts:
-            size = f"{grid_size(self.definition.space):,} combinations"
-            yield f"the study ends here: all {size} of its space have been tried, each once"
+            size = grid_size(self.definition.space)
+            yield f"the study ends here: all {size:,} combinations of its space were tried once"
         paused = list(filter(is_paused, self.study.get_trials(deepcopy=False)))
         if paused and not (self.only or self.resumed):
             example = paused[0].number
@@ -148,7 +155,7 @@ class TrialQueue:
     def enqueue_confirmations(self, count: int) -> None:
         """Let the best sampled trials be repeated on fresh seeds."""
         seeds = max(CONFIRMING_SEEDS, self.definition.replicates)
-        enqueue_confirmations(self.study, self.objective, count, seeds)
+        enqueue_confirmations(self.study, self.definition, count, seeds)
 
     def _waiting(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the trials that wait and may be run now, in the order of their numbers."""
@@ -163,6 +170,7 @@ class TrialQueue:
         ``running`` holds the epochs that running trials have finished: a trial that shares epochs with one of them
         waits for these, as long as there is something else to do. None: there is nothing to start now.
         """
+        self._report()
         trials = self.study.get_trials(deepcopy=False)
         waiting = self._waiting(trials)
         unsampled = next((trial for trial in waiting if is_unsampled(trial)), None)
@@ -181,7 +189,8 @@ class TrialQueue:
         if self._sampled_left <= 0:
             return None
         self._sampled_left -= self.definition.family_size
-        return self._suggest(lambda: optuna_trials.start_sampled(self.study, self._sampler(len(trials))))
+        others = any(trial.state == TrialState.WAITING for trial in trials)
+        return self._suggest(lambda: optuna_trials.start_sampled(self.study, self._sampler(len(trials)), others))
 
     def _promoted(self, trials: Sequence[FrozenTrial], number: int | None = None, rung: int = 0) -> int | None:
         """Return the number of the paused trial that goes on next; trial ``number`` has just reached ``rung``."""
@@ -229,13 +238,14 @@ class TrialQueue:
     def _origin(self) -> str | None:
         """Return whether the trial that is being sampled comes from the sampler's model, where one will be made."""
         component = self.definition.sampler
-        startup = 0 if component.name == "random" else startup_trials(component)
+        if component.name == "random":
+            return "random"
+        startup = startup_trials(component)
         if startup is None:
             return None
         states = [TrialState.COMPLETE, *([TrialState.PRUNED] if component.name in LEARN_FROM_PRUNED else [])]
         seen = optuna_trials.seen_trials(self.study, self.study.sampler)
-        ended = sum(trial.state in states for trial in seen)
-        return "random" if component.name == "random" or ended < startup else "model"
+        return "random" if sum(trial.state in states for trial in seen) < startup else "model"
 
     def _start(self, waiting: FrozenTrial) -> QueuedTrial:
         config = TrialConfig.from_dict(waiting.user_attrs["config"])
@@ -262,10 +272,24 @@ class TrialQueue:
         return queued
 
     def report(self, queued: QueuedTrial, epoch: int, value: float) -> None:
-        """Tell the pruner of an epoch; rows too, since others are held against them."""
+        """Tell the pruner of an epoch; rows too, since others are held against them. The store is told soon."""
         if self.definition.pruner is not None and epoch > queued.reported:
-            queued.trial.report(value, epoch)
+            optuna_trials.note_epoch(queued.trial, epoch, value)
+            self._unreported.append((queued.trial, epoch, value))
             queued.reported = epoch
+            self.keep_up()
+
+    def keep_up(self) -> None:
+        """Tell the store of epochs that have waited long enough."""
+        if time.monotonic() - self._reported > REPORT_SECONDS:
+            self._report()
+
+    def _report(self) -> None:
+        """Tell the store of all epochs; nothing is decided by what it has before that, but by the pruner."""
+        if self._unreported:
+            optuna_trials.report(self.study, self._unreported)
+            self._unreported = []
+        self._reported = time.monotonic()
 
     def stops(self, queued: QueuedTrial, epoch: int) -> str | None:
         """Return "pruned" or "paused" where a trial does not go on after an epoch.
@@ -276,9 +300,12 @@ class TrialQueue:
         if epoch != queued.reported or epoch >= queued.config.epochs:
             return None
         if self.pausing is None:
-            return "pruned" if queued.trial.should_prune() else None
+            if self._complete is None:
+                self._complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            return "pruned" if optuna_trials.is_pruned(self.study, queued.trial, self._complete) else None
         if epoch not in queued.rungs or epoch <= queued.promoted:
             return None
+        self._report()
         trials = self.study.get_trials(deepcopy=False)
         others = any(not is_new_variant(trial) for trial in self._waiting(trials))
         if others or self._promoted(trials, queued.number, epoch) != queued.number:
@@ -290,6 +317,8 @@ class TrialQueue:
 
     def end(self, queued: QueuedTrial, outcome: str, value: float | None) -> None:
         """Give a trial the state of its outcome; an interrupted or paused one waits again."""
+        self._report()
+        self._complete = None
         optuna_trials.end_trial(self.study, queued.number, outcome, value)
         if outcome == "complete" and self.definition.folds > 1:
             enqueue_folds(self.study, self.definition, self.study.get_trials(deepcopy=False)[queued.number])
@@ -349,15 +378,20 @@ def enqueue_missing_rows(study: optuna.Study, definition: StudyDefinition, only:
         _enqueue(study, enqueue_params(definition.space, config.to_dict()), config, attributes)
 
 
-def enqueue_confirmations(study: optuna.Study, objective: Objective, count: int, seeds: int) -> None:
+def enqueue_confirmations(study: optuna.Study, definition: StudyDefinition, count: int, seeds: int) -> None:
     """Let the best sampled trials be repeated on fresh seeds, none of which took part in choosing them."""
-    trials = study.get_trials(deepcopy=False)
-    sampled = [t for t in trials if t.state == TrialState.COMPLETE and "row" not in t.user_attrs and not is_extra(t)]
+    trials, better = study.get_trials(deepcopy=False), definition.objective.loss
+    sampled = [
+        trial
+        for trial in over_folds(trials, definition.folds)
+        if trial.state == TrialState.COMPLETE and "row" not in trial.user_attrs and not is_extra(trial)
+    ]
     known = {(t.user_attrs["confirms"], t.user_attrs["fingerprint"]) for t in trials if "confirms" in t.user_attrs}
-    for trial in sorted(sampled, key=lambda t: (objective.loss(t.value or 0), t.number))[:count]:
+    for trial in sorted(sampled, key=lambda t: (better(t.value or 0), t.number))[:count]:
         config = TrialConfig.from_dict(trial.user_attrs["config"])
-        for further in range(1, seeds + 1):
+        for further, fold in itertools.product(range(1, seeds + 1), range(1, definition.folds + 1)):
             repeat = replace(config, seed=config.seed + further)
+            repeat = in_fold(repeat, fold) if definition.folds > 1 else repeat
             if (trial.number, repeat.fingerprint()) not in known:
                 _enqueue(study, trial.params, repeat, {"confirms": trial.number})
 
@@ -432,4 +466,4 @@ def sampler_for(definition: StudyDefinition, number: int) -> optuna.samplers.Bas
     sampler = make_sampler(definition.sampler, number, space)
     configs = [definition.row_config(row).to_dict() for row in definition.rows]
     inside = definition.sampler.name in EXHAUSTIVE or all(reachable(space, config) == space for config in configs)
-    return ViewSampler(sampler, () if inside else param_names(space))
+    return ViewSampler(sampler, () if inside else param_names(space), definition.folds)

@@ -27,12 +27,20 @@ from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
 from caltech_sweep.sweep.executors.base import Executor, Job
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
-from caltech_sweep.sweep.executors.worker import train
+from caltech_sweep.sweep.executors.worker import prepare, train
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.local_stores import LocalStores
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
-from caltech_sweep.sweep.preflight import RunOptions, Weights, _Checked, _checked, identity_of, kept_epochs
+from caltech_sweep.sweep.preflight import (
+    RunOptions,
+    Weights,
+    _Checked,
+    _checked,
+    check_options,
+    identity_of,
+    kept_epochs,
+)
 from caltech_sweep.sweep.progress import Progress, showing
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
@@ -96,7 +104,7 @@ def make_executor(options: RunOptions) -> Executor:
     workers = options.workers or len(devices) * options.per_device
     if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout)
+    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare)
 
 
 @contextmanager
@@ -216,9 +224,12 @@ def _stores_in_use(
 
 def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
     """Check a study, then run it to its total; ``write`` prints a line."""
-    checked = _checked(definition, options, write)
-    identity = identity_of(definition, checked.data, checked.weights)
+    stores = check_options(definition, options)
     with ExitStack() as stack:
+        executor = make_executor(options)  # its workers start while everything else is checked, which writes nothing
+        stack.callback(executor.close)
+        checked = _checked(definition, options, *stores, write)
+        identity = identity_of(definition, checked.data, checked.weights)
         used = stack.enter_context(_stores_in_use(checked, options, definition.name, write))
         tracker = MlflowTracker(used.tracking, used.artifacts, create=True)
         opening = _Opening(definition, identity, checked.weights, tracker, used.storage, options.adopt)
@@ -233,8 +244,6 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
         journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
         journaling = JournalingTracker(tracker, journal, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
-        executor = make_executor(options)
-        stack.callback(executor.close)
         recorder = Recorder(
             journaling,
             definition,

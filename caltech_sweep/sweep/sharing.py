@@ -14,22 +14,22 @@ from typing import Any
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition, SubsetOf
-from caltech_sweep.training.keys import EpochKey, epoch_keys, epoch_settings, prefix_key
+from caltech_sweep.training.keys import checkpoint_keys, epoch_marks, epoch_settings, prefix_key
 from caltech_sweep.training.schedule import shared_epochs
 
 MAX_CHOICES = 16  # values of one setting, above which two sampled trials rarely meet
-MAX_BRANCHES = 4096  # schedules of one trunk that are compared
+MAX_BRANCHES, MAX_EPOCHS = 4096, 1_000_000  # schedules of one trunk that are compared, and their epochs in all
 
 
-@lru_cache(maxsize=4096)
-def _prefix(config: TrialConfig) -> tuple[str, tuple[EpochKey, ...]]:
-    return prefix_key(config), epoch_keys(config)
+@lru_cache(maxsize=1024)
+def _stages(config: TrialConfig) -> tuple[str, ...]:
+    """Return a key for each epoch: two trials of a study have it in common where these are equal."""
+    return tuple(checkpoint_keys(prefix_key(config), epoch_marks(config)))
 
 
 def common_epochs(one: TrialConfig, other: TrialConfig) -> int:
     """Return how many epochs two trials have in common."""
-    (prefix, rates), (other_trunk, other_rates) = _prefix(one), _prefix(other)
-    return shared_epochs(rates, other_rates) if prefix == other_trunk else 0
+    return shared_epochs(_stages(one), _stages(other))
 
 
 def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = None) -> list[int]:
@@ -37,11 +37,10 @@ def new_epochs(configs: Sequence[TrialConfig], stored: Sequence[int] | None = No
 
     ``stored`` says how many epochs of each are kept already.
     """
-    known: set[tuple[str, tuple[EpochKey, ...]]] = set()
+    known: set[str] = set()
     counts = []
     for config, there in zip(configs, stored or [0] * len(configs), strict=True):
-        prefix, rates = _prefix(config)
-        stages = [(prefix, rates[:epoch]) for epoch in range(1, len(rates) + 1)]
+        stages = _stages(config)
         known.update(stages[:there])
         counts.append(sum(stage not in known for stage in stages))
         known.update(stages)
@@ -69,7 +68,8 @@ def _siblings(definition: StudyDefinition, config: TrialConfig) -> Iterable[Tria
     if all(values is not None or isinstance(definition.space[key], SubsetOf) for key, values in sampled.items()):
         known = epoch_settings()
         choices.update({key: values for key, values in sampled.items() if key in known and values is not None})
-    for values in itertools.islice(itertools.product(*choices.values()), MAX_BRANCHES):
+    most = min(MAX_BRANCHES, MAX_EPOCHS // config.epochs)
+    for values in itertools.islice(itertools.product(*choices.values()), most):
         yield replace(config, **dict(zip(choices, values, strict=True)))
 
 

@@ -33,12 +33,14 @@ _BY_STATUS = {
     **dict.fromkeys((408, 421, 423, 425, 429, 499, 502, 503, 504, 507, 509), Answer.LATER),
     409: Answer.UNSURE,
 }
+_OF_A_PROXY = (402, 404, 405, 410, 451)  # unless MLflow says so itself, the store is not reached, for now or for good
 _SIGN_IN = "renew what MLflow signs in with (MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD)"
 _CERTIFICATE = (
     "name the server's certificate authority with REQUESTS_CA_BUNDLE or MLFLOW_TRACKING_SERVER_CERT_PATH, and your own "
     "certificate, where it wants one, with MLFLOW_TRACKING_CLIENT_CERT_PATH"
 )
 _STATUS = re.compile(r"failed with error code (?P<one>\d{3})\b|too many (?P<other>\d{3}) error responses")
+_BAD_HEADER = re.compile("in header value|codec can't encode")  # of a token or a password that no request can hold
 _TLS = re.compile(r"certificate|\bSSL|\bTLS", re.I)
 _PAGE = re.compile("not in a valid JSON format|<html|<!doctype", re.I)  # what a login page or a proxy answers
 _AWAY = re.compile(
@@ -76,10 +78,11 @@ def status_of(error: BaseException) -> int | None:
 def meaning(error: BaseException) -> Answer:
     """Return what an error that a write to a store has raised means for the write."""
     text, status = str(error), status_of(error)
-    if isinstance(error, requests.exceptions.SSLError) or ("failed with exception" in text and _TLS.search(text)):
+    ours = _TLS.search(text) or _BAD_HEADER.search(text)
+    if isinstance(error, requests.exceptions.SSLError) or ("failed with exception" in text and ours):
         return Answer.OURS
     if status is not None:
-        return _of_status(status)
+        return Answer.UNSURE if status in _OF_A_PROXY else _of_status(status)
     if isinstance(error, FileNotFoundError):
         return Answer.NEVER
     if isinstance(error, (OSError, StoreError, *_DATABASE)) or _AWAY.search(text):  # those of requests are OSErrors

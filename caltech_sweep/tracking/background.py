@@ -1,4 +1,4 @@
-"""Calls that may take long, done in turn by one thread, so that nobody who trains waits for a server."""
+"""Calls that may take long, done in turn by one thread, so that training does not wait for a server."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ class Background:
             future, call = self._tasks.get()
             try:
                 future.set_result(call())
-            except BaseException as error:  # it is whoever asks for the result who is told
+            except BaseException as error:  # raised again for the one who asks for the result
                 future.set_exception(error)

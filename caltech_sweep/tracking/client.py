@@ -6,14 +6,18 @@ import logging
 import re
 import shutil
 import tempfile
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
 import sqlalchemy as sa
 from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.db.utils import _initialize_tables, _verify_schema
 from mlflow.store.tracking.dbmodels.models import (
     SqlExperiment,
@@ -26,13 +30,17 @@ from mlflow.store.tracking.dbmodels.models import (
 from mlflow.tracking._tracking_service import utils as _tracking_utils
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.uri import is_local_uri
 from mlflow.utils.validation import (
+    _validate_batch_log_data,
+    _validate_metric_name,
     _validate_model_alias_name,
     _validate_model_alias_name_reserved,
     _validate_model_name,
 )
+from sqlalchemy.dialects.sqlite import insert
 
 from caltech_sweep import paths
 from caltech_sweep.addresses import hide_secrets
@@ -43,6 +51,21 @@ from caltech_sweep.tracking.answers import Answer, advice, meaning, status_of
 # The bare tables: configuring MLflow's hundred mapped classes takes longer than reading a usual store.
 EXPERIMENTS, RUNS, TAGS, PARAMS = (model.__table__ for model in (SqlExperiment, SqlRun, SqlTag, SqlParam))
 METRICS, LATEST_METRICS = SqlMetric.__table__, SqlLatestMetric.__table__
+
+
+def _upsert(table: Any, *columns: str, later: Sequence[str] = ()) -> Any:
+    """Return the statement that adds the row of a key and a run, or changes some columns of the one that is there.
+
+    That one is changed only where the new one comes after it, in the order of the columns ``later``.
+    """
+    new = insert(table)
+    changed = {column: new.excluded[column] for column in columns}
+    after = sa.tuple_(*(new.excluded[c] for c in later)) > sa.tuple_(*(table.c[c] for c in later)) if later else None
+    return new.on_conflict_do_update(index_elements=["key", "run_uuid"], set_=changed, where=after)
+
+
+_AGE = ("step", "timestamp", "value")  # what tells which value of a metric is the latest
+_LATEST, _TAG = _upsert(LATEST_METRICS, *_AGE, "is_nan", later=_AGE), _upsert(TAGS, "value")
 
 STUDY_FILE = "study.json"  # of a study's parent run: what the study is
 PAGE = 1000  # runs, experiments or models of one answer
@@ -80,11 +103,82 @@ def _make_database(uri: str) -> None:
     engine.dispose()
 
 
+class LocalClient(MlflowClient):
+    """MLflow's client of a local database, which writes in bulk what MLflow's own writes row by row.
+
+    It writes what is new of a run that is there. MLflow's own call answers all else: a run that was deleted, a param
+    that has another value, a metric that is there already.
+    """
+
+    @property
+    def _engine(self) -> sa.Engine:
+        engine: sa.Engine = self._tracking_client.store.engine
+        return engine
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric] = (),
+        params: Sequence[Param] = (),
+        tags: Sequence[RunTag] = (),
+        synchronous: bool | None = None,
+    ) -> Any:
+        """Log metrics, params and tags in one transaction."""
+        try:
+            if all(tag.key != MLFLOW_RUN_NAME for tag in tags) and self._log_new(run_id, metrics, params, tags):
+                return None
+        except sa.exc.IntegrityError:
+            pass
+        return super().log_batch(run_id, metrics, params, tags, synchronous)
+
+    def _log_new(self, run_id: str, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[RunTag]) -> bool:
+        """Return whether all was written, in a run that is there; raises IntegrityError where some of it was before."""
+        for key in {metric.key for metric in metrics}:
+            _validate_metric_name(key)
+        _, params, tags = _validate_batch_log_data([], params, tags)
+        rows = []
+        for metric in metrics:
+            is_nan, value = self._tracking_client.store.sanitize_metric_value(metric.value)
+            own = {"key": metric.key, "run_uuid": run_id, "value": value, "is_nan": is_nan}
+            rows.append({**own, "timestamp": metric.timestamp, "step": metric.step})
+        latest = {row["key"]: row for row in sorted(rows, key=itemgetter(*_AGE))}
+        texts = [
+            [{"key": pair.key, "value": pair.value, "run_uuid": run_id} for pair in some] for some in (params, tags)
+        ]
+        writes = ((sa.insert(METRICS), rows), (_LATEST, list(latest.values())), (sa.insert(PARAMS), texts[0]))
+        active = sa.select(RUNS.c.run_uuid).where(RUNS.c.run_uuid == run_id, RUNS.c.lifecycle_stage == "active")
+        with self._engine.begin() as connection:
+            if connection.execute(active).first() is None:
+                return False
+            for statement, values in (*writes, (_TAG, texts[1])):
+                if values:
+                    connection.execute(statement, values)
+        return True
+
+    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
+        """Copy the files of a folder into a run's."""
+        with self._engine.connect() as connection:
+            uri = connection.scalar(sa.select(RUNS.c.artifact_uri).where(RUNS.c.run_uuid == run_id))
+        if uri is None:
+            super().log_artifacts(run_id, local_dir, artifact_path)
+        else:
+            get_artifact_repository(uri).log_artifacts(local_dir, artifact_path)
+
+    def set_terminated(self, run_id: str, status: str | None = None, end_time: int | None = None) -> None:
+        """Give a run its final status."""
+        ended = {"status": status or "FINISHED", "end_time": end_time or int(time.time() * 1000)}
+        run = sa.update(RUNS).where(RUNS.c.run_uuid == run_id, RUNS.c.lifecycle_stage == "active").values(**ended)
+        with self._engine.begin() as connection:
+            done = connection.execute(run).rowcount
+        if not done:
+            super().set_terminated(run_id, status, end_time)
+
+
 def open_client(store: Store, create: bool) -> MlflowClient:
     """Return MLflow's client of a store; ``create`` makes a missing local one. Raises StoreError."""
 
     def connect() -> MlflowClient:
-        client = MlflowClient(store.uri, store.uri)
+        client = (LocalClient if store.is_local else MlflowClient)(store.uri, store.uri)
         try:
             client.search_experiments(max_results=1)  # the first use creates the tables, once, here
         except MlflowException as error:
@@ -181,7 +275,7 @@ class Artifacts:
         self._copies: str | None = None
 
     def moved(self, study: str) -> Path | None:
-        """Return the folder next to a local store in which a study's runs leave their files, if nobody says otherwise.
+        """Return the folder next to a local store in which a study's runs leave their files by default.
 
         Recorded addresses are absolute, so they are wrong after a store was moved with its files.
         """

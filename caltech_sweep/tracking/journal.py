@@ -32,7 +32,7 @@ from caltech_sweep.stores import Store, reason
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.answers import Answer, advice, meaning
 from caltech_sweep.tracking.background import Background
-from caltech_sweep.tracking.records import STRIKES, EpochLog, Tracker
+from caltech_sweep.tracking.records import STRIKES, EpochLog, StudyRecord, Tracker, TrialRecord
 
 LOCAL = "local-"  # what the id of a run begins with that the store does not know yet
 ID_TAG = "journal.id"  # on a run that was replayed: its local id, by which it is found again
@@ -115,43 +115,37 @@ class Journal:
 
         One that was ``rejected``, for which this is the reason, does not wait for the store.
         """
-        with self._guard:
-            self._add(operation, arguments, folder, rejected)
-
-    def _add(self, operation: str, arguments: Mapping[str, Any], folder: Path | None, rejected: str | None) -> None:
         text, has_some = json.dumps(dict(arguments)), folder is not None and folder.is_dir()
         entry = Entry(operation, json.loads(text), uuid.uuid4().hex if has_some else None)
-        try:
-            if folder is not None and (target := self.artifacts(entry)):
-                shutil.copytree(folder, target)
-            with self._change() as database:
-                columns = "INSERT INTO entries (operation, arguments, artifacts, rejected) VALUES (?, ?, ?, ?)"
-                number = database.execute(columns, (operation, text, entry.artifacts, rejected)).lastrowid
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(
-                f"the tracking store takes no results, and its journal {self.file} cannot be written "
-                f"({_reason(error)}); free some disk space and run the study again"
-            ) from error
-        if rejected is None:
-            self.pending[number or 0] = entry
+        with self._guard:
+            try:
+                if folder is not None and (target := self.artifacts(entry)):
+                    shutil.copytree(folder, target)
+                with self._change() as database:
+                    columns = "INSERT INTO entries (operation, arguments, artifacts, rejected) VALUES (?, ?, ?, ?)"
+                    number = database.execute(columns, (operation, text, entry.artifacts, rejected)).lastrowid
+            except (OSError, sqlite3.Error) as error:
+                raise StoreError(
+                    f"the tracking store takes no results, and its journal {self.file} cannot be written "
+                    f"({_reason(error)}); free some disk space and run the study again"
+                ) from error
+            if rejected is None:
+                self.pending[number or 0] = entry
 
     def done(self, number: int, runs: Mapping[str, str]) -> None:
         """Remove an entry that is in the store; ``runs`` holds the run ids that it gave to local ids."""
         with self._guard:
-            self._done(number, runs)
-
-    def _done(self, number: int, runs: Mapping[str, str]) -> None:
-        with self._change() as database:
-            database.execute("DELETE FROM entries WHERE n = ?", (number,))
-            database.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?)", runs.items())
-            left = database.execute("SELECT 1 FROM entries").fetchone()
-        self.runs.update(runs)
-        if folder := self.artifacts(self.pending.pop(number)):
-            shutil.rmtree(folder, ignore_errors=True)
-        if not left:
-            self.file.unlink()
-            if not (self.folder / "rejected.jsonl").exists():  # what an earlier version has set aside
-                shutil.rmtree(self.folder, ignore_errors=True)
+            with self._change() as database:
+                database.execute("DELETE FROM entries WHERE n = ?", (number,))
+                database.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?)", runs.items())
+                left = database.execute("SELECT 1 FROM entries").fetchone()
+            self.runs.update(runs)
+            if folder := self.artifacts(self.pending.pop(number)):
+                shutil.rmtree(folder, ignore_errors=True)
+            if not left:
+                self.file.unlink()
+                if not (self.folder / "rejected.jsonl").exists():  # what an earlier version has set aside
+                    shutil.rmtree(self.folder, ignore_errors=True)
 
     def reject(self, number: int, why: str) -> None:
         """Set an entry aside, with its artifacts and the reason, that the store will never take."""
@@ -238,7 +232,7 @@ def _check_run(arguments: Mapping[str, Any]) -> None:
         raise LookupError("the run of its trial was not taken either")
 
 
-class JournalingTracker:
+class JournalingTracker(Tracker):
     """A tracker that never loses a write, and never waits long for one: see the module.
 
     ``fence`` raises LostStudyError once another process has the study: nothing goes to the store or the journal then.
@@ -260,7 +254,6 @@ class JournalingTracker:
         self._said: Answer | None = None  # why it takes nothing, which people know by now
         self._thread = Background("tracking store")
         self._replaying: Future[bool] | None = None
-        self.study, self.trials = inner.study, inner.trials
 
     @property
     def waiting(self) -> int:
@@ -307,6 +300,9 @@ class JournalingTracker:
             again = self._strike(failed, taken)
             if taken and not self.waiting:
                 self._note(f"the tracking store is back: {counted(taken, 'write')} replayed")
+        if failed and not taken:
+            self._say(Answer.UNSURE, next(iter(failed.values())))
+            return self._later()
         self._said = None
         if failed:
             return self._later()
@@ -488,7 +484,6 @@ class JournalingTracker:
         return self.inner.start_study(name, title, document)
 
     def finish_study(self, name: str, complete: bool) -> None:
-        """Close a study."""
         self._write("finish_study", name=name, complete=complete)
 
     def describe_study(self, name: str, description: str) -> None:
@@ -503,7 +498,6 @@ class JournalingTracker:
         return self._write("start_trial", study=study, name=name, params=dict(params), tags=tags) or local
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Record what a trial trains."""
         self._write("log_params", run_id=run_id, params=dict(params))
 
     def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
@@ -513,28 +507,29 @@ class JournalingTracker:
         return self._last_epoch[run_id]
 
     def last_epoch(self, run_id: str) -> int:
-        """Return the last epoch whose metrics the store has."""
         return self.inner.last_epoch(self._real(run_id))
 
     def has_ended(self, run_id: str) -> bool:
-        """Tell whether a trial's run has its final end in the store."""
         return self.inner.has_ended(self._real(run_id))
 
     def log_dataset(self, run_id: str, name: str, digest: str, profile: Mapping[str, int], source: str) -> None:
-        """Record which images a trial used."""
         self._write("log_dataset", run_id=run_id, name=name, digest=digest, profile=dict(profile), source=source)
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
-        """Log the metrics of some epochs."""
         self._write("log_epochs", run_id=run_id, epochs=[list(epoch) for epoch in epochs])
         self._last_epoch[run_id] = max([self._last_epoch.get(run_id, 0), *(epoch for epoch, _, _ in epochs)])
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None
     ) -> Mapping[str, str]:
-        """Keep a trial's artifacts and its end."""
         end = {"outcome": outcome, "metrics": dict(metrics), "tags": dict(tags)}
         return self._write("finish_trial", run_id=run_id, **end, folder=folder) or {}
+
+    def study(self, name: str) -> StudyRecord | None:
+        return self.inner.study(name)
+
+    def trials(self, study: StudyRecord) -> list[TrialRecord]:
+        return self.inner.trials(study)
 
     def say_what_waits(self, study: str, write: Callable[[str], None]) -> None:
         """Try once more, then say what the store does not have and how it gets there."""

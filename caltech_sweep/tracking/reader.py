@@ -7,7 +7,6 @@ give the same records.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mlflow.entities import Experiment, Run
 
 from caltech_sweep.errors import StoreError
 from caltech_sweep.stores import Address, Store, tracking_store
+from caltech_sweep.text import parse_json
 from caltech_sweep.tracking.client import (
     EXPERIMENTS,
     LATEST_METRICS,
@@ -48,6 +48,7 @@ class Reader(Protocol):
     """A tracking store to read from."""
 
     store: Store
+    artifacts: Artifacts
 
     def check_study(self, name: str) -> None:
         """Raise StoreError where no run of a study of this name could write, however well it is read."""
@@ -60,6 +61,7 @@ class Reader(Protocol):
 
     def text(self, trial: TrialRecord, path: str) -> str:
         """Return the text of a trial's artifact; raise StoreError when it is not there."""
+        return self.artifacts.text(trial.artifact_uri, path, trial.study)
 
 
 def open_reader(tracking: Address = None) -> Reader:
@@ -71,17 +73,18 @@ def open_reader(tracking: Address = None) -> Reader:
 def _document(artifacts: Artifacts, uri: str, study: str) -> Mapping[str, Any]:
     """Return a study's document; an unreadable one is empty, and the report says so."""
     try:
-        loaded = json.loads(artifacts.text(uri, STUDY_FILE, study))
+        loaded = parse_json(artifacts.text(uri, STUDY_FILE, study))
     except (StoreError, ValueError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
 
 def _in_order(trials: Iterable[TrialRecord]) -> tuple[TrialRecord, ...]:
-    return tuple(sorted(trials, key=lambda trial: (trial.start_time, trial.number, trial.run_id)))
+    """Return trials as they began: by their numbers, since the clocks of machines differ and are set back."""
+    return tuple(sorted(trials, key=lambda trial: (trial.number, trial.start_time, trial.run_id)))
 
 
-class ClientReader:
+class ClientReader(Reader):
     """Reads a store through MLflow's client, ``page`` runs at a time; opens one where none is given."""
 
     def __init__(self, tracking: Address, page: int = PAGE, client: MlflowClient | None = None) -> None:
@@ -91,13 +94,11 @@ class ClientReader:
         self._parents: dict[str, Run] = {}
 
     def check_study(self, name: str) -> None:
-        """Raise StoreError for a study that was deleted."""
         experiment = self._client.get_experiment_by_name(name)
         if experiment is not None and experiment.lifecycle_stage == "deleted":
             raise deleted(name)
 
     def names(self) -> list[str]:
-        """Return the name of every study, the oldest first."""
         order = ["creation_time ASC", "experiment_id ASC"]
         for experiment in pages(self._client.search_experiments, size=self._page, order_by=order):
             run = self._parent(experiment)
@@ -141,13 +142,8 @@ class ClientReader:
         )
 
     def studies(self, names: Sequence[str]) -> list[StoredStudy]:
-        """Return some studies in the order of their names."""
         records = [self._record(name, self._parents[name]) for name in names]
         return [StoredStudy(record, self.trials(record)) for record in records]
-
-    def text(self, trial: TrialRecord, path: str) -> str:
-        """Return the text of a trial's artifact; raise StoreError when it is not there."""
-        return self.artifacts.text(trial.artifact_uri, path, trial.study)
 
     def _runs(self, experiment_id: str, kind: str, size: int) -> Iterator[Run]:
         """Yield an experiment's runs of a kind, the newest first."""
@@ -155,7 +151,7 @@ class ClientReader:
         return pages(self._client.search_runs, [experiment_id], f"tags.kind = '{kind}'", size=size, order_by=order)
 
 
-class SqlReader:
+class SqlReader(Reader):
     """Reads a tracking database with SQLAlchemy, through MLflow's table models."""
 
     def __init__(self, tracking: Address) -> None:
@@ -163,7 +159,7 @@ class SqlReader:
         self.store.check()
         with self.store.opening():
             self._engine = self.store.engine()
-        self._artifacts = Artifacts(self.store)
+        self.artifacts = Artifacts(self.store)
         self._parents: dict[str, tuple[str, str, str | None]] = {}  # name: experiment id, run id, artifact location
 
     def _rows(self, query: sa.Executable) -> Iterator[Any]:
@@ -182,7 +178,6 @@ class SqlReader:
         check_schema(self.store, self._engine)
 
     def names(self) -> list[str]:
-        """Return the name of every study, the oldest first."""
         query: Any = (
             sa.select(EXPERIMENTS.c.name, EXPERIMENTS.c.experiment_id, RUNS.c.run_uuid, RUNS.c.artifact_uri)
             .join(RUNS, RUNS.c.experiment_id == EXPERIMENTS.c.experiment_id)
@@ -198,13 +193,12 @@ class SqlReader:
         return list(self._parents)
 
     def studies(self, names: Sequence[str]) -> list[StoredStudy]:
-        """Return some studies in the order of their names."""
         experiments = {int(self._parents[name][0]): name for name in names}
         trials = self._trials(experiments)
         found = []
         for name in names:
             experiment_id, run_id, location = self._parents[name]
-            document = _document(self._artifacts, location or "", name)
+            document = _document(self.artifacts, location or "", name)
             record = StudyRecord.from_tags(name, run_id, experiment_id, document, self._owner(run_id))
             own = (trial for trial in trials[name] if record.has(trial.tags))
             found.append(StoredStudy(record, _in_order(own)))
@@ -245,7 +239,3 @@ class SqlReader:
         for run_id, key, stored in self._rows(query):
             values[run_id][key] = missing if stored is None else stored
         return values
-
-    def text(self, trial: TrialRecord, path: str) -> str:
-        """Return the text of a trial's artifact; raise StoreError when it is not there."""
-        return self._artifacts.text(trial.artifact_uri, path, trial.study)

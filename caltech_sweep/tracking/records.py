@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
 from caltech_sweep.study.definition import StudyDefinition
+from caltech_sweep.text import parse_json
 
 STRIKES = 3  # failures at one write, of a store that takes others, after which it is set aside
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
@@ -39,6 +39,7 @@ OUTCOMES = {
     "interrupted": Outcome("WAITING", "KILLED"),
     "paused": Outcome("WAITING", "KILLED"),
 }
+RESULTS = ("complete", "pruned", "diverged")  # training such a trial again would only repeat it
 UNFINISHED = ("interrupted", "paused")  # a trial that ended so may go on, in the same run
 SUGGESTED_BY = "suggested_by"  # the tag of a sampled trial: "model" or "random", where its sampler has a model
 PAUSED_AT = "paused_at"  # the tag of a paused trial's run: the epoch it is paused at
@@ -65,7 +66,7 @@ def sound_outcome(outcome: str, metrics: Mapping[str, float]) -> str:
 def missing_artifacts(tags: Mapping[str, str]) -> dict[str, str]:
     """Return the artifacts that a trial has not made, or the store not taken, with the reasons."""
     try:
-        found = json.loads(tags.get(MISSING_TAG, "{}"))
+        found = parse_json(tags.get(MISSING_TAG, "{}"))
     except ValueError:
         return {}
     return {str(path): str(why) for path, why in found.items()} if isinstance(found, dict) else {}
@@ -248,12 +249,16 @@ class Tracker(Protocol):
 
 
 def records_by_trial(tracker: Tracker, name: str) -> dict[tuple[int, str], TrialRecord]:
-    """Return the tracking store's runs of a study by trial number and fingerprint, the best of equals."""
+    """Return the run of each trial of a study that counts, by the trial's number and fingerprint."""
     study = tracker.study(name)
     trials = tracker.trials(study) if study else []
     return {(record.number, record.fingerprint): record for record in sorted(trials, key=worth)}
 
 
-def worth(run: TrialRecord) -> tuple[bool, int]:
-    """Return what orders the runs of one trial: the last one counts."""
-    return run.outcome == "complete", run.start_time
+def worth(run: TrialRecord, sound: Callable[[TrialRecord], bool] = lambda run: True) -> tuple[bool, bool, bool, int]:
+    """Return what orders the runs of one trial, of which the last counts.
+
+    It is one that has a result, complete and ``sound`` if there is such a one, and the newest of these.
+    """
+    complete = run.outcome == "complete"
+    return run.outcome in RESULTS, complete, complete and sound(run), run.start_time

@@ -41,9 +41,7 @@ def serve(host: str, port: int, tracking_uri: Address = None) -> None:
     store = tracking_store(tracking_uri)
     if store.is_web:
         raise UsageError(f"{store.shown} is a server already; open it in a browser")
-    open_client(
-        store, create=False
-    )  # says what is wrong with a store that cannot be opened; the server would say more than it may
+    open_client(store, create=False)  # says what is wrong with a store, without the secrets that the server would say
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import getpass
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from caltech_sweep.tracking.records import (
     UNFINISHED,
     EpochLog,
     StudyRecord,
+    Tracker,
     TrialRecord,
     missing_artifacts,
 )
@@ -66,7 +68,7 @@ def provenance() -> dict[str, str]:
     return tags
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One tracking store. ``create`` makes a missing local one; raises StoreError when it cannot be used."""
 
     def __init__(self, tracking: Address = None, artifacts: Path | None = None, create: bool = False) -> None:
@@ -81,6 +83,7 @@ class MlflowTracker:
         self._experiment: dict[str, str] = {}
         self._parent: dict[str, str] = {}
         self._store: dict[str, str | None] = {}
+        self._new: set[str] = set()  # runs that were created here, whose end has not been tried
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -175,15 +178,14 @@ class MlflowTracker:
             own[STORE_TAG] = str(self._store[study])
         run = self.client.create_run(self._experiment[study], tags={**tags, **own})
         run_id: str = run.info.run_id
+        self._new.add(run_id)
         self.log_params(run_id, params)
         return run_id
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Record what a trial trains; those that are recorded already stay as they are."""
         self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
 
     def resume_trial(self, run_id: str, tags: Mapping[str, str]) -> int:
-        """Open a trial's run again; return the last epoch whose metrics it has, or 0."""
         self.client.update_run(run_id, "RUNNING")
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         known = self.client.get_run(run_id).data.tags
@@ -193,7 +195,6 @@ class MlflowTracker:
         return self.last_epoch(run_id)
 
     def last_epoch(self, run_id: str) -> int:
-        """Return the last epoch whose metrics a run has, or 0."""
         return max((metric.step for metric in self.history(run_id, STEP_METRIC)), default=0)
 
     def history(self, run_id: str, key: str) -> list[Metric]:
@@ -201,7 +202,6 @@ class MlflowTracker:
         return list(self.client.get_metric_history(run_id, key))
 
     def has_ended(self, run_id: str) -> bool:
-        """Tell whether a trial's run has its final end."""
         run = self.client.get_run(run_id)
         return run.info.status != "RUNNING" and run.data.tags.get("outcome") not in (None, *UNFINISHED)
 
@@ -237,7 +237,8 @@ class MlflowTracker:
         if refused:
             tags = {**tags, MISSING_TAG: json.dumps({**missing_artifacts(tags), **refused}, ensure_ascii=False)}
         now = int(time.time() * 1000)
-        known = self.client.get_run(run_id).data.metrics if metrics else {}
+        known = self.client.get_run(run_id).data.metrics if metrics and run_id not in self._new else {}
+        self._new.discard(run_id)
         self.client.log_batch(
             run_id,
             metrics=[Metric(key, value, now, 0) for key, value in metrics.items() if known.get(key) != value],
@@ -297,7 +298,6 @@ class MlflowTracker:
         self._reader.check_study(name)
 
     def study(self, name: str) -> StudyRecord | None:
-        """Return one study, or None."""
         return self._reader.record(name)
 
     def owner(self, name: str) -> str | None:
@@ -333,7 +333,7 @@ class MlflowTracker:
         if known is not None and file_digest(file) != known:
             raise StoreError(
                 f"the artifact {path} of run {run_id} is damaged: its checksum is not the recorded one; "
-                "caltech-sweep doctor --fix lets the trial be trained again"
+                "caltech-sweep doctor --fix makes the next run train the trial again"
             )
         return file
 
@@ -359,7 +359,10 @@ class MlflowTracker:
         move_artifacts(self.client, experiment_id, old, new)
 
     def best_trial(self, study: str) -> TrialRecord:
-        """Return the complete trial with the best score on validation, the earliest of equals."""
+        """Return the complete trial with the best score on validation, the earliest of equals.
+
+        With folds, it is the best one of the setting that has the best mean over them.
+        """
         record = self.study(study)
         complete = [t for t in self.trials(record) if t.state == "complete"] if record else []
         if not complete:
@@ -367,6 +370,8 @@ class MlflowTracker:
                 f"weights: study {study!r} has no complete trial in {self.store.shown}; "
                 f"run it first: make sweep STUDY={study}"
             )
+        if record is not None and record.definition is not None and record.definition.folds > 1:
+            complete = _best_setting(complete)
         return min(complete, key=lambda trial: trial.rank)
 
     def run_exists(self, run_id: str) -> bool:
@@ -376,6 +381,17 @@ class MlflowTracker:
         except MlflowException:
             return False
         return True
+
+
+def _best_setting(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials of the setting with the best mean score, of those on the most folds."""
+    settings: dict[frozenset[tuple[str, str]], list[TrialRecord]] = {}
+    for trial in trials:
+        own = frozenset(item for item in trial.params.items() if item[0] not in ("dataset.fold", "seed"))
+        settings.setdefault(own, []).append(trial)
+    folds = [len({trial.params.get("dataset.fold") for trial in own}) for own in settings.values()]
+    whole = [own for own, count in zip(settings.values(), folds, strict=True) if count == max(folds)]
+    return min(whole, key=lambda own: statistics.fmean(trial.rank for trial in own))
 
 
 class Owner:

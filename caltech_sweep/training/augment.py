@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from caltech_sweep.seeds import derive_seed
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Drawn = tuple[np.ndarray, np.ndarray]
 
+Box = tuple[int, int, int, int]  # top, left, height and width in pixels
 JITTER = 0.4  # brightness, contrast and saturation factors are uniform in 1 +- this
 
 
@@ -33,12 +35,16 @@ class Augmentation:
     ``draw(generator, n, ...)`` returns which of n samples it changes, (n,) bool, and parameters of each, (n, k); its
     further arguments are the settings that it reads. ``apply(images, params)`` returns changed (m, 3, H, W) float
     images in [0, 1] of those samples that are changed, whose parameters are (m, k) float32. A ``fixed`` op has no
-    parameters: what frozen layers make of the images that it gives can be kept.
+    parameters: what frozen layers make of the images that it gives can be kept. An op that ``cuts`` has no ``apply``:
+    in place of the centre crop it takes a box out of the whole image, whose height and width it gets after the
+    sample's parameters. The ``version`` is raised where the op changes what it gives.
     """
 
     draw: Callable[..., Drawn]
-    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     fixed: bool = False
+    cuts: Callable[[Sequence[float], int, int], Box] | None = None
+    version: int = 0
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -87,10 +93,24 @@ def apply(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Return augmented (N, 3, H, W) float images in [0, 1]; a sample without an op keeps its exact pixels."""
     images = images.clone()
     for op, (chosen, params) in draws.by_op.items():
-        if chosen.any():
+        change = AUGMENTATIONS[op].apply
+        if change is not None and chosen.any():
             here, values = chosen.to(images.device), params[chosen].to(images.device)
-            images[here] = AUGMENTATIONS[op].apply(images[here], values)
+            images[here] = change(images[here], values)
     return images
+
+
+def cuts(draws: Draws) -> list[Callable[[int, int], Box]] | None:
+    """Return what gives each sample's box by the height and width of its image; None: all have the centre crop."""
+    for op, (_, params) in draws.by_op.items():
+        if (cut := AUGMENTATIONS[op].cuts) is not None:
+            return [partial(cut, row) for row in params.tolist()]
+    return None
+
+
+def versions(ops: Sequence[str]) -> dict[str, int]:
+    """Return the versions of those ops that are not in their first."""
+    return {op: AUGMENTATIONS[op].version for op in ops if AUGMENTATIONS[op].version}
 
 
 # -- what they draw ----------------------------------------------------------------------------------------------------
@@ -122,33 +142,41 @@ def _rotation(generator: np.random.Generator, n: int, augment_probability: float
     return chosen & (angles[:, 0] != 0), angles
 
 
-def _boxes(
+def _attempts(
     generator: np.random.Generator, n: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw boxes whose area and ratio of sides lie between two numbers each, of a square with sides of 1.
+    """Draw boxes whose area, as a share, and ratio of width to height lie between two numbers each.
 
-    Returns whether one of some attempts fits, (n,) bool, its sides (n, 2), and where it lies (n, 2).
+    Returns areas and ratios of some attempts, (n, attempts) each, and where the box lies, (n, 2) in [0, 1).
     """
     import numpy as np
 
     area = generator.uniform(*scale, (n, _ATTEMPTS))
     aspect = np.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, _ATTEMPTS)))
-    sides: np.ndarray = np.sqrt(np.stack([area * aspect, area / aspect], axis=-1))
-    fits = np.asarray((sides <= 1).all(-1))
-    first = sides[np.arange(n), fits.argmax(1)]
-    return np.asarray(fits.any(1)), first, generator.random((n, 2))
+    return area, aspect, generator.random((n, 2))
 
 
 def _resized_crop(
     generator: np.random.Generator, n: int, resized_crop_scale: float, resized_crop_ratio: float
 ) -> Drawn:
-    """Draw a box of every sample: height, width, and where it lies: (n, 4)."""
+    """Draw attempts at a box of every sample, where it lies, and the largest ratio: (n, 2 * attempts + 3)."""
     import numpy as np
 
     ratio = (1 / resized_crop_ratio, resized_crop_ratio)
-    fits, sides, places = _boxes(generator, n, (resized_crop_scale, 1.0), ratio)
-    sides = np.where(fits[:, None], sides[:, ::-1], 1.0)
-    return np.ones(n, dtype=bool), np.hstack([sides, places])
+    drawn = _attempts(generator, n, (resized_crop_scale, 1.0), ratio)
+    return np.ones(n, dtype=bool), np.hstack([*drawn, np.full((n, 1), resized_crop_ratio)])
+
+
+def _box(params: Sequence[float], height: int, width: int) -> Box:
+    """Return the first box that fits; if none does, the largest one at the centre, as torchvision has it."""
+    *attempts, down, right, ratio = params
+    for area, aspect in zip(attempts[:_ATTEMPTS], attempts[_ATTEMPTS:], strict=True):
+        pixels = area * height * width
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return min(int(down * (height - h + 1)), height - h), min(int(right * (width - w + 1)), width - w), h, w
+    w, h = min(width, round(height * ratio)), min(height, round(width * ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def _erasing(generator: np.random.Generator, n: int, augment_probability: float, erasing_scale: float) -> Drawn:
@@ -156,8 +184,10 @@ def _erasing(generator: np.random.Generator, n: int, augment_probability: float,
     import numpy as np
 
     chosen = generator.random(n) < augment_probability
-    fits, sides, places = _boxes(generator, n, (min(0.02, erasing_scale), erasing_scale), (0.3, 3.3))
-    return chosen & fits, np.hstack([sides, places])
+    area, aspect, places = _attempts(generator, n, (min(0.02, erasing_scale), erasing_scale), (0.3, 3.3))
+    sides: np.ndarray = np.sqrt(np.stack([area * aspect, area / aspect], axis=-1))
+    fits = np.asarray((sides <= 1).all(-1))
+    return chosen & fits.any(1), np.hstack([sides[np.arange(n), fits.argmax(1)], places])
 
 
 def _blur(
@@ -221,7 +251,7 @@ def _batched(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 # In the order in which they are applied.
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "random_resized_crop": Augmentation(_resized_crop, _batched("resized_crop")),
+    "random_resized_crop": Augmentation(_resized_crop, cuts=_box, version=2),
     "hflip": Augmentation(_flip, _batched("hflip"), fixed=True),
     "vflip": Augmentation(_flip, _batched("vflip"), fixed=True),
     "trivial_augment": Augmentation(_trivial_augment, _batched("trivial_augment")),

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ DEFAULT_BUDGET = 20 * 10**9  # bytes
 _HEADER, _DATA, _HELD = "header.json", "data", "held-"
 _DROPPED = ".dropped-"
 _BLOCK = 1 << 22  # bytes read at once for a checksum
+_FIRST_RATE = 500e6  # bytes written in a second, taken for granted until it was measured
+_TELLING = 1 << 25  # bytes of an entry whose writing tells how fast the disk is
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Cache:
         self.folder, self.budget = folder, budget
         self._full = self._refused = False
         self._warnings: list[str] = []
+        self._rate: float | None = None  # bytes in a second, the best that this process has seen
+
+    def seconds_to_write(self, size: int) -> float:
+        """Return about how long it takes to write so many bytes, by what this process has written."""
+        return size / (self._rate or _FIRST_RATE)
 
     def take_warnings(self) -> tuple[str, ...]:
         """Return the sentences that have come up since the last call."""
@@ -130,6 +138,7 @@ class Cache:
                 self._warnings.append(f"what is too large is not kept for reuse in {self.folder}: {mega}")
             self._refused = True
             return False
+        start = time.monotonic()
         try:
             self._make_room(size)
             with create_atomically(self.folder / name) as place:
@@ -141,6 +150,8 @@ class Cache:
             self._make_room(0)
         except OSError as error:
             return self._stop(error.strerror or str(error))
+        if size >= _TELLING:
+            self._rate = max(self._rate or 0.0, size / (time.monotonic() - start))
         return True
 
     def _stop(self, reason: str) -> bool:

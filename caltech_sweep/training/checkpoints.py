@@ -9,7 +9,7 @@ from, and the model a trial starts from has them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
+from caltech_sweep.heartbeat import EVERY, beat
+from caltech_sweep.machine import free_memory
 from caltech_sweep.metrics import objective
 from caltech_sweep.paths import expanded
+from caltech_sweep.training.augment import versions
 from caltech_sweep.training.cache import Cache, open_store
 from caltech_sweep.training.device import numerics
 from caltech_sweep.training.evaluate import Evaluation
@@ -35,17 +37,18 @@ from caltech_sweep.training.keys import (
     FROZEN_VERSION,
     SPLIT_BEFORE,
     CacheOptions,
-    checkpoint_key,
+    checkpoint_keys,
     digest,
     epoch_marks,
     recipe,
 )
-from caltech_sweep.training.models import load_state
+from caltech_sweep.training.models import load_state, resting
 from caltech_sweep.training.networks import source_of
 from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
-_FIRST_RATE = 100e6  # bytes a second, taken for granted until a save has been timed
+REPEAT_SHARE = 0.1  # of what it saves, for the save of a last state that no known trial goes on from
+CHEAP = 0.3  # seconds of a save that are not worth asking for
 _HEADER_ROOM = 100_000  # bytes
 
 
@@ -106,7 +109,7 @@ def identity(
     ``features`` says whether the outputs of frozen layers are kept. On the CPU that changes no bit; elsewhere this is
     not certain, so there it counts.
     """
-    augmentation = {"augmentation": AUGMENTATION_VERSION} if config.augment else {}
+    augmentation = {"augmentation": AUGMENTATION_VERSION, **versions(config.augment)} if config.augment else {}
     frozen = {"frozen": FROZEN_VERSION} if config.freeze == "conv" and not config.arch.startswith(SPLIT_BEFORE) else {}
     return {
         **recipe(config),
@@ -122,8 +125,9 @@ def identity(
     }
 
 
-def _name(base: str, marks: Sequence[str]) -> str:
-    return f"stage-{checkpoint_key(base, marks)}"
+def _names(config: TrialConfig, identity: dict[str, Any], steps: int) -> list[str]:
+    """Return the name of the stage after each epoch of so many steps."""
+    return [f"stage-{key}" for key in checkpoint_keys(digest(identity), epoch_marks(config, steps))]
 
 
 def stored_epochs(
@@ -133,35 +137,46 @@ def stored_epochs(
 
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
-    base = digest(identity(config, data, device, weights_file, use.features))
-    rates = epoch_marks(config, steps_of(config, len(data.split.part("train"))))
+    known = identity(config, data, device, weights_file, use.features)
+    names = _names(config, known, steps_of(config, len(data.split.part("train"))))
     store = open_store(use.folder, use.budget)
-    return next((epoch for epoch in range(len(rates), 0, -1) if store.has(_name(base, rates[:epoch]))), 0)
+    return next((epoch for epoch in range(len(names), 0, -1) if store.has(names[epoch - 1])), 0)
 
 
-def _frozen(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+def capture(training: Training, copy: bool = True) -> Checkpoint:
+    """Return the state of a training after at least one epoch, without what its start has already.
 
-
-def capture(training: Training) -> Checkpoint:
-    """Return the state of a training after at least one epoch; the tensors may be the training's own."""
-    assert training.best is not None
-    frozen = _frozen(training.model)
-    states = {"model": training.model.state_dict(), "average": training.average}
-    if training.best.epoch != training.epoch or training.average:  # otherwise the best weights are these
-        states["best"] = training.best_weights
-    tensors = {f"{k}.{name}": v for k, state in states.items() for name, v in state.items() if name not in frozen}
+    Without ``copy`` the tensors may be the training's own, which its next step changes.
+    """
+    best = training.best
+    assert best is not None
+    model = training.model.state_dict()
+    if best.epoch != training.epoch:
+        states = {"model": (model, copy), "best": (training.best_weights, False)}
+    else:  # the best weights are these, or the average of these: kept once, and never changed in place
+        states = {"model": (model, copy) if training.average else (training.best_weights, False)}
+    rests = resting(training.model)
+    tensors = {
+        f"{kind}.{name}": _on_cpu(value, copied)
+        for kind, (state, copied) in states.items()
+        for name, value in state.items()
+        if name not in rests
+    }
+    tensors |= {f"average.{name}": _on_cpu(value, copy) for name, value in training.average.items()}
     for index, values in training.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        tensors |= {f"optimizer.{index}.{k}": _on_cpu(v, copy) for k, v in values.items() if torch.is_tensor(v)}
     history = training.history
     tensors["val.predictions"] = torch.stack([epoch.val.predictions for epoch in history])
     tensors["val.confidences"] = torch.stack([epoch.val.confidences for epoch in history])
-    header = {"best_epoch": training.best.epoch, "history": [_as_record(epoch) for epoch in history]}
-    return Checkpoint(header, {name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return Checkpoint({"best_epoch": best.epoch, "history": [_as_record(epoch) for epoch in history]}, tensors)
+
+
+def _on_cpu(value: torch.Tensor, copied: bool) -> torch.Tensor:
+    return value.detach().to("cpu", copy=copied, memory_format=torch.contiguous_format).contiguous()
 
 
 def _as_record(epoch: EpochResult) -> dict[str, Any]:
-    kept = [f.name for f in fields(epoch) if f.name not in ("val", "reused")]
+    kept = [f.name for f in fields(epoch) if f.name not in ("val", "reused", "saving")]
     return {**{name: getattr(epoch, name) for name in kept}, "val": dict(epoch.val.scores)}
 
 
@@ -189,9 +204,8 @@ def restore(training: Training, stage: Checkpoint, end: int | None = None) -> No
     training.epoch = len(training.history)
     training.thawed = training.config.thaws(training.epoch)
     training.best = training.history[stage.header["best_epoch"] - 1]
-    best = stage.group("best")
-    state = model.state_dict()
-    training.best_weights = {name: best.get(name, value).detach().clone() for name, value in state.items()}
+    best = {**training.average, **stage.group("best")}  # the latter where the best epoch is an earlier one
+    training.keep_best({**model.state_dict(), **best})
 
 
 def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -210,11 +224,15 @@ class TrialCheckpoints:
         self._store: Cache = open_store(use.folder, use.budget)
         self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
         self._trial = config.fingerprint()
-        self._base, self._rates = digest(self._identity), epoch_marks(config, training.steps)
+        self._names = _names(config, self._identity, training.steps)
         self._saved = time.monotonic()
-        self.seconds = 0.0  # that loading and saving took
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._write: Future[bool] | None = None  # of the state after the epoch `_writing`
+        self._writing = 0
+        self.seconds = 0.0  # that loading and saving held the trial up for
+        self._spent = 0.0  # seconds that saving took, most of them beside the training
         self._trained = 0.0  # seconds that this process has trained
-        self._cost: float | None = None  # seconds of the last save
+        self._unsaved = 0.0  # seconds of training that the next state would spare
         self._held: str | None = None  # the stage that is dropped last, since the trial may pause there
         self._passing: str | None = None  # the last stage that only serves resuming, until there is a later one
 
@@ -225,8 +243,8 @@ class TrialCheckpoints:
         best epoch until then, or goes on from a shorter state where a later epoch was better.
         """
         start = time.monotonic()
-        for epoch in range(len(self._rates), 0, -1):
-            stage = self._load(_name(self._base, self._rates[:epoch]))
+        for epoch in range(len(self._names), 0, -1):
+            stage = self._load(self._names[epoch - 1])
             if stage is None:
                 continue
             goal = objective(self._training.config.objective).name
@@ -251,39 +269,79 @@ class TrialCheckpoints:
         except FileNotFoundError:  # dropped by another process just now
             return None
 
-    def after(self, result: EpochResult) -> None:
-        """Save the state after an epoch that has just been trained, if another may need it or it is time to."""
-        self._trained += result.seconds
-        name = _name(self._base, self._rates[: result.epoch])
-        if self._store.has(name) or not self._is_due(result.epoch):
-            self._hold(result.epoch)
-            return
-        start = time.monotonic()
-        stage = capture(self._training)
+    def after(self, result: EpochResult) -> int:
+        """Save the state after an epoch that has just been trained, if another may need it or it is time to.
 
+        It is written while the training goes on, but where the trial may pause, which needs it at once, and where a
+        copy would take much of the memory that is left. Returns of how many epochs, this one included, the states are
+        not kept yet.
+        """
+        self._trained += result.seconds
+        self._unsaved += result.seconds
+        there = self._store.has(self._names[result.epoch - 1])
+        if there:
+            self._unsaved = 0.0
+        if not there and self._is_due(result.epoch):
+            self._save(result.epoch)
+        else:
+            self._hold(result.epoch)
+        return result.epoch - self._writing + 1 if self._write is not None and not self._write.done() else 0
+
+    def _save(self, epoch: int) -> None:
+        self.settle()  # one state is written at a time
+        start = time.monotonic()
+        free = free_memory()
+        at_once = epoch in self._use.hold_at or (free is not None and 2 * _guess(self._training) > free)
+        stage = capture(self._training, copy=not at_once)
+        name = self._names[epoch - 1]
+        header = {**stage.header, "identity": self._identity, "trial": self._trial}
+        self._writing, self._write = epoch, self._writer.submit(self._write_stage, name, header, stage.tensors, start)
+        self._saved, self._unsaved = time.monotonic(), 0.0
+        self.seconds += self._saved - start
+        if at_once:
+            self.settle()
+
+    def _write_stage(self, name: str, header: dict[str, Any], tensors: dict[str, torch.Tensor], start: float) -> bool:
         def fill(path: Path) -> None:
             try:
-                save_file(stage.tensors, path)
+                save_file(tensors, path)
             except SafetensorError as error:  # how it reports a disk that is full
                 raise OSError(str(error)) from error
 
-        header = {**stage.header, "identity": self._identity, "trial": self._trial}
-        if self._store.write(name, header, _size(stage), fill):
-            self._supersede(result.epoch)
-            self._hold(result.epoch)
-        self._saved = time.monotonic()
-        self._cost = self._saved - start
-        self.seconds += self._cost
+        try:
+            return self._store.write(name, header, sum(v.nbytes for v in tensors.values()) + _HEADER_ROOM, fill)
+        finally:
+            self._spent += time.monotonic() - start
+
+    def settle(self) -> None:
+        """Wait until the state that is being written is kept; an error that is not the disk's own is raised here."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        start = time.monotonic()
+        while not wait([write], EVERY).done:
+            beat()
+        self.seconds += time.monotonic() - start
+        if write.result():
+            self._supersede(self._writing)
+            self._hold(self._writing)
+
+    def close(self) -> None:
+        """Wait for what is being written, and end."""
+        try:
+            self.settle()
+        finally:
+            self._writer.shutdown()
 
     def _hold(self, epoch: int, resumed: bool = False) -> None:
         """Let the state that a trial which may pause would go on from be dropped last; the one before is let go."""
-        last = epoch == len(self._rates) or self._training.ended
+        last = self._is_last(epoch)
         if not self._use.hold_at or not (resumed or last or epoch in self._use.hold_at):
             return
-        before = {_name(self._base, self._rates[:earlier]) for earlier in self._use.hold_at if earlier < epoch}
+        before = {self._names[earlier - 1] for earlier in self._use.hold_at if earlier < epoch}
         for name in before | ({self._held} if self._held else set()):
             self._store.release(name, self._trial)
-        self._held = None if last else _name(self._base, self._rates[:epoch])
+        self._held = None if last else self._names[epoch - 1]
         if self._held is not None:
             self._store.hold(self._held, self._trial)
 
@@ -291,26 +349,29 @@ class TrialCheckpoints:
         """Drop the stage that served resuming until there was a later one: it would push out what others need."""
         if self._passing is not None:
             self._store.drop(self._passing)
-        self._passing = None if self._is_needed(epoch) else _name(self._base, self._rates[:epoch])
+        self._passing = None if self._is_needed(epoch) else self._names[epoch - 1]
+
+    def _is_last(self, epoch: int) -> bool:
+        return epoch == len(self._names) or (epoch == self._training.epoch and self._training.ended)
 
     def _is_needed(self, epoch: int) -> bool:
-        last = epoch == len(self._rates) or self._training.ended
-        return last or epoch in self._use.save_at | self._use.hold_at
+        return self._is_last(epoch) or epoch in self._use.save_at | self._use.hold_at
 
     def _is_due(self, epoch: int) -> bool:
-        if self._is_needed(epoch):
+        """Tell whether the state after an epoch is worth saving, by how long that takes and what it spares."""
+        cost = self._store.seconds_to_write(_guess(self._training))
+        if epoch in self._use.hold_at:
             return True
+        if self._is_needed(epoch):
+            share = 1.0 if epoch in self._use.save_at else REPEAT_SHARE
+            return cost <= max(CHEAP, share * self._unsaved)
         if time.monotonic() - self._saved < self._use.every_seconds:
             return False
-        cost = self._cost if self._cost is not None else _guess(self._training) / _FIRST_RATE
-        return self.seconds + cost <= SAVING_SHARE * self._trained
-
-
-def _size(stage: Checkpoint) -> int:
-    return sum(value.nbytes for value in stage.tensors.values()) + _HEADER_ROOM
+        return self._spent + cost <= SAVING_SHARE * self._trained
 
 
 def _guess(training: Training) -> int:
-    """Return about how many bytes a stage takes: two copies of the trained weights and the optimiser's state."""
+    """Return about how many bytes a stage takes: the trained weights, the best ones and the optimiser's state."""
     trained = sum(parameter.nbytes for parameter in training.model.parameters() if parameter.requires_grad)
-    return trained * 3
+    state = sum(v.nbytes for values in training.optimizer.state.values() for v in values.values() if torch.is_tensor(v))
+    return trained * (1 if training.best is not None and training.best.epoch == training.epoch else 2) + state

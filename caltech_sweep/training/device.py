@@ -5,55 +5,85 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import PIL
 import torch
 import torchvision
+from torch import nn
 
 from caltech_sweep import __version__
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
-from caltech_sweep.machine import keeps_freed_memory
-from caltech_sweep.training.networks import source_of
-
-if TYPE_CHECKING:
-    import torch
-
+from caltech_sweep.machine import keeps_freed_memory, processor_flags
+from caltech_sweep.training.models import model_on_meta
+from caltech_sweep.training.networks import is_in, source_of
 
 # Of the code from models to evaluation: raise it whenever the same config would train other weights.
 TRAINING_VERSION = 1
+DEPTHWISE_SHARE = 0.02  # of a backbone's weights
+SMALLEST_CROP = 48  # pixels a side; below, a processor is no faster with bfloat16 or with its channels last
+BFLOAT16_UNITS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # what /proc/cpuinfo calls them, the last on Arm
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device is a GPU with bfloat16 units; older ones only emulate them, slowly."""
-    import torch
-
+    """Return whether a device has bfloat16 units that torch uses; others only emulate them, slowly."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and not BFLOAT16_UNITS.isdisjoint(processor_flags())
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+@lru_cache(maxsize=64)
+def is_depthwise(arch: str) -> bool:
+    """Return whether a backbone has so many depthwise convolutions that bfloat16 is no faster on processors.
+
+    That was measured (docs/LOG.md): MobileNet, MNASNet and EfficientNet have 2% of their weights or more in such
+    layers, ConvNeXt, EfficientNetV2 and ShuffleNet less.
+    """
+    model = model_on_meta(TrialConfig(arch=arch), 2)
+    tail = source_of(arch).tail(model)
+    sizes = [
+        (layer.weight.numel(), isinstance(layer, nn.modules.conv._ConvNd) and 1 < layer.groups == layer.in_channels)
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) and not any(is_in(name, part) for part in tail)
+    ]
+    return sum(size for size, depthwise in sizes if depthwise) > DEPTHWISE_SHARE * sum(size for size, _ in sizes)
+
+
 def uses_bfloat16(
     config: TrialConfig, device: torch.device, has_units: Callable[[torch.device], bool] = has_bfloat16
 ) -> bool:
-    """Return whether the network computes in bfloat16; ``auto`` means where the device ``has_units`` for it."""
-    return has_units(device) if config.precision == "auto" else config.precision == "bfloat16"
+    """Return whether the network computes in bfloat16.
+
+    ``auto`` means where the device ``has_units`` for it; on a processor not for small images, nor for networks like
+    MobileNet. It is a rule, not a measurement, so that all workers and every resumed trial decide alike.
+    """
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    slower = device.type == "cpu" and (config.dataset.crop < SMALLEST_CROP or is_depthwise(config.arch))
+    return has_units(device) and not slower
 
 
-def uses_channels_last(config: TrialConfig, device_type: str) -> bool:
-    """Return whether images lie with their channels last in memory; None means only on a GPU."""
-    return config.channels_last if config.channels_last is not None else device_type == "cuda"
+def uses_channels_last(config: TrialConfig, device: torch.device) -> bool:
+    """Return whether images lie with their channels last in memory.
+
+    None means on a GPU, and on a processor with bfloat16 units unless images are small or float32 is asked for: there
+    it is faster in both.
+    """
+    if config.channels_last is not None:
+        return config.channels_last
+    if device.type != "cpu":
+        return device.type == "cuda"
+    return config.dataset.crop >= SMALLEST_CROP and config.precision != "float32" and has_bfloat16(device)
 
 
 def numerics(config: TrialConfig, device: torch.device) -> dict[str, Any]:
     """Return what besides config and data decides the last bit of a number: versions, hardware, number format."""
-    import numpy as np
-    import torch
-    import torchvision
-
     on_gpu = device.type == "cuda"
     return {
         "training": TRAINING_VERSION,
@@ -66,7 +96,7 @@ def numerics(config: TrialConfig, device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "threads": None if on_gpu else torch.get_num_threads(),
         "bfloat16": uses_bfloat16(config, device),
-        "channels_last": uses_channels_last(config, device.type),
+        "channels_last": uses_channels_last(config, device),
     }
 
 
@@ -94,8 +124,8 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
-def environment(device: torch.device, arch: str) -> dict[str, Any]:
-    """Return the versions and hardware that, besides the config, decide the numbers of a trial of a network."""
+def environment(device: torch.device, config: TrialConfig) -> dict[str, Any]:
+    """Return what besides the config decides the numbers of a trial: versions, hardware, and what ``auto`` meant."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "caltech_sweep": __version__,
@@ -104,7 +134,7 @@ def environment(device: torch.device, arch: str) -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
         "numpy": np.__version__,
-        **source_of(arch).version(arch),
+        **source_of(config.arch).version(config.arch),
         "device": device.type,
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
@@ -113,4 +143,6 @@ def environment(device: torch.device, arch: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "keeps_freed_memory": keeps_freed_memory(),
+        "precision": "bfloat16" if uses_bfloat16(config, device) else "float32",
+        "channels_last": uses_channels_last(config, device),
     }

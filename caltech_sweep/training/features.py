@@ -111,7 +111,7 @@ class FrozenFeatures:
     """The outputs of a network's frozen layers by part and image; kept in ``store`` where there is one.
 
     ``images`` maps a part, an index (n,) and what augments them, by fixed ops only, to (n, 3, H, W) float; ``counts``
-    holds the images of each part. ``known`` is all that decides an output besides the frozen layers and the part.
+    holds the images of each part. ``known`` is what else decides an output, apart from the frozen layers and the part.
     """
 
     def __init__(

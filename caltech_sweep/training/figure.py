@@ -82,18 +82,29 @@ def draw_confusion_matrix(matrix: np.ndarray, classes: Sequence[str], title: str
         _draw(_merged(matrix), len(classes), named, title, path)
 
 
+def _longest(names: Sequence[str], size: float) -> float:
+    """Return the length in inches of the longest of some names."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    renderer, font = RendererAgg(1, 1, 100), FontProperties(size=size)
+    return max(renderer.get_text_width_height_descent(name, font, False)[0] for name in names) / 100
+
+
 def _draw(matrix: np.ndarray, classes: int, named: Sequence[str], title: str, path: Path) -> None:
+    """Draw in places that are computed here: matplotlib's own layouts draw everything twice, most of the time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    side = max(5.0, 0.16 * min(classes, _MOST_LABELS) + 2.5)
-    figure = Figure(figsize=(side, side), dpi=_DPI, layout="constrained")
+    size = 9 if classes <= 20 else 6
+    side, margin = max(3.2, 0.16 * min(classes, _MOST_LABELS)), _longest(named, size) + 0.5  # inches
+    width, height = margin + side + 1.1, margin + side + 0.6
+    figure = Figure(figsize=(width, height), dpi=_DPI)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     edges = (-0.5, classes - 0.5, classes - 0.5, -0.5)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=edges)
-    size = 9 if classes <= 20 else 6
     places = np.arange(len(named)) * math.ceil(classes / _MOST_LABELS)
     axes.set_xticks(places, named, rotation=90, fontsize=size)
     axes.set_yticks(places, named, fontsize=size)
@@ -104,6 +115,9 @@ def _draw(matrix: np.ndarray, classes: int, named: Sequence[str], title: str, pa
         for row, column in np.argwhere(matrix > 0):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=size)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the true class")
+    scale = figure.add_axes(
+        ((margin + side + 0.2) / width, (margin + 0.2 * side) / height, 0.15 / width, 0.6 * side / height)
+    )
+    figure.colorbar(image, cax=scale, label="share of the true class")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

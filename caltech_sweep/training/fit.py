@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,13 +25,14 @@ from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
-from caltech_sweep.training.loss import class_weights, loss_share, mixed, mixes
-from caltech_sweep.training.models import thaw, train_mode
+from caltech_sweep.training.loss import class_weights, epoch_order, loss_share, mixed, mixes
+from caltech_sweep.training.models import frozen_parameters, thaw, train_mode
 from caltech_sweep.training.networks import mean_and_std, normalization, source_of
 from caltech_sweep.training.optimizer import make_optimizer, parameter_groups, set_rate
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
+_BLOCK = 1 << 20  # values that become floats at once: they stay in a processor's cache
 _CHECK_EVERY = 16  # steps between looks at the losses
 _VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
 
@@ -48,6 +49,7 @@ class EpochResult:
     seconds: float
     images: int  # trained in this epoch
     reused: bool = False  # trained by an earlier trial, or before this one was interrupted
+    saving: int = 0  # of how many epochs, this one and those before, the states are still being saved
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of this epoch by their names in MLflow."""
@@ -89,7 +91,7 @@ class Training:
     def __post_init__(self) -> None:
         config = self.config
         self._bfloat16 = uses_bfloat16(config, self.device)
-        last = uses_channels_last(config, self.device.type)
+        last = uses_channels_last(config, self.device)
         self._format = torch.channels_last if last else torch.contiguous_format
         self.model = self.model.to(self.device)
         for parameter in self.model.parameters():
@@ -116,7 +118,13 @@ class Training:
         if not self.thawed:
             for group in parameter_groups(self.config, self.model, thaw(self.model, self.config)):
                 self.optimizer.add_param_group(group)
+            self.keep_best(self.best_weights)
             self.thawed = True
+
+    def keep_best(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Keep weights by value; those of frozen layers, which do not change, are the network's own."""
+        frozen = frozen_parameters(self.model)
+        self.best_weights = {k: v.detach() if k in frozen else v.detach().clone() for k, v in state.items()}
 
     def _frozen_features(self) -> FrozenFeatures | None:
         """Return the frozen layers apart, where the images that they see are the same in every epoch."""
@@ -147,7 +155,10 @@ class Training:
 
     def _images(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return normalised (n, 3, H, W) float crops on the device, augmented as ``draws`` says."""
-        return self._floats(self._crops(part, index), draws)
+        cuts = augment.cuts(draws) if draws is not None else None
+        if cuts is None:
+            return self._floats(self._crops(part, index), draws)
+        return self._floats(self.data.resized_crops(part, self.config.dataset.crop, index.tolist(), cuts), draws)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
@@ -167,10 +178,15 @@ class Training:
 
     def _floats(self, images: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Map (N, 3, H, W) uint8 to normalised float images on the device."""
-        floats = images.to(self.device).float().div_(255)
+        images = images.to(self.device)
         if draws is not None:
-            floats = augment.apply(floats, draws)
-        return floats.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
+            changed = augment.apply(images.float().div_(255), draws)
+            return changed.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
+        floats = torch.empty(images.shape, device=self.device, memory_format=self._format)
+        block = max(1, _BLOCK // images.shape[1:].numel() if self.device.type == "cpu" else len(images))
+        for part, out in zip(images.split(block), floats.split(block), strict=True):
+            out.copy_(part).div_(255).sub_(self._mean).div_(self._std)
+        return floats
 
     def _inputs(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return what :meth:`_network` takes: images, or what the frozen layers made of them."""
@@ -205,9 +221,7 @@ class Training:
             raise NotFiniteError(f"{part} images: {error}") from error
 
     def _batches(self, epoch: int) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "shuffle", epoch))
-        batches = torch.randperm(len(self._labels), generator=generator).split(self.config.batch_size)
-        return batches[: self.steps]
+        return epoch_order(self.config, self._labels, epoch).split(self.config.batch_size)[: self.steps]
 
     @property
     def steps(self) -> int:
@@ -217,7 +231,7 @@ class Training:
     def _step(self, epoch: int, number: int, index: torch.Tensor, draws: augment.Draws | None) -> torch.Tensor:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch, number))
-        inputs = self._inputs("train", index, draws[index] if draws else None)
+        inputs = self._inputs("train", index, draws)
         labels = self._labels[index].to(self.device)
         targets = labels
         if mixes(self.config):
@@ -238,7 +252,7 @@ class Training:
         decay = self.config.ema_decay
         if decay is None:
             return
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        frozen = frozen_parameters(self.model)
         state = self.model.state_dict()
         own = {name: v for name, v in state.items() if v.is_floating_point() and name not in frozen}
         if not self.average:
@@ -289,8 +303,11 @@ class Training:
         fresh: list[torch.Tensor] = []
         for number, index in enumerate(batches, start=1):
             beat()
+            # An image that is drawn twice is augmented in two ways: its place in the epoch counts, not its number.
+            start = (number - 1) * self.config.batch_size
+            places = index if self.config.sample_weights == "none" else torch.arange(start, start + len(index))
             set_rate(self.optimizer, rates[min(number, len(rates)) - 1])
-            fresh.append(self._step(epoch, number, index, draws))
+            fresh.append(self._step(epoch, number, index, draws[places] if draws else None))
             if number % _CHECK_EVERY and number < len(batches):
                 continue
             for loss, correct in torch.stack(fresh).tolist():
@@ -325,7 +342,7 @@ class Training:
             goal = metrics.objective(self.config.objective)
             if self.best is None or goal.better(val.scores[goal.name], self.best.val.scores[goal.name]):
                 self.best = result
-                self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+                self.keep_best(self.model.state_dict())
         self.epoch = epoch
         self.history.append(result)
         return result

@@ -168,26 +168,6 @@ def boxes(images: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, tor
     return top, left, height, width
 
 
-def _stretched(images: torch.Tensor, start: torch.Tensor, size: torch.Tensor, dim: int) -> torch.Tensor:
-    """Stretch the part of a dimension that begins at ``start`` (m,) and is ``size`` (m,) long over all of it."""
-    length = images.shape[dim]
-    scale = size.to(images.dtype) / length
-    place = (torch.arange(length, device=images.device) + 0.5) * scale[:, None] - 0.5
-    place = place.clamp(min=0)
-    low = torch.minimum(place.long(), size[:, None] - 1)
-    high = torch.minimum(low + 1, size[:, None] - 1)
-    weight = (place - low).clamp(0, 1).to(images.dtype)
-    shape = (-1, 1, length, 1) if dim == -2 else (-1, 1, 1, length)
-    one, other = (images.take_along_dim((start[:, None] + at).view(shape), dim) for at in (low, high))
-    return one + (other - one) * weight.view(shape)
-
-
-def resized_crop(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    """Cut a box out of each image and enlarge it, bilinearly, to the whole one's size."""
-    top, left, height, width = boxes(images, params)
-    return _stretched(_stretched(images, top, height, -2), left, width, -1)
-
-
 def erase(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """Let a box of each image be grey."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ AUGMENTATION_VERSION = 2  # of what the augmentations draw and do; counts where 
 FROZEN_VERSION = 2  # of how a frozen backbone runs: in evaluation mode, in chunks
 SPLIT_BEFORE = ("alexnet", "mobilenet_v3", "resnet", "resnext", "vgg", "wide_resnet")  # which ran so in the first, too
 
-EpochKey = tuple[EpochRates, bool]  # the learning rates of an epoch, and whether layers that were frozen are trained
-
+_DIGITS = 32  # of a key
 _TEST_ONLY = ("test_views", "test_batch_size")  # validation has a batch size of its own
 _ENDING = ("patience", "min_delta")  # they end a training, and change no epoch before its end
 _BY_NAME = ("dataset", "weights", "outputs", "precision", "channels_last")  # what they stand for decides
@@ -35,7 +34,7 @@ class CacheOptions:
 
     folder: Path
     budget: int  # bytes of the whole folder
-    save_at: frozenset[int] = frozenset()  # epochs after which another trial may branch; the last is always saved
+    save_at: frozenset[int] = frozenset()  # epochs after which another trial may branch, saved where that pays
     every_seconds: float = 60.0  # at most so often for resuming, and never above 2% of the training time
     hold_at: frozenset[int] = frozenset()  # epochs after which the trial may pause: saved, and dropped last
     features: bool = True  # keep the outputs of frozen layers
@@ -44,7 +43,7 @@ class CacheOptions:
 def digest(value: Any) -> str:
     """Return 32 hex digits of anything that JSON can hold; floats count to their last bit."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+    return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS]
 
 
 def recipe(config: TrialConfig) -> dict[str, Any]:
@@ -64,19 +63,14 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
 
 
 def epoch_settings() -> frozenset[str]:
-    """Return the settings that decide the weights only by what :func:`epoch_keys` says of each epoch."""
+    """Return the settings that decide the weights only by what :func:`epoch_marks` says of each epoch."""
     return schedule_settings() | {"unfreeze_epoch"}
-
-
-def epoch_keys(config: TrialConfig, steps: int = NOMINAL_STEPS) -> tuple[EpochKey, ...]:
-    """Return what an epoch of so many steps does to the weights: its learning rates, and which layers it trains."""
-    return tuple((rates, config.thaws(epoch)) for epoch, rates in enumerate(learning_rates(config, steps), start=1))
 
 
 def prefix_key(config: TrialConfig) -> str:
     """Return a key that is equal for two configs of one study exactly when only their epochs set them apart.
 
-    Such trials share an epoch for each of :func:`epoch_keys` that they have in common from the start. Weights and
+    Such trials share an epoch for each of :func:`epoch_marks` that they have in common from the start. Weights and
     dataset count by name here, since no file is read; in the store their contents count.
     """
     dataset = config.counted()["dataset"]
@@ -84,11 +78,10 @@ def prefix_key(config: TrialConfig) -> str:
     return digest([recipe(config), dataset, weights, config.outputs, config.precision, config.channels_last])
 
 
-def epoch_marks(config: TrialConfig, steps: int = NOMINAL_STEPS) -> tuple[str, ...]:
-    """Return what stands for each epoch of so many steps in a key: its learning rates, and whether layers thawed."""
-    return tuple(
-        f"thawed {rate_mark(rates)}" if thawed else rate_mark(rates) for rates, thawed in epoch_keys(config, steps)
-    )
+def epoch_marks(config: TrialConfig, steps: int = NOMINAL_STEPS) -> Iterator[str]:
+    """Yield what stands for each epoch of so many steps in a key: its learning rates, and whether layers thawed."""
+    for epoch, rates in enumerate(learning_rates(config, steps), start=1):
+        yield f"thawed {rate_mark(rates)}" if config.thaws(epoch) else rate_mark(rates)
 
 
 def rate_mark(rates: EpochRates) -> str:
@@ -97,9 +90,14 @@ def rate_mark(rates: EpochRates) -> str:
     return exact[0] if len(exact) == 1 else digest(exact)
 
 
-def checkpoint_key(base: str, marks: Sequence[str]) -> str:
-    """Return the key of the state after so many epochs; ``base`` is the key of all but these.
+def checkpoint_keys(base: str, marks: Iterable[str]) -> Iterator[str]:
+    """Yield the key of the state after each epoch; ``base`` is the key of all but these, of which are the ``marks``.
 
-    ``marks`` are :func:`epoch_marks`, up to that epoch.
+    Each is :func:`digest` of [base, marks up to there]; hashing goes on where the epoch before it ended.
     """
-    return digest([base, list(marks)])
+    hashed = hashlib.sha256(f"[{json.dumps(base)},[".encode())
+    for index, mark in enumerate(marks):
+        hashed.update(f"{',' if index else ''}{json.dumps(mark)}".encode())
+        whole = hashed.copy()
+        whole.update(b"]]")
+        yield whole.hexdigest()[:_DIGITS]

@@ -1,4 +1,4 @@
-"""What a training step minimises: mixed images, their targets, and the weight of each class."""
+"""What a training step sees and minimises: drawn and mixed images, their targets, and the weight of each class."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def class_weights(config: TrialConfig, labels: torch.Tensor, outputs: int) -> to
     weights = torch.ones(outputs, dtype=torch.float64)
     weights[there] = len(labels) / (int(there.sum()) * counts[there])
     return weights.float()
+
+
+def epoch_order(config: TrialConfig, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+    """Return the images of an epoch in their order, (N,): a shuffle, or N draws with each class equally probable.
+
+    The draws are those of torch's WeightedRandomSampler with the weight 1 / (images of its class) for each image.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "shuffle", epoch))
+    if config.sample_weights == "none":
+        return torch.randperm(len(labels), generator=generator)
+    weights = 1 / labels.bincount().double()[labels]
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
 
 
 def mixes(config: TrialConfig) -> bool:

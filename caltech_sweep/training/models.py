@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ from caltech_sweep.errors import ModelError
 from caltech_sweep.heartbeat import beat
 from caltech_sweep.paths import expanded
 from caltech_sweep.seeds import derive_seed
+from caltech_sweep.text import suggestion
 from caltech_sweep.training.networks import is_in, last_layer, source_of
 
 
@@ -100,7 +100,7 @@ def _load(arch: str, model: nn.Module, weights: _Weights) -> None:
             del wanted[key]
     broken = not_finite(wanted)
     if broken:
-        raise ModelError(f"weights: {source} hold NaN or infinity, for one in {broken[0]}; take another checkpoint")
+        raise ModelError(f"weights: {source} hold NaN or infinity, for example in {broken[0]}; take another checkpoint")
     if f"{last}.weight" in wanted and f"{last}.bias" in own:
         wanted.setdefault(f"{last}.bias", torch.zeros(own[f"{last}.bias"].shape))  # MaxViT's has none
     if hasattr(given, "_metadata"):
@@ -136,6 +136,24 @@ def thaw(model: nn.Module, config: TrialConfig) -> list[nn.Parameter]:
     return thawed
 
 
+def frozen_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that are not trained now."""
+    return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+def resting(model: nn.Module) -> frozenset[str]:
+    """Return the names of the tensors that training does not change now: frozen weights, and their batch statistics."""
+    statistics = (
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and any(True for _ in module.parameters())
+        and not any(parameter.requires_grad for parameter in module.parameters())
+        for name, _ in module.named_buffers()
+    )
+    return frozen_parameters(model).union(statistics)
+
+
 def frozen_names(model: nn.Module, config: TrialConfig) -> frozenset[str]:
     """Return the names of the parameters that are not trained.
 
@@ -153,7 +171,7 @@ def frozen_names(model: nn.Module, config: TrialConfig) -> frozenset[str]:
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
         first = set(layers[: int(float(argument) * len(layers))])
         chosen = {name for name in names if name.rpartition(".")[0] in first}
-        reason = f"so small a part of its {len(layers)} layers is none"
+        reason = f"that share of its {len(layers)} layers is less than one layer"
     else:
         head = source_of(config.arch).tail(model)[-1]
         last = last_layer(model, head) if kind == "fc_but_last" else None
@@ -169,10 +187,9 @@ def _up_to(model: nn.Module, names: list[str], layer: str) -> list[str]:
     """Return the names of all parameters from the first one to the last of a layer, in the network's own order."""
     known = [name for name, _ in model.named_modules() if name]
     if layer not in known:
-        near = difflib.get_close_matches(layer, known, 1)
         top = ", ".join(name for name, _ in model.named_children())
-        hint = f"did you mean {near[0]!r}?" if near else f"its parts are {top}, and theirs follow after a dot"
-        raise ModelError(f"freeze: this network has no layer {layer!r}; {hint}")
+        hint = suggestion(layer, known, f"; its parts are {top}, and theirs follow after a dot")
+        raise ModelError(f"freeze: this network has no layer {layer!r}{hint}")
     places = [place for place, name in enumerate(names) if is_in(name, layer)]
     if not places:
         raise ModelError(f"freeze: layer {layer!r} has no weights; name the one before it")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -16,6 +15,7 @@ import json
 import math
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -23,10 +23,11 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import DatasetError, ModelError
+from caltech_sweep.text import first_line, suggestion
 
 if TYPE_CHECKING:
     import torch
@@ -44,39 +45,48 @@ NORMALIZE: Mapping[str, tuple[Statistics, Statistics]] = {  # mean and standard 
 }
 
 
-class NetworkSource(Protocol):
+class NetworkSource(ABC):
     """A family of networks. ``arch`` is always the whole setting, prefix included; ModelError is the only error."""
 
+    @abstractmethod
     def check(self, arch: str) -> None:
         """Raise ModelError, with a suggestion, unless there is a network of this name."""
 
+    @abstractmethod
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
         """Return a network with random weights, drawn from torch's global stream, and ``outputs`` outputs.
 
         ``state`` and ``metadata`` are those that will be loaded: some decide how the network is built.
         """
 
+    @abstractmethod
     def tail(self, model: nn.Module) -> tuple[str, ...]:
         """Return the dotted names of the modules that run after the backbone, in order; the last is the classifier."""
 
     def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
         """Return a state dict under the names of this model, without tensors that it has no use for."""
+        return OrderedDict(state)
 
     def normalization(self, arch: str, pretrained: bool) -> str:
         """Return the name of the mean and standard deviation that a network wants, see :func:`mean_and_std`.
 
         ``pretrained`` says whether it starts from its published weights.
         """
+        return "half"
 
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
         """Return a side in pixels that the network takes, where that is known, and whether it takes no other."""
+        return None, False
 
     def published_input(self, arch: str) -> tuple[int, str] | None:
         """Return the side in pixels and the interpolation that the published weights were made for, where known."""
+        return None
 
     def version(self, arch: str) -> Mapping[str, str]:
         """Return what, besides torchvision's version, tells the code of the network from that of other days."""
+        return {}
 
+    @abstractmethod
     def published_key(self, arch: str) -> str | None:
         """Return what tells the published weights from all others, or None where their contents do.
 
@@ -85,10 +95,13 @@ class NetworkSource(Protocol):
 
     def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
         """Return published weights under the names of the network, and what a checkpoint that starts from them says."""
+        return state, {}
 
+    @abstractmethod
     def published_file(self, arch: str) -> Path | None:
         """Return the file of the published weights, or None where it has to be downloaded first."""
 
+    @abstractmethod
     def fetch(self, arch: str, progress: Progress) -> Path:
         """Return the file of the published weights, downloaded where it is not there; raise ModelError offline.
 
@@ -96,7 +109,7 @@ class NetworkSource(Protocol):
         """
 
 
-class TorchvisionNetworks:
+class TorchvisionNetworks(NetworkSource):
     """torchvision's classifiers, by its own names, with the first published weights of each."""
 
     _TRANSFORMING = ("googlenet", "inception_v3")  # whose published weights want the normalised input transformed
@@ -105,17 +118,15 @@ class TorchvisionNetworks:
     _HEADS = ("classifier", "fc", "heads", "head")  # what torchvision calls the classifier
 
     def check(self, arch: str) -> None:
-        """See :class:`NetworkSource`."""
         import torchvision
 
         names = torchvision.models.list_models(module=torchvision.models)
         if arch not in names:
-            near = difflib.get_close_matches(arch, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; see torchvision.models for the names"
+            hint = suggestion(arch, names, "; see torchvision.models for the names")
             raise ModelError(f"arch: torchvision has no classification model {arch!r}{hint}")
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
-        """See :class:`NetworkSource`. The arguments that come with weights are those of torchvision's own builders."""
+        """The arguments that come with weights are those of torchvision's own builders."""
         import torchvision
 
         self.check(arch)
@@ -136,7 +147,7 @@ class TorchvisionNetworks:
         return model
 
     def tail(self, model: nn.Module) -> tuple[str, ...]:
-        """See :class:`NetworkSource`. GoogLeNet and Inception have a dropout of their own before the classifier."""
+        """GoogLeNet and Inception have a dropout of their own before the classifier."""
         from torch import nn
 
         head = next((name for name in self._HEADS if hasattr(model, name)), None)
@@ -145,7 +156,6 @@ class TorchvisionNetworks:
         return ("dropout", head) if isinstance(getattr(model, "dropout", None), nn.Dropout) else (head,)
 
     def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
-        """See :class:`NetworkSource`."""
         import torchvision
 
         renamed = _renamed(state) if isinstance(model, torchvision.models.DenseNet) else state
@@ -153,20 +163,14 @@ class TorchvisionNetworks:
         return OrderedDict((key, value) for key, value in renamed.items() if key.split(".")[0] not in unused)
 
     def normalization(self, arch: str, pretrained: bool) -> str:
-        """See :class:`NetworkSource`. Without published weights it is that of the reference report."""
+        """Without published weights it is that of the reference report."""
         return "imagenet" if pretrained and arch not in self._HALF_NORMALIZED else "half"
 
     def published_input(self, arch: str) -> tuple[int, str] | None:
-        """See :class:`NetworkSource`."""
         transform = self._published(arch).transforms()
         return transform.crop_size[0], transform.interpolation.value
 
-    def version(self, arch: str) -> Mapping[str, str]:
-        """See :class:`NetworkSource`."""
-        return {}
-
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
-        """See :class:`NetworkSource`."""
         import torchvision
 
         weights = list(torchvision.models.get_model_weights(arch))
@@ -175,22 +179,20 @@ class TorchvisionNetworks:
         return (exactly, True) if exactly else (least, False)
 
     def published_key(self, arch: str) -> str | None:
-        """See :class:`NetworkSource`. The name of the published file holds its checksum, which is compared."""
+        """The name of the published file holds its checksum, which is compared."""
         return self._place(arch).name + (" with transform_input" if arch in self._TRANSFORMING else "")
 
     def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
-        """See :class:`NetworkSource`."""
         return state, {"transform_input": "true"} if arch in self._TRANSFORMING else {}
 
     def published_file(self, arch: str) -> Path | None:
-        """See :class:`NetworkSource`."""
         from caltech_sweep.data.fetch.download import is_there
 
         place = self._place(arch)
         return place if is_there(place, checksums(place)) else None
 
     def fetch(self, arch: str, progress: Progress) -> Path:
-        """See :class:`NetworkSource`. These are the weights that the reference report used."""
+        """These are the weights that the reference report used."""
         return fetch_file(arch, str(self._published(arch).url), progress)
 
     def _published(self, arch: str) -> torchvision.models.WeightsEnum:
@@ -254,7 +256,7 @@ def _renamed(state: State) -> OrderedDict[str, torch.Tensor]:
     return renamed.state
 
 
-class TimmNetworks:
+class TimmNetworks(NetworkSource):
     """timm's networks, as ``timm/NAME`` or ``timm/NAME.TAG``, and the Hugging Face hub's as ``timm/hf-hub:OWNER/NAME``.
 
     What timm says of a network decides its input; its published weights are downloaded to where timm keeps them.
@@ -263,53 +265,41 @@ class TimmNetworks:
     _FILES = ("model.safetensors", "pytorch_model.bin")  # of the hub; the first that is there
 
     def check(self, arch: str) -> None:
-        """See :class:`NetworkSource`."""
         self._config(arch)
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
-        """See :class:`NetworkSource`."""
         self.check(arch)
         model: nn.Module = self._timm().create_model(self._name(arch), pretrained=False, num_classes=outputs)
         return model
 
     def tail(self, model: nn.Module) -> tuple[str, ...]:
-        """See :class:`NetworkSource`."""
         classifier = model.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
         if not isinstance(classifier, str):
             kind = type(model).__name__
             raise ModelError(f"arch: timm's {kind} has more or less than one classifier, which does not work here")
         return (classifier,)
 
-    def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
-        """See :class:`NetworkSource`."""
-        return OrderedDict(state)
-
     def normalization(self, arch: str, pretrained: bool) -> str:
-        """See :class:`NetworkSource`."""
         config = self._config(arch)
         return normalization_name(config["mean"], config["std"])
 
     def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
-        """See :class:`NetworkSource`."""
         config = self._config(arch)
         return config["input_size"][-1], bool(config["fixed_input_size"])
 
     def published_input(self, arch: str) -> tuple[int, str] | None:
-        """See :class:`NetworkSource`."""
         config = self._config(arch)
         return config["input_size"][-1], config["interpolation"]
 
     def version(self, arch: str) -> Mapping[str, str]:
-        """See :class:`NetworkSource`."""
         return {"timm": self._timm().__version__}
 
     def published_key(self, arch: str) -> str | None:
-        """See :class:`NetworkSource`."""
         self._location(arch)
         return None
 
     def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
-        """See :class:`NetworkSource`. timm itself loads them, into a network of the size that they were made for."""
+        """timm itself loads them, into a network of the size that they were made for."""
         import torch
 
         overlay = {"state_dict": dict(state), "source": None}
@@ -318,12 +308,11 @@ class TimmNetworks:
                 model = self._timm().create_model(self._name(arch), pretrained=True, pretrained_cfg_overlay=overlay)
         except (RuntimeError, KeyError, ValueError) as error:
             raise ModelError(
-                f"weights: timm cannot load the published weights of {arch}: {_first_line(error)}"
+                f"weights: timm cannot load the published weights of {arch}: {first_line(error)}"
             ) from error
         return model.state_dict(), {}
 
     def published_file(self, arch: str) -> Path | None:
-        """See :class:`NetworkSource`."""
         from caltech_sweep.data.fetch.download import is_there
 
         repository, files, url = self._location(arch)
@@ -334,7 +323,6 @@ class TimmNetworks:
         return next((path for path in found if path is not None), None)
 
     def fetch(self, arch: str, progress: Progress) -> Path:
-        """See :class:`NetworkSource`."""
         if (path := self.published_file(arch)) is not None:
             return path
         repository, files, url = self._location(arch)
@@ -375,9 +363,8 @@ class TimmNetworks:
             return {**vars(models.PretrainedCfg()), **document.get("pretrained_cfg", document)}
         plain = models.split_model_name_tag(name)[0]
         if not models.is_model(plain):
-            near = difflib.get_close_matches(plain, models.list_models(), 1)
-            hint = f"; did you mean 'timm/{near[0]}'?" if near else "; see timm.list_models() for the names"
-            raise ModelError(f"arch: timm has no network {plain!r}{hint}")
+            hint = suggestion(plain, models.list_models(), "; see timm.list_models() for the names")
+            raise ModelError(f"arch: timm has no network {plain!r}{hint}".replace("mean '", "mean 'timm/"))
         try:
             return dict(vars(models.get_pretrained_cfg(name)))
         except RuntimeError as error:
@@ -396,7 +383,7 @@ class TimmNetworks:
         return repository, (file,) if file else self._FILES, config["url"] or ""
 
 
-class OwnNetworks:
+class OwnNetworks(NetworkSource):
     """Networks of the user's own code, as ``package.module:factory``: ``factory(num_classes)`` returns a module.
 
     The module may lie in the working folder. All of its source that is not installed as a package counts: that of the
@@ -404,11 +391,9 @@ class OwnNetworks:
     """
 
     def check(self, arch: str) -> None:
-        """See :class:`NetworkSource`."""
         self._factory(arch)
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
-        """See :class:`NetworkSource`."""
         import torch
         from torch import nn
 
@@ -422,33 +407,17 @@ class OwnNetworks:
         except Exception as error:  # the user's code may raise anything
             if torch.get_default_device().type == "meta":  # numbers are missed there
                 raise NotImplementedError from error
-            raise ModelError(f"arch: {arch}({outputs}) raised {type(error).__name__}: {_first_line(error)}") from error
+            raise ModelError(f"arch: {arch}({outputs}) raised {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"arch: {arch} returned {type(model).__name__} where a torch.nn.Module is needed")
         return model
 
     def tail(self, model: nn.Module) -> tuple[str, ...]:
-        """See :class:`NetworkSource`. The last linear or convolutional layer is taken for the classifier."""
+        """The last linear or convolutional layer is taken for the classifier."""
         return (last_layer(model, ""),)
 
-    def matching(self, model: nn.Module, state: State) -> OrderedDict[str, torch.Tensor]:
-        """See :class:`NetworkSource`."""
-        return OrderedDict(state)
-
-    def normalization(self, arch: str, pretrained: bool) -> str:
-        """See :class:`NetworkSource`."""
-        return "half"
-
-    def input_size(self, arch: str, model: nn.Module) -> tuple[int | None, bool]:
-        """See :class:`NetworkSource`."""
-        return None, False
-
-    def published_input(self, arch: str) -> tuple[int, str] | None:
-        """See :class:`NetworkSource`."""
-        return None
-
     def version(self, arch: str) -> Mapping[str, str]:
-        """See :class:`NetworkSource`: a digest of the source, and the version of the package where it has one."""
+        """Return a digest of the source, and the version of the package where it has one."""
         top = arch.partition(":")[0].partition(".")[0]
         self._factory(arch)
         found = {SOURCE: _source_digest(top)}
@@ -457,23 +426,16 @@ class OwnNetworks:
         return found
 
     def published_key(self, arch: str) -> str | None:
-        """See :class:`NetworkSource`."""
         raise ModelError(
             f"weights: {arch} has no published weights; have the factory load them and leave weights out, or name a "
             "file: file:PATH"
         )
 
-    def published(self, arch: str, state: State) -> tuple[State, Mapping[str, str]]:
-        """See :class:`NetworkSource`."""
-        return state, {}
-
     def published_file(self, arch: str) -> Path | None:
-        """See :class:`NetworkSource`."""
         self.published_key(arch)
         return None
 
     def fetch(self, arch: str, progress: Progress) -> Path:
-        """See :class:`NetworkSource`."""
         self.published_key(arch)
         raise AssertionError("unreachable")
 
@@ -493,10 +455,10 @@ class OwnNetworks:
             raise ModelError(f"arch: the module {module} has no {name!r}") from error
         except Exception as error:  # the user's code may raise anything
             raise ModelError(
-                f"arch: the module {module} cannot be imported: {type(error).__name__}: {_first_line(error)}"
+                f"arch: the module {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
             ) from error
         if not callable(factory):
-            raise ModelError(f"arch: {arch} is no function, but {type(factory).__name__}")
+            raise ModelError(f"arch: {arch} is not a function, but {type(factory).__name__}")
         result: Callable[..., Any] = factory
         return result
 
@@ -544,10 +506,6 @@ def _imports(text: bytes) -> set[str]:
     return names
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def _revision(repository: str) -> tuple[str, str | None]:
     name, _, revision = repository.partition("@")
     return name, revision or None
@@ -580,7 +538,7 @@ def _from_hub(repository: str, file: str, what: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(f"{what} cannot be downloaded from the Hugging Face hub: {_first_line(error)}") from error
+        raise ModelError(f"{what} cannot be downloaded from the Hugging Face hub: {first_line(error)}") from error
 
 
 SOURCES: Mapping[str, NetworkSource] = {  # by what stands before the first slash of ``arch``

@@ -15,6 +15,7 @@ from torch import nn
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import ModelError
+from caltech_sweep.text import first_line
 from caltech_sweep.training.models import build_model, model_on_meta, thaw, train_mode
 from caltech_sweep.training.networks import OwnNetworks, source_of
 
@@ -42,7 +43,7 @@ def rehearse(
     outputs, sizes = config.outputs or num_classes, sorted(batches, reverse=True)
     own = isinstance(source_of(config.arch), OwnNetworks)
     if own and any(_problem(model, size, config, outputs) for size in sizes):
-        model = build_model(config, num_classes, weights_file, digest)  # code that nobody knows may need numbers
+        model = build_model(config, num_classes, weights_file, digest)  # code of the user may need numbers
     _rehearse(model, config, sizes, outputs)
     if config.thaws(config.epochs):
         thaw(model, config)
@@ -78,7 +79,7 @@ def _problem(model: nn.Module, size: int, config: TrialConfig, outputs: int) -> 
     except NotImplementedError:  # an operation that the meta device lacks says nothing about sizes
         return None
     except Exception as error:  # each layer has errors of its own: RuntimeError, ValueError, AssertionError
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return first_line(error)
     if logits.shape != (size, outputs) or evaluated.shape != (size, outputs):
         return f"it gives {tuple(evaluated.shape)} outputs instead of {(size, outputs)}"
     return None

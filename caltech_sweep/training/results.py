@@ -148,7 +148,7 @@ def _artifacts(
     found: dict[str, Callable[[Path], object]] = {
         CHECKPOINT: lambda path: _write_checkpoint(path, config, data.split.classes, outcome),
         CONFIG: lambda path: _write_config(path, config),
-        ENVIRONMENT: lambda path: path.write_text(json.dumps(environment(device, config.arch), indent=2) + "\n"),
+        ENVIRONMENT: lambda path: path.write_text(json.dumps(environment(device, config), indent=2) + "\n"),
         PER_CLASS: lambda path: _write_classes(path, parts["val"], parts.get("test")),
     }
     if data.split.skipped:

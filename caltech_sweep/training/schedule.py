@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 NOMINAL_STEPS = 8  # of an epoch, where two schedules are compared and the number of images is not known
@@ -28,7 +29,7 @@ class Schedule:
     rate: Callable[..., float]
     per_step: bool = False
 
-    @property
+    @cached_property
     def settings(self) -> tuple[str, ...]:
         """The settings that the schedule reads."""
         return tuple(inspect.signature(self.rate).parameters)[2:]
@@ -134,6 +135,6 @@ def learning_rates(config: Scheduled, steps: int = NOMINAL_STEPS) -> tuple[Epoch
 
 
 def shared_epochs(rates: Sequence[object], others: Sequence[object]) -> int:
-    """Return in how many epochs from the start two lists agree: of learning rates, or of more about each epoch."""
+    """Return in how many epochs from the start two lists agree: of learning rates, or of keys."""
     pairs = enumerate(zip(rates, others, strict=False))
     return next((epoch for epoch, (rate, other) in pairs if rate != other), min(len(rates), len(others)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,14 +52,18 @@ class TrialOutcome:
 
 
 def _train(training: Training, stages: TrialCheckpoints | None) -> Iterator[EpochResult]:
-    """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept."""
+    """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept.
+
+    The model has the weights of the best epoch at the end.
+    """
     if stages is not None:
         stages.resume()
     yield from tuple(training.history)
     for result in fit(training):
-        if stages is not None:
-            stages.after(result)
-        yield result
+        yield result if stages is None else replace(result, saving=stages.after(result))
+    if broken := not_finite(training.best_weights):
+        raise NotFiniteError(f"the weights {broken[0]} became NaN or infinite; try a lower learning rate")
+    load_state(training.model, training.best_weights)
 
 
 def run_trial(
@@ -80,22 +84,25 @@ def run_trial(
     before the first epoch.
     """
     store = open_store(stages.folder, stages.budget) if stages else None
+    kept = None
     try:
         model = build_model(config, len(data.split.classes), weights_file, digest)
         training = Training(config, data, model, device, store if stages and stages.features else None)
         kept = TrialCheckpoints(stages, training, weights_file, digest) if stages else None
         yield from _train(training, kept)
         assert training.best is not None
-        if broken := not_finite(training.best_weights):
-            raise NotFiniteError(f"the weights {broken[0]} became NaN or infinite; try a lower learning rate")
-        load_state(training.model, training.best_weights)
         tested = bool(data.split.test)
         test = training.evaluate("test") if tested else None
         tencrop = training.evaluate("test", "tencrop") if tested and config.test_views == "tencrop" else None
+        if kept is not None:
+            kept.settle()  # before its warnings are taken
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(f"a batch of {config.batch_size} images did not fit on {device}") from error
+    finally:
+        if kept is not None:
+            kept.close()
     reused = sum(epoch.reused for epoch in training.history)
     warnings = (*training.warnings, *store.take_warnings()) if store else ()
     return TrialOutcome(

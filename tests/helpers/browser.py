@@ -44,7 +44,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get("about:blank")  # or an address that differs in its fragment alone would not be loaded
+        self.driver.get("about:blank")  # or an address that differs only in its fragment would not be loaded
         self.driver.get(url)
 
     def run(self, script: str, *arguments: object) -> Any:

@@ -1,14 +1,16 @@
-"""Real servers on loopback: one of files that tests make misbehave, MLflow's own, and any that answers /health."""
+"""Real servers on loopback: one of files that tests make misbehave, MLflow's own, PostgreSQL, and any with /health."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -99,7 +101,7 @@ def _serving(server: HTTPServer) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody uses."""
+    """Return a port of loopback that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -208,7 +210,7 @@ def gated_mlflow(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Ga
         def answer(environ: dict[str, Any], start_response: Any) -> Any:
             method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
             gate.asked.append((method, path))
-            environ["HTTP_HOST"] = "localhost"  # whoever was meant: a gate may be a proxy
+            environ["HTTP_HOST"] = "localhost"  # whichever host was asked for: a gate may be a proxy
             status = gate.rule(method, path, int(environ.get("CONTENT_LENGTH") or 0))
             if gate.wants is not None and environ.get("HTTP_AUTHORIZATION") != gate.wants:
                 status = 401
@@ -229,3 +231,72 @@ def gated_mlflow(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Ga
                 yield gate
             finally:
                 gate.open()
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """A PostgreSQL server on loopback with its data in ``folder``."""
+
+    binaries: Path
+    folder: Path
+    port: int
+
+    def call(self, *arguments: str) -> None:
+        """Run one of PostgreSQL's programs; as another user, for it refuses to serve root."""
+        user = "postgres" if os.getuid() == 0 else None
+        command = [str(self.binaries / arguments[0]), *arguments[1:]]
+        with (self.folder / "calls.log").open("a") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, user=user, cwd=self.folder, env={"LC_ALL": "C"})
+
+    def make(self) -> None:
+        """Make its data, for a user with a password."""
+        if os.getuid() == 0:
+            shutil.chown(self.folder, "postgres")
+        password = self.folder / "password"
+        password.write_text("hunter2\n")
+        password.chmod(0o644)
+        who = ("-U", "tester", "-A", "md5", "--pwfile", str(password))
+        self.call("initdb", "-D", str(self.folder / "data"), "-E", "UTF8", *who)
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        log = str(self.folder / "server.log")
+        self.call("pg_ctl", "-D", str(self.folder / "data"), "-l", log, "-o", options, "-w", "start")
+
+    def stop(self) -> None:
+        self.call("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
+
+    def address(self, database: str) -> str:
+        return f"postgresql://tester:hunter2@127.0.0.1:{self.port}/{database}"
+
+    def create(self, database: str) -> str:
+        """Make a new database; return its address."""
+        import psycopg
+
+        connection = psycopg.connect(self.address("postgres"), autocommit=True)
+        connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(database)))
+        connection.close()
+        return self.address(database)
+
+
+def installed_postgres() -> Path | None:
+    """Return the folder of PostgreSQL's programs, or None where it is not installed."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    return found[-1].parent if found else None
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """Serve databases with PostgreSQL; skips where it is not installed."""
+    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'psycopg[binary]'")
+    binaries = installed_postgres()
+    if binaries is None:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    server = Postgres(binaries, Path(tempfile.mkdtemp(prefix="caltech-sweep-postgres-")), free_port())
+    server.make()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(server.folder, ignore_errors=True)

@@ -67,7 +67,10 @@ def build_page(studies: Sequence[str], options: Options, tracking_uri: Address) 
         for moment in read_moments(reader.store, [r.run_id for r in searches if r.objective.each_epoch == name], name)
     ]
     tables = told_apart(
-        [build_table(s, options.best, reader.text, _link(reader.store, s.record.experiment_id)) for s in stored]
+        [
+            build_table(s, options.best, reader.text, _link(reader.store, s.record.experiment_id), options.everything)
+            for s in stored
+        ]
     )
     sections, everything = [], []
     for index, (study, table, anchor) in enumerate(zip(stored, tables, anchors(tables), strict=True)):

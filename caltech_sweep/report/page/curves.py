@@ -145,13 +145,17 @@ def _grouping(key: str, label: str, values: Sequence[str]) -> Grouping | None:
     return Grouping(key, label, tuple(groups), tuple(groups.index(name) for name in names))
 
 
-def groupings(drawn_lines: Sequence[Line], across: bool = False) -> list[Grouping]:
-    """Return every way in which lines differ; there is always the first, by row or, ``across`` studies, by study."""
+def groupings(drawn_lines: Sequence[Line], across: bool = False, varied: Iterable[str] = ()) -> list[Grouping]:
+    """Return every way in which lines differ; there is always the first, by row or, ``across`` studies, by study.
+
+    The others are by the usual settings and those that the study has ``varied``.
+    """
     names = [line.name if line.kind == "row" or across else SAMPLED for line in drawn_lines]
     key, label = ("study", "Study") if across else ("row", "Row")
     first = _grouping(key, label, names) or Grouping(key, label, tuple(dict.fromkeys(names)), (0,) * len(names))
     found = [first]
-    for key, label in SETTINGS.items():
+    for key in dict.fromkeys((*SETTINGS, *varied)):
+        label = SETTINGS.get(key) or key.replace("_", " ").capitalize()
         values = [line.settings.get(key, "unknown") for line in drawn_lines]
         grouping = _grouping(key, label, [value.replace("+", " + ") for value in values])
         found += [grouping] if grouping else []

@@ -47,6 +47,7 @@ class Options:
     compare: tuple[str, str] | None = None
     data: str | None = None
     importances: Importances | None = None  # Optuna's; the report itself knows no Optuna
+    everything: bool = False  # every trial in the tables
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Search:
     importance: str = ""  # svg
     importance_note: str = ""
     effort: Effort | None = None
-    marks: frozenset[str] = frozenset()  # of the history: outcomes besides complete, and "random"
+    marks: frozenset[str] = frozenset()  # of the history: outcomes other than complete, and "random"
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,12 @@ class Section:
     wrong_note: str
 
 
-def _curves(drawn: Sequence[curves.Line], section: str, across: bool = False, left_out: int = 0) -> Curves | None:
+def _curves(
+    drawn: Sequence[curves.Line], section: str, across: bool = False, left_out: int = 0, varied: Sequence[str] = ()
+) -> Curves | None:
     if not drawn:
         return None
-    groupings = curves.groupings(drawn, across)
+    groupings = curves.groupings(drawn, across, varied)
     drawings = tuple(
         (title, charts.curves_svg(drawn, groupings, key, title, f"{section}-{key}"))
         for key, title in curves.METRICS.items()
@@ -239,7 +242,7 @@ def _paused_places(trials: Sequence[TrialRecord]) -> str:
 def _named(study: StoredStudy, best: int, reader: Reader) -> list[Named]:
     """Return a study's complete rows and best sampled trials, in the table's order."""
     found = []
-    for entry in [*row_entries(study), *sampled_entries(study, best, ())]:
+    for entry in [*row_entries(study), *sampled_entries(study, best)]:
         if entry.runs:
             run = entry.runs[0]
             confusion = read_confusion(reader.text, run)
@@ -315,17 +318,19 @@ def _section(
 ) -> Section:
     name = f"s{index}"
     best, goal = table.best, table.objective
-    row_best = goal.best(row.goal.value for row in table.rows if row.kind == "row" and row.goal is not None)
+    row_best = goal.best(score.value for row in table.rows if row.kind == "row" and (score := table.goal(row)))
     wrong_of, wrong, wrong_note = _thumbnails(study, named, reader, o.data)
     left_out = curves.left_out(study)
     return Section(
         id=name,
         table=table,
         # The box of a wide table can be scrolled with the keyboard, and says what it holds.
-        table_html=html_table(table, anchor).replace('<div class="scroll">', '<div class="scroll" tabindex="0">', 1),
+        table_html=html_table(table, anchor, o.everything).replace(
+            '<div class="scroll">', '<div class="scroll" tabindex="0">', 1
+        ),
         counts=_counts(study),
         best=best,
-        curves=_curves(curves.lines(study, histories), name, left_out=left_out),
+        curves=_curves(curves.lines(study, histories), name, left_out=left_out, varied=table.varied),
         search=_search(study, row_best, o.importances, name, goal, moments),
         confusions=_confusions(named, name),
         lost=tuple(row.name for row in named if row.confusion is None),

@@ -45,6 +45,7 @@ class Epoch:
     metrics: Mapping[str, float]
     reused: bool = False  # not trained by this job
     last: bool = False  # the job trains no more: all epochs are done, or it stops early
+    saving: int = 0  # of how many epochs, this one and those before, nobody can use the states yet
 
 
 @dataclass(frozen=True)
@@ -109,19 +110,25 @@ class Executor(Protocol):
         """End every job and worker at once."""
 
 
+def _storable(text: str) -> str:
+    """Return a text as every store takes it: no bytes of a file's name, which no encoding has, and no NUL."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
 def failure_of(job: int, error: Exception) -> Failed:
     """Name the outcome of an error that a job raised."""
+    said = _storable(str(error)) or type(error).__name__
     if isinstance(error, DivergedError):
-        return Failed(job, "diverged", str(error))
+        return Failed(job, "diverged", said)
     if isinstance(error, OutOfMemoryError):
-        return Failed(job, "out_of_memory", str(error))
+        return Failed(job, "out_of_memory", said)
     if isinstance(error, DatasetError):
-        return Failed(job, "data_error", str(error))
+        return Failed(job, "data_error", said)
     if is_disk_full(error):
         where = getattr(error, "filename", None) or "what the trial leaves"
-        return Failed(job, "crashed", f"{where} cannot be written ({error}); make room and run the study again")
-    trace = "" if isinstance(error, CaltechSweepError) else traceback.format_exc()
-    return Failed(job, "crashed", str(error) or type(error).__name__, trace)
+        return Failed(job, "crashed", f"{where} cannot be written ({said}); make room and run the study again")
+    trace = "" if isinstance(error, CaltechSweepError) else _storable(traceback.format_exc())
+    return Failed(job, "crashed", said, trace)
 
 
 def _advance(job: int, epochs: Epochs) -> Event:

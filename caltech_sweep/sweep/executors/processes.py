@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,15 +28,35 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _work(connection: Connection, runner: Runner, threads: int | None) -> None:
+def _mask(how: str, numbers: Iterable[int]) -> Iterable[int]:
+    """Change which signals wait for this thread; return those that did. Windows has no such thing."""
+    if sys.platform == "win32":
+        return ()
+    return signal.pthread_sigmask(getattr(signal, how), numbers)
+
+
+@contextmanager
+def _unstopped() -> Iterator[None]:
+    """Let a process that is started meanwhile not be stopped before it has decided what stops it."""
+    before = _mask("SIG_BLOCK", STOPPING)
+    try:
+        yield
+    finally:
+        _mask("SIG_SETMASK", before)
+
+
+def _work(connection: Connection, runner: Runner, threads: int | None, prepare: Callable[[], None]) -> None:
     """Serve jobs until the coordinator closes the connection or dies."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    _mask("SIG_UNBLOCK", STOPPING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
+    with suppress(Exception):  # the first job says so again
+        prepare()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             _serve(connection, connection.recv(), runner)
@@ -55,6 +76,10 @@ def _serve(connection: Connection, job: Job, runner: Runner) -> None:
             return
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
@@ -72,7 +97,8 @@ class ProcessExecutor:
     Workers are spawned, never forked: torch's thread pools and CUDA do not survive a fork. Each worker belongs to
     one of ``devices``, in turn. ``threads`` is torch's thread count in every worker: it is part of what decides the
     last bit of a weight on the CPU, so it must not depend on how many workers there are. A worker that sends nothing
-    for ``hang_seconds`` is killed; only time in which this executor is polled counts.
+    for ``hang_seconds`` is killed; only time in which this executor is polled counts. ``prepare`` is what each does
+    before its first job.
     """
 
     def __init__(
@@ -83,8 +109,9 @@ class ProcessExecutor:
         threads: int | None = None,
         hang_seconds: float = HANG_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        prepare: Callable[[], None] = _nothing,
     ) -> None:
-        self._runner, self._threads = runner, threads
+        self._runner, self._threads, self._prepare = runner, threads, prepare
         self._hang_seconds, self._clock = hang_seconds, clock
         self._polled = clock()
         self._context = multiprocessing.get_context("spawn")
@@ -95,8 +122,10 @@ class ProcessExecutor:
 
     def _start(self, device: str | None) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._runner, self._threads), daemon=True)
-        process.start()
+        arguments = (theirs, self._runner, self._threads, self._prepare)
+        process = self._context.Process(target=_work, args=arguments, daemon=True)
+        with _unstopped():
+            process.start()
         theirs.close()
         return _Worker(process, ours, device)
 

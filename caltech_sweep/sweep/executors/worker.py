@@ -21,6 +21,11 @@ def _dataset(config: DatasetConfig) -> LoadedData:
     return load_dataset(config)
 
 
+def prepare() -> None:
+    """Import what the first job needs."""
+    from caltech_sweep.training import device, networks, results, trial  # noqa: F401
+
+
 def train(job: Job) -> Generator[Epoch, None, Done]:
     """Run one job, yielding an event an epoch."""
     from caltech_sweep.training.device import environment, pick_device
@@ -41,9 +46,9 @@ def train(job: Job) -> Generator[Epoch, None, Done]:
             break
         scores.append(result.val.scores[objective(job.config.objective).name])
         last = last_epoch(job.config, scores) is not None
-        yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last)
+        yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last, result.saving)
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
-    known = environment(device, job.config.arch)
+    known = environment(device, job.config)
     tags = {f"environment.{key}": str(value) for key, value in known.items() if value is not None}
     if (note := input_note(job.config)) is not None:
         tags[NETWORK_INPUT] = note

@@ -1,0 +1,119 @@
+"""What a trial costs the coordinator and its worker, counted in statements and bytes rather than in seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from caltech_sweep.study.definition import Component, Range, StudyDefinition
+from caltech_sweep.sweep import queue, recorder
+from caltech_sweep.sweep.executors.base import Job
+from caltech_sweep.sweep.optuna_store import open_study
+from caltech_sweep.testing import ScriptedExecutor, scripted_coordinator
+from caltech_sweep.tracking.writer import MlflowTracker
+
+STUDY = StudyDefinition(
+    name="s",
+    title="S",
+    trials=3,
+    dataset={"name": "shapes"},
+    fixed={},
+    space={"lr": Range(1e-3, 1e-1, log=True)},
+    rows=(),
+    sampler=Component("random", {"seed": 0}),
+)
+MEDIAN = Component("median", {"startup_trials": 1, "warmup_epochs": 1})
+
+
+def statements(folder: Path, epochs: int, pruner: Component | None) -> int:
+    """Return how many statements a study of three trials takes in both stores."""
+    definition = replace(STUDY, fixed={"epochs": epochs}, pruner=pruner)
+    folder.mkdir()
+    tracker = MlflowTracker(str(folder / "mlflow.db"), create=True)
+    study = open_study(definition, f"sqlite:///{folder / 'optuna.db'}", definition.identity())
+    coordinator = scripted_coordinator(definition, ScriptedExecutor(), tracker, folder, study)
+    seen: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *more: object) -> None:
+        seen.append(statement)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        assert coordinator.run().outcomes == {"complete": 3}
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    assert [len(trial.intermediate_values) for trial in study.trials] == [epochs if pruner else 0] * 3
+    return len(seen)
+
+
+@pytest.mark.parametrize("pruner", [None, MEDIAN], ids=["no pruner", "median"])
+def test_fast_epochs_cost_no_statements_of_their_own(
+    tmp_path: Path, pruner: Component | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "REPORT_SECONDS", 60.0)  # all of a trial's epochs, however slow the machine
+    monkeypatch.setattr(recorder, "FLUSH_SECONDS", 60.0)
+    few, many = (statements(tmp_path / str(epochs), epochs, pruner) for epochs in (4, 60))
+    assert few == many
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 60.0])
+def test_the_study_store_hears_of_an_epoch_within_the_seconds_that_it_may_wait(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "REPORT_SECONDS", seconds)
+    definition = replace(STUDY, trials=1, fixed={"epochs": 3}, pruner=MEDIAN)
+    study = open_study(definition, f"sqlite:///{tmp_path / 'optuna.db'}", definition.identity())
+    seen: list[dict[int, float]] = []
+
+    class Watching(ScriptedExecutor):
+        def submit(self, job: Job) -> None:
+            seen.append(study.trials[0].intermediate_values)
+            super().submit(job)
+
+        def answer(self, job: int, go_on: bool) -> None:
+            seen.append(study.trials[0].intermediate_values)
+            super().answer(job, go_on)
+
+    scripted_coordinator(
+        definition, Watching(), MlflowTracker(str(tmp_path / "mlflow.db"), create=True), tmp_path, study
+    ).run()
+    assert [len(values) for values in seen] == ([0, 1, 2, 3] if seconds < 0 else [0, 0, 0, 0])
+    assert study.trials[0].intermediate_values == {1: 0.5, 2: 0.5, 3: 0.5}
+
+
+TRIALS = """
+import os, shutil
+from dataclasses import replace
+from pathlib import Path
+from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.sweep.executors.base import Job
+from caltech_sweep.sweep.executors.worker import train
+from caltech_sweep.training.keys import CacheOptions
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+shapes = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=4)
+config = TrialConfig(dataset=shapes, arch="mobilenet_v3_small", epochs=2, batch_size=4, augment=("hflip", "rotation"))
+for number in range(220):
+    if number in (20, 120):
+        print(resident())
+    folder = Path("trial")
+    folder.mkdir()
+    job = Job(number, replace(config, seed=number), folder, stages=CacheOptions(Path("cache").resolve(), 10**8))
+    assert sum(1 for _ in train(job)) == 2 and any(folder.iterdir())
+    shutil.rmtree(folder)
+print(resident())
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_worker_does_not_grow_over_two_hundred_trials(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", TRIALS], cwd=tmp_path, check=True, capture_output=True, text=True)
+    warm, middle, last = map(float, run.stdout.split())
+    assert last - warm < 30, (warm, middle, last)  # MB
