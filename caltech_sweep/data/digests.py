@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ Signature = tuple[int, int, int]  # size in bytes, time of change in ns, inode
 _FILE = "digests.bin"
 _ENTRY = np.dtype([("key", "S16"), ("digest", "u1", 32)])
 _MOST = 1 << 23  # entries that are kept; beyond them those of other datasets are forgotten
-_WAVE = 1024  # files that are read ahead
+_PART, _WAVE = 32, 32  # files that a thread reads at once, and parts of so many that are read ahead
 _TICK = 2 * 10**9  # ns: the coarsest time of a file system (FAT)
 
 
@@ -109,17 +110,21 @@ def _find(remembered: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _read(files: Files, wanted: np.ndarray, strict: bool) -> np.ndarray:
-    def attempt(index: int) -> bytes | Exception:
-        try:
-            return hashlib.sha256(files.read(files.paths[index])).digest()
-        except (OSError, DatasetError) as error:
-            return error
+    def attempt(indices: Sequence[int]) -> list[bytes | Exception]:
+        found: list[bytes | Exception] = []
+        for index in indices:
+            try:
+                found.append(hashlib.sha256(files.read(files.paths[index])).digest())
+            except (OSError, DatasetError) as error:
+                found.append(error)
+        return found
 
     out = bytearray()
+    parts = [wanted[start : start + _PART].tolist() for start in range(0, len(wanted), _PART)]
     with ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, len(wanted), _WAVE):
-            wave = wanted[start : start + _WAVE].tolist()
-            for index, done in zip(wave, pool.map(attempt, wave), strict=True):
+        for start in range(0, len(parts), _WAVE):
+            wave = parts[start : start + _WAVE]
+            for index, done in zip(chain(*wave), chain.from_iterable(pool.map(attempt, wave)), strict=True):
                 beat()
                 if isinstance(done, Exception) and strict:
                     name = readable(str(files.paths[index]))
