@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from caltech_sweep import paths
@@ -11,15 +11,25 @@ from caltech_sweep.data.registry import dataset_of, dataset_root, load_split
 from caltech_sweep.data.splits import SPLITS, Split, in_two_parts, without
 
 if TYPE_CHECKING:
-    from caltech_sweep.data.images import LoadedData, Progress
+    from caltech_sweep.data.cache import Progress
+    from caltech_sweep.data.digests import Files
+    from caltech_sweep.data.images import LoadedData
 
 __all__ = ["dataset_root", "inspect_dataset", "load_dataset", "load_split"]
 
 
-def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> LoadedData:
-    """Return a dataset ready to train on, decoding its images into the shared cache the first time."""
-    from caltech_sweep.data.images import LoadedData, bad_images, open_store
-    from caltech_sweep.data.pixels import PixelRules
+def load_dataset(
+    config: DatasetConfig,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    verify: bool = False,
+) -> LoadedData:
+    """Return a dataset ready to train on, decoding its images into the shared cache the first time.
+
+    ``say`` is told the size of a cache before it is built; ``verify`` reads all files and the whole cache again.
+    """
+    from caltech_sweep.data.cache import bad_images, open_store
+    from caltech_sweep.data.images import LoadedData
 
     entry = dataset_of(config)
     if entry.fetch is not None:
@@ -27,31 +37,33 @@ def load_dataset(config: DatasetConfig, progress: Progress | None = None) -> Loa
     root, split = dataset_root(config), load_split(config)
     if entry.images is not None:
         return LoadedData(split, entry.images(config), root)
-    rules, read, cache = PixelRules.of(config), entry.read(config), paths.image_cache()
+    cache = paths.image_cache()
     if config.on_bad_image == "skip":
-        split = without(split, bad_images(_files(split), config.resize, rules, cache, read, write=True), root)
-    opened = open_store(_files(split), config.resize, rules, cache, progress, read)
+        split = without(split, bad_images(_files(split, config), config, cache, write=True), root)
+    opened = open_store(_files(split, config), config, cache, progress, say, verify)
     return LoadedData(in_two_parts(split, opened.files, root), opened, root)
 
 
-def inspect_dataset(config: DatasetConfig) -> LoadedData:
+def inspect_dataset(config: DatasetConfig, verify: bool = False) -> LoadedData:
     """Return what :func:`load_dataset` would, but for the pixels, with nothing written.
 
     Raises its DatasetError, but for damage that only decoding would show.
     """
-    from caltech_sweep.data.images import LoadedData, bad_images, inspect_store
-    from caltech_sweep.data.pixels import PixelRules
+    from caltech_sweep.data.cache import bad_images, inspect_store
+    from caltech_sweep.data.images import LoadedData
 
     entry = dataset_of(config)
     if entry.images is not None:
         return load_dataset(config)
-    root, split, rules, read = dataset_root(config), load_split(config), PixelRules.of(config), entry.read(config)
-    cache = paths.image_cache()
+    root, split, cache = dataset_root(config), load_split(config), paths.image_cache()
     if config.on_bad_image == "skip":
-        split = without(split, bad_images(_files(split), config.resize, rules, cache, read, write=False), root)
-    opened = inspect_store(_files(split), config.resize, rules, cache, read)
+        split = without(split, bad_images(_files(split, config), config, cache, write=False), root)
+    opened = inspect_store(_files(split, config), config, cache, verify)
     return LoadedData(in_two_parts(split, opened.files, root), opened, root)
 
 
-def _files(split: Split) -> list[Path]:
-    return [item.path for part in SPLITS for item in split.part(part)]
+def _files(split: Split, config: DatasetConfig) -> Files:
+    from caltech_sweep.data.digests import Files
+
+    entry, items = dataset_of(config), [item.path for part in SPLITS for item in split.part(part)]
+    return Files(items, entry.read(config), entry.file(config))
