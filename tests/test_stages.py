@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -478,6 +479,16 @@ def test_the_budget_drops_what_was_unused_for_longest(tmp_path: Path) -> None:
     [warning] = store.take_warnings()
     assert "more than the whole budget" in warning and store.take_warnings() == ()
     assert keep(store, "stage-6", b"x")  # smaller ones are still kept
+
+
+def test_how_long_writing_takes_is_known_from_what_was_written(tmp_path: Path) -> None:
+    store, size = Cache(tmp_path, 10**9), 40_000_000
+    assert store.seconds_to_write(500_000_000) == 1.0
+    assert keep(store, "stage-small", b"x") and store.seconds_to_write(500_000_000) == 1.0  # tells nothing
+    start = time.monotonic()
+    assert keep(store, "stage-large", bytes(size))
+    taken = time.monotonic() - start
+    assert 0 < store.seconds_to_write(size) <= taken and store.seconds_to_write(2 * size) <= 2 * taken
 
 
 def test_what_a_paused_trial_goes_on_from_is_dropped_last_within_half_of_the_room(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def _workers(workers: int, threads: int, on_gpu: bool) -> Found:
 def _bfloat16(on_gpu: bool) -> Found:
     units = sorted(BFLOAT16_UNITS & machine.processor_flags())
     if has_bfloat16(torch.device("cpu")):
-        return Found("bfloat16", f"{', '.join(units)}; precision auto uses it, but not for networks like MobileNet")
+        but = "not for small crops or networks like MobileNet"
+        return Found("bfloat16", f"{', '.join(units)}; precision auto uses it, but {but}")
     advice = "this processor has no bfloat16 units; one with AVX-512 BF16, AMX or Arm BF16 trains most networks faster"
     if units:
         advice = f"this torch cannot use the processor's bfloat16 units ({', '.join(units)}); install one with oneDNN"
