@@ -191,7 +191,8 @@ def test_plan_tells_the_size_and_refuses_crops_where_whole_images_are_needed(pho
     own = ("--set", "dataset.name=folder", "--set", "dataset.classes=null", "--set", "dataset.images_per_class=null")
     plan = ("plan", "tiny", *own, "--data", str(photos))
     assert "they are decoded once into a cache of" in cli(*plan).output
-    for what, setting in (("TenCrop", "test_views=tencrop"), ("random_resized_crop", "augment=[random_resized_crop]")):
-        refused = cli(*plan, "--set", "dataset.cache=crop", "--set", setting)
+    boxes = ("--set", "test_views=center", "--set", "augment=[random_resized_crop]")
+    for what, setting in (("TenCrop", ("--set", "test_views=tencrop")), ("random_resized_crop", boxes)):
+        refused = cli(*plan, "--set", "dataset.cache=crop", *setting)
         assert refused.exit_code == 2
         assert f"dataset.cache: crop keeps centre crops only, and {what} needs" in refused.output
