@@ -253,10 +253,17 @@ class Store:
 
         Only a connection that keeps the file for itself can do that there, since it shares no memory.
         """
-        if self.file is not None and self._stuck_log:
-            with self.opening(), contextlib.closing(sqlite3.connect(self.file)) as database:
+        if self.file is None or not self._stuck_log:
+            return
+        try:
+            with contextlib.closing(sqlite3.connect(self.file)) as database:
                 for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=DELETE"):
                     database.execute(f"PRAGMA {pragma}").fetchone()
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"the {self.kind.name} {self.file} has a write-ahead log that cannot be turned off ({error}); end what "
+                "else uses the store, or copy it to this machine's own disk"
+            ) from error
 
     def make_tables(self, make: Callable[[], T]) -> T:
         """Return what ``make`` does, which creates a server's tables when they are missing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -15,9 +16,18 @@ ROOT = Path(caltech_sweep.__file__).parent
 MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Return all nodes of a module's syntax; its file is read once."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    nodes = nodes_of(path)
+    if top_level_only:
+        assert isinstance(nodes[0], ast.Module)
+        nodes = list(nodes[0].body)
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -120,7 +130,7 @@ def test_the_command_line_imports_nothing_heavy_at_the_top() -> None:
 def test_no_function_is_longer_than_a_screen() -> None:
     long = []
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
                 length = node.end_lineno - node.lineno + 1
                 if length > 50:

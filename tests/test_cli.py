@@ -194,7 +194,8 @@ def weights_of(place: Path, folder: str) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_weights_are_the_same_with_workers_as_without(workers: str, finished_place: Path, cli, place: Path) -> None:
     result = cli("run", "tiny", "--threads", "1", "--workers", workers)
     assert result.exit_code == 0, result.output
@@ -204,7 +205,8 @@ def test_the_weights_are_the_same_with_workers_as_without(workers: str, finished
         assert all(torch.equal(weights[name], found[fingerprint][name]) for name in weights)
 
 
-@pytest.mark.parametrize("where", ["--in-process", pytest.param("--workers=1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["--in-process", "--workers=1"])
 def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(where: str, place: Path, cli) -> None:
     options = ("--set", "epochs=10", "--row", "First")
     command = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", where, *options]
@@ -226,6 +228,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(where: str, place: Path, 
     assert [m.step for m in tracker.client.get_metric_history(trial.run_id, "lr")] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_study_at_once_are_refused(place: Path, cli) -> None:
     command = [sys.executable, "-m", "caltech_sweep", *RUN, "--set", "epochs=400"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=place) as process:

@@ -24,7 +24,7 @@ from helpers.servers import Postgres, free_port, postgres
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 EPOCHS = 30
-LONG = 600  # of a study that is at work for longer than a command takes
+LONG = 250  # of a study that is at work for longer than a command takes
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_who_is_blocked_in_a_write_for_longer_than_its_lease_keeps_its_study(
 def test_a_study_whose_process_died_is_free_once_its_lease_has_run_out(place: Path, stores: tuple[str, ...]) -> None:
     first = coordinate(place, stores, "died", "first", 8, LONG)
     try:
-        wait_for(place / "first", first, "Views: started")
+        wait_for(place / "first", first, "First: started")
         refused = coordinate(place, stores, "died", "second", 8, LONG)
         assert refused.wait(60) == 2
         looked = invoke("doctor", "died", "--fix", *stores)

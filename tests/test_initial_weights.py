@@ -190,3 +190,9 @@ def test_every_network_has_imagenet_weights_of_its_own() -> None:
     config = TrialConfig(arch="alexnet", weights="imagenet")
     assert weights_key(config) != weights_key(replace(config, arch="resnet18"))
     assert weights_key(replace(config, weights="file:a")) == "file:a"
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", "/tmp"])
+def test_weights_that_are_a_device_or_a_folder_are_refused_and_not_read_for_ever(cli: Cli, name: str) -> None:
+    refused = cli("plan", "tiny", "--set", f"weights=file:{name}")
+    assert refused.exit_code == 2 and f"weights: {name} is no file" in refused.output

@@ -22,7 +22,7 @@ from caltech_sweep import machine
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.datasets import draw
 from helpers.kernel import mounted_without_shared_memory, run_without
-from helpers.places import clone, invoke
+from helpers.places import invoke, sql
 
 LINK = """
 from pathlib import Path
@@ -125,7 +125,11 @@ assert "renamed" in invoke("report", "tiny").output
 def test_a_store_left_with_a_log_where_none_can_be_read_is_a_sentence_until_the_next_run(copied: Path) -> None:
     draw(copied / "photos")
     shutil.copy(next((copied / "photos").rglob("*.png")), copied / "photo.png")
-    clone(copied, copied.parent / "cut short")
+    closed, cut = copied.parent / "closed", copied.parent / "cut short"
+    for store in ("mlflow.db", "optuna.db"):
+        sql(copied, store, "PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copytree(copied, closed)  # which no process has open
+    shutil.copytree(copied, cut)
     for store in ("mlflow.db", "optuna.db"):  # as a process leaves them that was killed
         with closing(sqlite3.connect(copied / "mlruns" / store)) as database:
             assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -135,9 +139,9 @@ def test_a_store_left_with_a_log_where_none_can_be_read_is_a_sentence_until_the_
                 if store == "mlflow.db":
                     database.execute("UPDATE runs SET name = 'renamed' WHERE name = 'trial-002'")
             for path in (copied / "mlruns").glob(f"{store}*"):
-                shutil.copy(path, copied.parent / "cut short" / "mlruns")
-            assert (copied.parent / "cut short" / "mlruns" / f"{store}-wal").stat().st_size
-    run_without(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{COMMANDS}", copied, mmap="ENODEV")
+                shutil.copy(path, cut / "mlruns")
+            assert (cut / "mlruns" / f"{store}-wal").stat().st_size
+    run_without(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{COMMANDS}", closed, mmap="ENODEV")
 
 
 def test_stores_on_a_mounted_file_system_without_shared_memory(tmp_path: Path) -> None:

@@ -345,6 +345,7 @@ def test_a_kill_between_any_two_writes_leaves_no_trace(at: int) -> None:
     assert killed_and_run_again(at)[1:] == UNDISTURBED[1:]
 
 
+@pytest.mark.slow
 def test_an_outage_while_trials_pause_and_go_on_ends_with_every_result_once(tmp_path: Path) -> None:
     def run(tracker: Unreliable, folder: Path) -> Any:
         journaling = JournalingTracker(tracker, Journal(folder / "journal"), lambda line: None)

@@ -139,6 +139,7 @@ def test_with_the_defaults_tpe_proposes_from_its_model_once_ten_trials_have_ende
     assert tpe == [config.lr for config, _, _ in stock("tpe", trials=30)]
 
 
+@pytest.mark.slow
 def test_a_row_outside_the_space_does_not_blind_the_sampler(uri: str) -> None:
     outside = (Row("Far", {"lr": 5.0, "momentum": 0.9, "batch_size": 32, "freeze": "none"}),)
     definition = replace(searched("gp", trials=30), rows=outside)

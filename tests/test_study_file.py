@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -258,3 +259,46 @@ def test_any_override_is_read_or_refused_in_a_sentence(key: str, value: str) -> 
         parse_override(f"{key}={value}")
     except CaltechSweepError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("A tiny study", r'"A \e[31m study"', "title: 'A \\x1b[31m study' has a character that cannot be printed"),
+        ("A tiny study", r'"A \ud83d study"', "title: 'A \\ud83d study' has a character that cannot be printed"),
+        ("name: First", r'name: "A\0"', "rows[0].name: 'A\\x00' has a character that cannot be printed"),
+        ("title:", "%YAML 1.1\n---\ntitle:", ":1: %YAML 1.1 is another YAML than 1.2"),
+    ],
+)
+def test_text_that_no_store_takes_and_another_yaml_are_refused(
+    place: Path, before: str, after: str, sentence: str
+) -> None:
+    file = place / "sweeps" / "tiny.yaml"
+    file.write_text(file.read_text().replace(before, after, 1))
+    with pytest.raises(StudyFileError) as caught:
+        load_study("tiny")
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_a_study_file_of_any_editor_is_read_or_its_encoding_is_named(place: Path, encoding: str, ending: str) -> None:
+    file = place / "sweeps" / "tiny.yaml"
+    whole = load_study("tiny")
+    file.write_bytes(file.read_text().replace("\n", ending).encode(encoding))
+    if encoding == "utf-8-sig":
+        assert load_study("tiny") == whole
+        return
+    with pytest.raises(StudyFileError, match="cannot be read as UTF-8 text; save it in that encoding"):
+        load_study("tiny")
+
+
+def test_what_is_no_study_file_is_named_and_not_suggested(place: Path) -> None:
+    (place / "sweeps" / "folder.yaml").mkdir()
+    (place / "sweeps" / "dangling.yaml").symlink_to("nowhere.yaml")
+    (place / "sweeps" / "loop.yaml").symlink_to("loop.yaml")
+    os.mkfifo(place / "sweeps" / "pipe.yaml")
+    for name in ("folder", "dangling", "loop", "pipe"):
+        with pytest.raises(UsageError, match=rf"{name}\.yaml is no file, or a link to none"):
+            load_study(name)
+    assert list_studies() == ["tiny"]

@@ -6,7 +6,9 @@ A sentence about a problem starts with where it is: ``sweeps/x.yaml:12: space.lr
 from __future__ import annotations
 
 import math
+import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +80,11 @@ def _plain(node: Any) -> Any:
     return str(node)
 
 
+def _cannot_be_stored(text: str) -> bool:
+    """Tell whether a text has control characters, or halves of characters, which stores and terminals do not take."""
+    return any(unicodedata.category(each) in ("Cc", "Cs") and each not in "\t\n\r\x85" for each in text)
+
+
 def _check_depth(text: str, where: str) -> None:
     """Refuse brackets within brackets within brackets, over which the parser takes the square of their number."""
     depth = 0
@@ -94,6 +101,8 @@ def _crop_problem(dataset: Mapping[str, Any]) -> str | None:
 
 
 def _load_yaml(text: str, where: str) -> Any:
+    if found := re.match(r"\ufeff?%YAML\s+(?!1\.2\b)\S*", text):
+        raise StudyFileError([f"{where}:1: {found[0]} is another YAML than 1.2, as study files are; remove the line"])
     _check_depth(text, where)
     yaml = YAML(typ="rt", pure=True)
     try:
@@ -241,6 +250,8 @@ class _Reader:
             name = _plain(node.get("name"))
             if not isinstance(name, str) or not name.strip():
                 self.problem(nodes, index, f"{path}.name", "every row needs a name")
+            elif _cannot_be_stored(name):
+                self.problem(node, "name", f"{path}.name", f"{quoted(name)} has a character that cannot be printed")
             elif name in {row.name for row in rows}:
                 self.problem(node, "name", f"{path}.name", f"{quoted(name)} is a duplicate row name")
             settings = self.ruled(self.mapping(node, "set", f"{path}.set"), f"{path}.set.", _VARYING)
@@ -365,6 +376,8 @@ def _read(reader: _Reader, root: CommentedMap, name: str) -> StudyDefinition:
     title = _plain(root.get("title", name))
     if not isinstance(title, str) or not title.strip():
         reader.problem(root, "title", "title", f"must be text, got {quoted(title)}")
+    elif _cannot_be_stored(title):
+        reader.problem(root, "title", "title", f"{quoted(title)} has a character that cannot be printed; remove it")
     dataset = reader.dataset(root)
     fixed = reader.ruled(reader.mapping(root, "fixed", "fixed"), "fixed.", _VARYING)
     fixed.update(reader.objective(root))
@@ -499,6 +512,8 @@ def find_study(study: str, folder: Path = paths.STUDIES) -> Path:
         raise UsageError(f"there is no study file {study}")
     path = folder / f"{study}.yaml"
     if not path.is_file():
+        if os.path.lexists(path):
+            raise UsageError(f"{path} is no file, or a link to none; put the study file there")
         names = list_studies(folder)
         hint = suggestion(study, names) if names else "; the folder has no study files"
         raise UsageError(f"there is no study {study!r} in {folder}{hint}")
@@ -507,7 +522,7 @@ def find_study(study: str, folder: Path = paths.STUDIES) -> Path:
 
 def list_studies(folder: Path = paths.STUDIES) -> list[str]:
     """Return the names of the study files in a folder."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.is_file())
 
 
 def name_problem(name: str) -> str | None:
@@ -521,6 +536,17 @@ def name_problem(name: str) -> str | None:
     if len(name.encode()) > _LONGEST_NAME:
         return f"the name of a study is longer than {_LONGEST_NAME} bytes; shorten it"
     return None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LONGEST_FILE:
+            raise StudyFileError([f"{path}: has more than {_LONGEST_FILE >> 10} KB; split it into several studies"])
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyFileError([f"{path}: cannot be read as UTF-8 text; save it in that encoding"]) from error
+    except OSError as error:
+        raise StudyFileError([f"{path}: cannot be read: {error.strerror}"]) from error
 
 
 def load_study(
@@ -542,13 +568,7 @@ def load_study(
     wrong = name_problem(path.stem if name is None else name)
     if wrong:
         raise UsageError(f"{path if name is None else f'--name {name!r}'}: {wrong}")
-    try:
-        if path.stat().st_size > _LONGEST_FILE:
-            raise StudyFileError([f"{path}: has more than {_LONGEST_FILE >> 10} KB; split it into several studies"])
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyFileError([f"{path}: cannot be read as UTF-8 text"]) from error
-    root = _load_yaml(text, str(path))
+    root = _load_yaml(_text_of(path), str(path))
     if not isinstance(root, CommentedMap):
         raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {quoted(_plain(root))}"])
     reader = _Reader(str(path))

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.artifacts import artifact_problems
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.errors import ArtifactError, StoreError, UsageError
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
@@ -26,7 +26,7 @@ from caltech_sweep.sweep.ownership import foreign_studies
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.reconcile import Finding, give_up, key_of, survey
 from caltech_sweep.text import counted, suggestion
-from caltech_sweep.tracking.client import local_path
+from caltech_sweep.tracking.client import STUDY_FILE, local_path
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals
 from caltech_sweep.tracking.records import RESULTS, StudyRecord, TrialRecord, missing_artifacts, worth
 from caltech_sweep.tracking.writer import MlflowTracker
@@ -283,7 +283,20 @@ def _surplus(
 def _damaged(
     tracker: MlflowTracker, record: StudyRecord, study: optuna.Study, runs: Mapping[Key, TrialRecord]
 ) -> Iterator[Finding]:
-    """Yield the trials that are complete in both stores and whose artifacts are not what was written."""
+    """Yield the trials that are complete in both stores and whose artifacts are not what was written.
+
+    Where not even the study's own document is there, their place is missing, and not those of each trial.
+    """
+    try:
+        if not record.document:
+            tracker.artifact(record.run_id, STUDY_FILE)
+    except ArtifactError:
+        yield Finding(
+            "its artifacts cannot be read, not even study.json, so no trial is given up for what it lacks; put them "
+            "back, or look whether the server hands them out (if only that file is lost, the next run writes it)",
+            None,
+        )
+        return
     for trial in study.get_trials(deepcopy=False):
         run = runs.get(key_of(trial))
         if run is not None and trial.state == TrialState.COMPLETE and run.outcome == "complete":

@@ -72,6 +72,8 @@ def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
 
 def _digested(path: Path, run_id: str | None = None) -> InitialWeights:
     try:
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise ModelError(f"weights: {path} is no file")
         return InitialWeights(path, file_digest(path), run_id)
     except FileNotFoundError as error:
         raise ModelError(f"weights: there is no file {path}") from error
