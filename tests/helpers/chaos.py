@@ -170,16 +170,14 @@ def read_reports(
 ) -> str:
     """Return a study's report as JSON and Markdown, without its name and the ids and addresses of its runs.
 
-    They are left to chance, and so is how wide a column with them is. What a trial took is left out too: a kill costs
-    some of it.
+    They are left to chance, and so is how wide a column with them is. What a trial has cost depends on the kills.
     """
-    text = report(place, study, "json")
+    text = re.sub(r'"(seconds|epochs_trained)": [^,\n]+', r'"\1": some', report(place, study, "json"))
     with contextlib.suppress(ValueError):
-        for table in json.loads(text):
+        for table in json.loads(text.replace(": some", ": 0")):
             for row in table["rows"]:
                 text = text.replace(f'"url": {json.dumps(row["url"])}', "its address")
                 text = text.replace(f'"{row["run_id"]}"', "a run")
-    text = re.sub(r'"(epochs_trained|seconds)": [^,\n]+', r'"\1": some', text)
     markdown = re.sub(r"([ -])\1+", r"\1", report(place, study, "markdown"))
     markdown = re.sub(r"\|[^|]*\|$", "| a run |", markdown, flags=re.M)
     return f"{text}\n{markdown}".replace(study, "a study")
