@@ -197,6 +197,11 @@ budget_option = click.option(
 )
 
 
+verify_option = click.option(
+    "--verify", is_flag=True, help="Read every image file and the whole image cache again, not only their times."
+)
+
+
 def _load(study: str, options: dict[str, Any]) -> StudyDefinition:
     """Return a study, changed by the options that change it, which are taken out of ``options``."""
     from caltech_sweep.study.file import load_study
@@ -237,6 +242,7 @@ def main() -> None:
 @click.option(
     "--confirm", type=click.IntRange(0, 10_000), default=0, metavar="K", help="Repeat the K best on fresh seeds."
 )
+@verify_option
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Share epochs and features between trials.")
 @click.option(
     "--cache-size",
@@ -338,6 +344,7 @@ def run(study: str, **options: Any) -> None:
 @threads_option
 @row_option
 @replicates_option
+@verify_option
 def plan(study: str, **options: Any) -> None:
     """Say what running STUDY would train, without training, downloading or writing anything.
 
@@ -635,7 +642,7 @@ def doctor(
     """Compare the two stores of STUDY, or of every study, and their artifacts; say what is wrong, and fix it.
 
     The exit code is 0 when nothing is left to fix, else 1. A study that is being run, or that belongs
-    to another study store, is skipped.
+    to another study store, is skipped. Without STUDY the caches of decoded images are checked, too.
 
     With --machine no study is looked at, and the exit code is 0.
 

@@ -60,6 +60,9 @@ FIRST_TRIAL_FIELDS = frozenset({
 })  # fmt: skip
 
 
+# The settings of a dataset that decide no pixel, and so no result: where its files lie, and what of them is kept.
+PLACE_FIELDS = frozenset({"root", "cache"})
+
 OBJECTIVE = Rule(lambda: f"one of {', '.join(objective_names())}", lambda v: v in objective_names())
 
 
@@ -96,6 +99,11 @@ class DatasetConfig:
     label_column: str = setting("label", TEXT, "of a csv file")
     split_column: str = setting("split", TEXT, "of a csv file, which may lack it: train, val or test")
     group_column: str = setting("group", TEXT, "of a csv file, which may lack it: a group stays in one part")
+    cache: str = setting(
+        "resized",
+        one_of(("resized", "crop", "jpeg")),
+        "what is kept on disk: resized images, their centre crops, or only the files, decoded in every epoch",
+    )
 
     def __post_init__(self) -> None:
         _normalise(self)
@@ -210,12 +218,13 @@ class TrialConfig:
     def counted(self) -> dict[str, Any]:
         """Return the settings that tell this training from others, as a nested dict that JSON can hold.
 
-        The dataset's root is left out: a copy of the images elsewhere is the same training. So is a setting at its
-        default that earlier versions did not have: they trained as that default says.
+        The dataset's root is left out, and what is kept of the images: a copy of them elsewhere, or in another form, is
+        the same training. So is a setting at its default that earlier versions did not have: they trained as that
+        default says.
         """
         values = _counted(self, FIRST_TRIAL_FIELDS)
-        values["dataset"] = _counted(self.dataset, FIRST_DATASET_FIELDS)
-        del values["dataset"]["root"]
+        dataset = _counted(self.dataset, FIRST_DATASET_FIELDS)
+        values["dataset"] = {name: value for name, value in dataset.items() if name not in PLACE_FIELDS}
         values["weights"] = as_stored(self.weights)
         return values
 

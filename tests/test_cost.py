@@ -99,21 +99,21 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 shapes = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=4)
-config = TrialConfig(dataset=shapes, arch="mobilenet_v3_small", epochs=2, batch_size=4, augment=("hflip", "rotation"))
-for number in range(220):
-    if number in (20, 120):
+config = TrialConfig(dataset=shapes, arch="mobilenet_v3_small", epochs=1, batch_size=4, augment=("hflip", "rotation"))
+for number in range({trials}):
+    if number == 20:
         print(resident())
     folder = Path("trial")
     folder.mkdir()
     job = Job(number, replace(config, seed=number), folder, stages=CacheOptions(Path("cache").resolve(), 10**8))
-    assert sum(1 for _ in train(job)) == 2 and any(folder.iterdir())
+    assert sum(1 for _ in train(job)) == 1 and any(folder.iterdir())
     shutil.rmtree(folder)
 print(resident())
 """
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_worker_does_not_grow_over_two_hundred_trials(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", TRIALS], cwd=tmp_path, check=True, capture_output=True, text=True)
-    warm, middle, last = map(float, run.stdout.split())
-    assert last - warm < 30, (warm, middle, last)  # MB
+def test_the_memory_of_a_worker_does_not_grow_with_its_trials(tmp_path: Path) -> None:
+    run = [sys.executable, "-c", TRIALS.replace("{trials}", "80")]
+    warm, last = map(float, subprocess.run(run, cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout.split())
+    assert last - warm < 15, (warm, last)  # MB: one copy of the weights a trial would be 370

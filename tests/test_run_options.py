@@ -20,6 +20,7 @@ from PIL import Image
 from caltech_sweep.cli import main
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.datasets import draw
 from helpers.places import RUN, invoke
 
 FIRST = (*RUN, "--row", "First", "--set", "epochs=1")
@@ -236,11 +237,30 @@ def gpus_per_trial(place: Path) -> None:
     _of_a_cluster("--gpus-per-trial", "0.5", "-1")
 
 
+def verify(place: Path) -> None:
+    """A file has changed and only its content tells: a start takes it as it was, and is refused once it is to look."""
+    file = draw(place / "own", images=12) / "class 1" / "3.png"
+    os.utime(file, (1_600_000_000, 1_600_000_000))
+    own = (*FIRST, "--set", "dataset.name=folder", "--set", "dataset.classes=null", "--data", "own")
+    run(*own)
+    file.write_bytes(bytes(file.stat().st_size))
+    os.utime(file, (1_600_000_000, 1_600_000_000))
+    run(*own, says="nothing to do")
+    refused = invoke(*own, "--verify")
+    assert refused.exit_code == 2 and "changed without a new time of change" in refused.output
+
+
 TESTS: dict[str, Callable[[Path], None]] = {
     **{"trials": trials_in_total},
     **{f.__name__: f for f in (overrides, data, name, tracking_uri, storage, adopt, workers, per_device, device)},
     **{f.__name__: f for f in (threads, rows, replicates, confirm, reuse, cache_size, hang_timeout, max_failures)},
-    **{"in_process": in_process, "resume_trials": resume_trials, "local_stores": local_stores, "budget": budget},
+    **{
+        "in_process": in_process,
+        "resume_trials": resume_trials,
+        "local_stores": local_stores,
+        "budget": budget,
+        "verify": verify,
+    },
     **{f.__name__: f for f in (cache, executor, address, slots, cpus_per_trial, gpus_per_trial)},
 }
 SLOW = {"workers", "per_device", "hang_timeout", "resume_trials"}  # these start workers, or train much

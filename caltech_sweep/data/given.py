@@ -32,7 +32,7 @@ _PARTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image: its path, its class, and where it is given, its part and its group."""
 
@@ -90,8 +90,11 @@ def _carve_test(
     if any(item.group is not None for item in items):
         return _deal_out(items, fraction, [seed, 2])
     chosen: set[int] = set()
+    members: dict[str, list[int]] = {name: [] for name in classes}
+    for index, item in enumerate(items):
+        members[item.class_name].append(index)
     for label, name in enumerate(classes):
-        own = [index for index, item in enumerate(items) if item.class_name == name]
+        own = members[name]
         picked = [own[place] for place in carve(len(own), fraction, [seed, 0, label]).tolist()]
         if not 0 < len(picked) < len(own) - 1:
             raise DatasetError(
@@ -176,8 +179,10 @@ def fold_split(split: Split, config: DatasetConfig) -> Split:
 
 def _stratified_folds(samples: Sequence[Sample], split: Split, config: DatasetConfig) -> list[int]:
     folds, start = [0] * len(samples), 0
-    for label, name in enumerate(split.classes):
-        own = [index for index, item in enumerate(samples) if item.label == label]
+    members: list[list[int]] = [[] for _ in split.classes]
+    for index, item in enumerate(samples):
+        members[item.label].append(index)
+    for label, (name, own) in enumerate(zip(split.classes, members, strict=True)):
         if 0 < len(own) < config.folds:
             raise DatasetError(
                 f"class {name!r} has {counted(len(own), 'image')} in train and val, fewer than dataset.folds: "

@@ -162,15 +162,10 @@ def library_split(config: DatasetConfig) -> Split:
 
 def library_reader(config: DatasetConfig) -> Callable[[Path], bytes]:
     """Return what gives an image of :func:`library_split` as the content of a file."""
-    source, place = _source(config), _place(config)
+    find = _finder(config)
 
     def read(path: Path) -> bytes:
-        try:
-            data, index = _opened(source, place)[path.parent.as_posix()], int(path.name)
-            if not 0 <= index < len(data):
-                raise KeyError(path)
-        except (KeyError, ValueError) as error:
-            raise FileNotFoundError(2, "there is no such image", str(path)) from error
+        data, index = find(path)
         file = _file_of(data, index)
         if file is not None:
             return read_file(file)
@@ -181,6 +176,28 @@ def library_reader(config: DatasetConfig) -> Callable[[Path], bytes]:
         return content.getvalue()
 
     return read
+
+
+def library_place(config: DatasetConfig) -> Callable[[Path], Path | None]:
+    """Return what gives the file of an image of :func:`library_split`, or None where torchvision has no file of it."""
+    find = _finder(config)
+    return lambda path: _file_of(*find(path))
+
+
+def _finder(config: DatasetConfig) -> Callable[[Path], tuple[Any, int]]:
+    """Return what gives torchvision's dataset of an image, and its index there; OSError for one that is not there."""
+    source, place = _source(config), _place(config)
+
+    def find(path: Path) -> tuple[Any, int]:
+        try:
+            data, index = _opened(source, place)[path.parent.as_posix()], int(path.name)
+            if not 0 <= index < len(data):
+                raise KeyError(path)
+        except (KeyError, ValueError) as error:
+            raise FileNotFoundError(2, "there is no such image", str(path)) from error
+        return data, index
+
+    return find
 
 
 def _file_of(data: Any, index: int) -> Path | None:

@@ -89,7 +89,7 @@ def _images_of(entry: os.DirEntry[str], passed: PassedOver, seen: set[tuple[int,
         passed.others["broken link"] += 1
     elif not entry.is_file():
         passed.others["special file"] += 1
-    elif Path(entry.name).suffix.lower() in suffixes():
+    elif os.path.splitext(entry.name)[1].lower() in suffixes():
         yield Path(entry.path)
     else:
         passed.kinds[readable(Path(entry.name).suffix.lower()) or "without an extension"] += 1
@@ -112,7 +112,7 @@ def list_classes(root: Path) -> tuple[dict[str, Sequence[Path]], PassedOver]:
         if not _is_dir(entry):
             passed.others["image in no class"] += len(found)
         elif found:
-            classes[readable(entry.name)] = sorted(found, key=lambda path: path.relative_to(root).parts)
+            classes[readable(entry.name)] = found
         elif not is_hidden(entry.name):
             passed.empty.append(entry.name)
     passed.others = +passed.others  # without those that were met no time

@@ -89,10 +89,12 @@ class Facts:
     @classmethod
     def of_all(cls, each: Iterable[Facts]) -> Facts:
         """Return the facts of several files as one."""
-        facts = list(each)
-        grey = max((fact.grey for fact in facts if fact.grey is not None), default=None)
-        colour = max((fact.colour for fact in facts if fact.colour is not None), default=None)
-        return cls(all(fact.plain for fact in facts), grey, colour)
+        plain, grey, colour = True, None, None
+        for fact in each:
+            plain = plain and fact.plain
+            grey = max((value for value in (grey, fact.grey) if value is not None), default=None)
+            colour = max((value for value in (colour, fact.colour) if value is not None), default=None)
+        return cls(plain, grey, colour)
 
     def grey_bits(self) -> int:
         """Return the least of DEPTHS that holds every sixteen-bit grey value; 16 where there is none."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from caltech_sweep import paths
 from caltech_sweep.config import DATASET_RULES, FIRST_DATASET_FIELDS, DatasetConfig
 from caltech_sweep.data.given import csv_file, csv_split, fold_split, folder_split
-from caltech_sweep.data.library import fetch_library, library_reader, library_split
+from caltech_sweep.data.library import fetch_library, library_place, library_reader, library_split
 from caltech_sweep.data.pixels import read_file
 from caltech_sweep.data.shapes import draw_sample, shape_file, shapes_listing
 from caltech_sweep.data.splits import BACKGROUND, SPLITS, Split, caltech_split, subset
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from caltech_sweep.data.images import OpenedStore
 
 Read = Callable[[Path], bytes]  # from a sample's path to the content of an image file
+Place = Callable[[Path], "Path | None"]  # from a sample's path to the file that holds it and nothing else
 CSV_COLUMNS = ("path_column", "label_column", "split_column", "group_column")
 _MOST_DRAWN = 2_000_000_000  # bytes
 
@@ -32,16 +33,17 @@ _MOST_DRAWN = 2_000_000_000  # bytes
 class Dataset:
     """One kind of dataset; each function is called with a dataset's settings.
 
-    ``split`` returns every image without opening one, and ``read`` what gives an image's content. ``root`` returns the
-    folder that names of images are relative to, or raises DatasetError when it is not there; it is None where the
-    images are no files. ``images`` is for pixels that are not decoded from files. ``fetch`` downloads what is not
-    there; only a run does.
+    ``split`` returns every image without opening one, ``read`` what gives an image's content, and ``file`` what gives
+    the file that it lies in, if any. ``root`` returns the folder that names of images are relative to, or raises
+    DatasetError when it is not there; it is None where the images are no files. ``images`` is for pixels that are not
+    decoded from files. ``fetch`` downloads what is not there; only a run does.
     """
 
     about: str  # in a few words
     split: Callable[[DatasetConfig], Split]
     root: Callable[[DatasetConfig], Path] | None = None
     read: Callable[[DatasetConfig], Read] = lambda config: read_file
+    file: Callable[[DatasetConfig], Place] = lambda config: lambda path: path
     images: Callable[[DatasetConfig], OpenedStore] | None = None
     fetch: Callable[[DatasetConfig], None] | None = None
     settings: frozenset[str] = frozenset()  # that this dataset reads, and not every one
@@ -116,6 +118,7 @@ DATASETS = {
         "one of torchvision's classification datasets, such as CIFAR10 or Flowers102",
         library_split,
         read=library_reader,
+        file=library_place,
         fetch=fetch_library,
         settings=frozenset({"root", "source", "val_fraction", "test_fraction"}),
     ),

@@ -24,7 +24,7 @@ CALTECH_FOLDERS, CALTECH_FILES = 102, 9145
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image: its file (or drawn name), its class index and its class name."""
 
@@ -202,15 +202,18 @@ def moved(split: Split, old: Path | None, new: Path) -> Split:
     return replace(split, train=there(split.train), val=there(split.val), test=there(split.test))
 
 
-def in_two_parts(split: Split, files: Sequence[bytes], root: Path | None) -> Split:
+def in_two_parts(split: Split, files: np.ndarray, root: Path | None) -> Split:
     """Return a split with a note about images that are in more than one part, told by the content of their files."""
-    places: dict[bytes, dict[str, Path]] = {}
-    items = [(part, item.path) for part in SPLITS for item in split.part(part)]
-    for (part, path), digest in zip(items, files, strict=True):
-        places.setdefault(digest, {}).setdefault(part, path)
-    twice = [found for found in places.values() if len(found) > 1]
-    if not twice:
+    firsts: dict[bytes, tuple[str, Path]] = {}
+    others: dict[bytes, dict[str, Path]] = {}
+    items = ((part, item.path) for part in SPLITS for item in split.part(part))
+    for (part, path), digest in zip(items, map(bytes, files), strict=True):
+        first = firsts.setdefault(digest, (part, path))
+        if first[0] != part:
+            others.setdefault(digest, {}).setdefault(part, path)
+    if not others:
         return split
+    twice = [dict([first, *others[digest].items()]) for digest, first in firsts.items() if digest in others]
     some = " and ".join(f"{_shown(path, root)} ({part})" for part, path in twice[0].items())
     note = f"{counted(len(twice), 'image')} of the same content in more than one part, such as {some}"
     return replace(split, notes=(*split.notes, note))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from caltech_sweep.config import DATASET_RULES, TRIAL_RULES, TrialConfig
+from caltech_sweep.config import DATASET_RULES, PLACE_FIELDS, TRIAL_RULES, TrialConfig
 from caltech_sweep.metrics import Objective, measure_names, objective
 from caltech_sweep.rules import Rule
 
@@ -141,7 +141,7 @@ class StudyDefinition:
 
     def identity(self) -> dict[str, Any]:
         """Return what must not change while the study goes on under its name; rows and ``trials`` may."""
-        dataset = {key: value for key, value in self.dataset.items() if key != "root"}
+        dataset = {key: value for key, value in self.dataset.items() if key not in PLACE_FIELDS}
         parts = {
             "dataset": dataset,
             "fixed": dict(self.fixed),

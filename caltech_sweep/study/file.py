@@ -19,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from caltech_sweep import paths
-from caltech_sweep.config import TRIAL_RULES, DatasetConfig, TrialConfig
+from caltech_sweep.config import PLACE_FIELDS, TRIAL_RULES, DatasetConfig, TrialConfig
 from caltech_sweep.data.registry import dataset_rules, name_for, unread
 from caltech_sweep.errors import StudyFileError, UsageError
 from caltech_sweep.metrics import DEFAULT_OBJECTIVE
@@ -451,7 +451,7 @@ def override(definition: StudyDefinition, overrides: Mapping[str, Any]) -> Study
         replace(row, settings={key: overrides.get(key, value) for key, value in row.settings.items()})
         for row in definition.rows
     )
-    recorded = {key: value for key, value in overrides.items() if key != "dataset.root"}
+    recorded = {key: value for key, value in overrides.items() if key.removeprefix("dataset.") not in PLACE_FIELDS}
     if wrong := _crop_problem(dataset):
         raise UsageError(f"dataset.crop: {wrong}; set both")
     return replace(

@@ -16,8 +16,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from caltech_sweep import paths
 from caltech_sweep.artifacts import artifact_problems
-from caltech_sweep.config import TrialConfig
+from caltech_sweep.config import PLACE_FIELDS, TrialConfig
 from caltech_sweep.errors import ArtifactError, StoreError, UsageError
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.sweep.lease import Held, fencing, holding
@@ -86,7 +87,16 @@ def examine(
             diagnosis.studies += 1
             findings = _findings(chosen, tracker, tracked.get(chosen), known.get(chosen), store)
             _treat(chosen, findings, fix, diagnosis, say)
+    if name is None:
+        _treat("image cache", _damaged_caches(), fix, diagnosis, say)
     return diagnosis
+
+
+def _damaged_caches() -> Iterator[Finding]:
+    from caltech_sweep.data.cache import damaged_caches
+
+    for file in damaged_caches(paths.image_cache()):
+        yield Finding(f"{file} is damaged: removed, and decoded again by the next run", file.unlink)
 
 
 def _guard(stack: ExitStack, tracker: MlflowTracker, study: optuna.Study | None, held: Held) -> None:
@@ -213,7 +223,8 @@ def _has_settings(run: TrialRecord, config: Mapping[str, Any] | None) -> bool:
     if config is None or not run.params:
         return False
     wanted = TrialConfig.from_dict(config).to_params()
-    return all(_is_equal(run.params.get(name, text), text) for name, text in wanted.items() if name != "dataset.root")
+    counted_ = (name for name in wanted if name.removeprefix("dataset.") not in PLACE_FIELDS)
+    return all(_is_equal(run.params.get(name, wanted[name]), wanted[name]) for name in counted_)
 
 
 def _is_equal(one: str, other: str) -> bool:

@@ -243,7 +243,7 @@ def report(study: optuna.Study, epochs: Iterable[tuple[optuna.Trial, int, float]
 
 
 class _Known:
-    """A study whose complete trials are known, for pruners that ask for no others."""
+    """A study whose complete trials are known, for pruners that ask for these at every epoch."""
 
     def __init__(self, study: optuna.Study, complete: Sequence[FrozenTrial]) -> None:
         self._study, self._complete = study, complete
@@ -252,9 +252,10 @@ class _Known:
         return getattr(self._study, name)
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        """Return the complete trials."""
-        assert states == (TrialState.COMPLETE,)
-        return list(self._complete)
+        """Return what ``Study.get_trials`` does."""
+        if states == (TrialState.COMPLETE,):
+            return list(self._complete)
+        return self._study.get_trials(deepcopy, states)
 
 
 def is_pruned(study: optuna.Study, trial: optuna.Trial, complete: Sequence[FrozenTrial]) -> bool:

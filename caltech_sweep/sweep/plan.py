@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from rich import filesize
+
 from caltech_sweep.config import TrialConfig, as_stored
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
@@ -363,7 +365,8 @@ def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
     if data is None:
         return f"{name}: the images cannot be read, see below; what depends on them is unknown"
     sizes = ", ".join(f"{part} {len(data.split.part(part)):,}" for part in SPLITS)
-    return f"{name}: {len(data.split.classes)} classes, {sizes} images"
+    to_build = f"; they are decoded once into a cache of {filesize.decimal(data.to_build)}" if data.to_build else ""
+    return f"{name}: {len(data.split.classes)} classes, {sizes} images{to_build}"
 
 
 def _inputs(definition: StudyDefinition) -> list[str]:
@@ -425,7 +428,7 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     if not problems:
         _attempt(problems, partial(check_runs, definition.name, records, tracking, storage, partial(_all, tracking)))
     weights = _attempt(problems, partial(_find_weights, definition, tracking))
-    data = _attempt(problems, partial(inspect_dataset, definition.config({}).dataset))
+    data = _attempt(problems, partial(inspect_dataset, definition.config({}).dataset, options.verify))
     identity = None
     if data is not None and weights is not None:
         _attempt(problems, partial(check, definition, data, weights))

@@ -18,7 +18,7 @@ from caltech_sweep.data.splits import SPLITS, Split
 from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError, UsageError
 from caltech_sweep.files import file_digest
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
-from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, variants
+from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, SubsetOf, variants
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors.base import HANG_SECONDS
@@ -27,6 +27,7 @@ from caltech_sweep.sweep.recorder import DatasetInfo
 from caltech_sweep.text import progress_line, suggestion
 from caltech_sweep.tracking.records import GREY_BITS, InitialWeights
 from caltech_sweep.tracking.writer import MlflowTracker
+from caltech_sweep.training.augment import AUGMENTATIONS
 
 _LONGEST_TAG = 5000  # characters, which every tracking store takes
 Weights = dict[str, InitialWeights]  # by ``weights_key``
@@ -51,6 +52,7 @@ class RunOptions:
     hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
     max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
     local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
+    verify: bool = False  # read all images and the whole image cache again, whatever their times say
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
     cache: str | None = None  # the folder that they are kept in, or an address; None: below the data folder
     executor: str = "processes"  # or "ray"
@@ -127,6 +129,17 @@ def _variants(definition: StudyDefinition, images: int) -> Iterator[TrialConfig]
         yield from _batch_sizes(definition, config, images)
 
 
+def _needs_whole_images(definition: StudyDefinition) -> str | None:
+    """Return what of a study needs more of an image than its centre crop."""
+    subset = definition.space.get("augment")
+    ops = set(subset.values if isinstance(subset, SubsetOf) else ())
+    for config in variants(definition, ("test_views", "augment")):
+        if config.test_views == "tencrop":
+            return "TenCrop"
+        ops.update(config.augment)
+    return next((op for op in sorted(ops) if AUGMENTATIONS[op].cuts is not None), None)
+
+
 def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> None:
     """Raise the error that a trial would meet: a network that cannot be built or trained, a batch that is not filled.
 
@@ -138,6 +151,8 @@ def check(definition: StudyDefinition, data: LoadedData, weights: Weights) -> No
     for part in SPLITS:
         if not data.split.part(part) and part != "test":
             raise DatasetError(f"the {part} part of the dataset is empty; raise its fraction or the number of images")
+    if definition.dataset.get("cache") == "crop" and (what := _needs_whole_images(definition)):
+        raise UsageError(f"dataset.cache: crop keeps centre crops only, and {what} needs whole images; set it to jpeg")
     seen = set()
     for config in _variants(definition, images):
         if config.outputs is not None and config.outputs < classes:
@@ -292,7 +307,7 @@ def _checked(
     weights = find_weights(definition, tracking)
     dataset = definition.config({}).dataset
     with progress_line("decoding images", write) as progress:
-        data = load_dataset(dataset, progress)
+        data = load_dataset(dataset, progress, write, options.verify)
     with progress_line("downloading published weights", write, filesize.decimal) as progress:
         weights |= published_weights(definition, progress)
     check(definition, data, weights)

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 
 from caltech_sweep import machine, paths
+from caltech_sweep.config import PLACE_FIELDS
 from caltech_sweep.data import dataset_root
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
@@ -71,6 +72,9 @@ def job_of(
 ) -> Job:
     """Return the job of a trial: its folder below ``scratch``, its initial weights, and when it saves."""
     config, source = queued.config, weights.get(weights_key(queued.config))
+    # Of a trial that waited, the images may lie elsewhere by now.
+    place = {name: getattr(definition.config({}).dataset, name) for name in PLACE_FIELDS}
+    config = replace(config, dataset=replace(config.dataset, **place))
     if stages is not None:
         stages = replace(stages, save_at=branch_epochs(definition, config), hold_at=frozenset(queued.rungs))
     return Job(

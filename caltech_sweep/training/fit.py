@@ -32,7 +32,6 @@ from caltech_sweep.training.optimizer import make_optimizer, parameter_groups, s
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
-_BLOCK = 1 << 20  # values that become floats at once: they stay in a processor's cache
 _CHECK_EVERY = 16  # steps between looks at the losses
 _VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
 
@@ -178,15 +177,10 @@ class Training:
 
     def _floats(self, images: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Map (N, 3, H, W) uint8 to normalised float images on the device."""
-        images = images.to(self.device)
+        floats = images.to(self.device).float().div_(255)
         if draws is not None:
-            changed = augment.apply(images.float().div_(255), draws)
-            return changed.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
-        floats = torch.empty(images.shape, device=self.device, memory_format=self._format)
-        block = max(1, _BLOCK // images.shape[1:].numel() if self.device.type == "cpu" else len(images))
-        for part, out in zip(images.split(block), floats.split(block), strict=True):
-            out.copy_(part).div_(255).sub_(self._mean).div_(self._std)
-        return floats
+            floats = augment.apply(floats, draws)
+        return floats.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
 
     def _inputs(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return what :meth:`_network` takes: images, or what the frozen layers made of them."""

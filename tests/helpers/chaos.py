@@ -170,11 +170,11 @@ def read_reports(
 ) -> str:
     """Return a study's report as JSON and Markdown, without its name and the ids and addresses of its runs.
 
-    They are left to chance, and so is how wide a column with them is.
+    They are left to chance, and so is how wide a column with them is. What a trial has cost depends on the kills.
     """
-    text = report(place, study, "json")
+    text = re.sub(r'"(seconds|epochs_trained)": [^,\n]+', r'"\1": some', report(place, study, "json"))
     with contextlib.suppress(ValueError):
-        for table in json.loads(text):
+        for table in json.loads(text.replace(": some", ": 0")):
             for row in table["rows"]:
                 text = text.replace(f'"url": {json.dumps(row["url"])}', "its address")
                 text = text.replace(f'"{row["run_id"]}"', "a run")

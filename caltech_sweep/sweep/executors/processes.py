@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -38,6 +39,8 @@ def _mask(how: str, numbers: Iterable[int]) -> Iterable[int]:
 @contextmanager
 def _unstopped() -> Iterator[None]:
     """Let a process that is started meanwhile not be stopped before it has decided what stops it."""
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()  # its start would take the signals up again
     before = _mask("SIG_BLOCK", STOPPING)
     try:
         yield
