@@ -175,7 +175,7 @@ def test_a_node_that_sees_no_image_gets_them_and_the_weights_from_the_coordinato
     text = text.replace("{name: shapes,", "{name: folder, root: photos,").replace(
         ", classes: 3, images_per_class: 8", ""
     )
-    (place / "sweeps" / "tiny.yaml").write_text(text)
+    (place / "sweeps" / "tiny.yaml").write_text(text.replace("A tiny study", "Photos"))
     assert cli("run", "tiny", "--in-process", "--threads", "1", "--name", "base").exit_code == 0
     more = ("--set", "weights=study:base", "--row", "First", "--data", "photos")
     assert cli("run", "tiny", "--in-process", "--threads", "1", "--no-reuse", *more).exit_code == 0
