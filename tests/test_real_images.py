@@ -73,7 +73,7 @@ def test_all_classes_pass_a_plan_a_short_study_and_the_page_whose_pictures_are_t
     (place / "sweeps" / "all.yaml").write_text(STUDY)
     data = ("--data", str(ROOT))
     planned = invoke("plan", "all", *data)
-    assert planned.exit_code == 0 and "3,856 train, 1,928 val, 2,893 test" in planned.output, planned.output
+    assert planned.exit_code == 0 and "train 3,856, val 1,928, test 2,893 images" in planned.output, planned.output
     few = ("--set", "dataset.images_per_class=6", *data, "--in-process", "--threads", "1")
     ran = invoke("run", "all", *few)
     assert ran.exit_code == 0 and "study all: 1 complete" in ran.output, ran.output
