@@ -6,6 +6,7 @@
     ├── DatasetError           a missing, incomplete or damaged dataset
     ├── ModelError             an unknown model, or weights that do not fit it
     ├── StoreError             a tracking or study store that cannot be read or written
+    │   ├── HeldStudyError     a study that another process is running
     │   └── ArtifactError      a file of a run that is missing or damaged
     ├── ForeignStudyError      a study in the tracking store that another study store runs
     ├── LostStudyError         a study that another process has taken over while this one ran it
@@ -45,6 +46,10 @@ class ModelError(CaltechSweepError):
 
 class StoreError(CaltechSweepError):
     """A tracking or study store that cannot be read or written."""
+
+
+class HeldStudyError(StoreError):
+    """A study that another process is running."""
 
 
 class ArtifactError(StoreError):

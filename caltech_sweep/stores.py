@@ -17,7 +17,7 @@ from urllib.parse import quote
 from caltech_sweep import addresses, paths
 from caltech_sweep.addresses import SQLITE
 from caltech_sweep.addresses import hide_secrets as hide_secrets
-from caltech_sweep.errors import StoreError
+from caltech_sweep.errors import HeldStudyError, StoreError
 from caltech_sweep.files import create_atomically, locked
 from caltech_sweep.machine import log_problem
 
@@ -409,12 +409,12 @@ def _taken(lock: Path, study: str) -> Iterator[None]:
     with locked(lock, _GLANCE) as held:
         if held is False:
             owner = lock.read_text(encoding="utf-8").strip() or "another process"
-            raise StoreError(f"study {study!r} is being run by {owner}; wait for it, stop it, or choose --name")
+            raise HeldStudyError(f"study {study!r} is being run by {owner}; wait for it, stop it, or choose --name")
         yield
 
 
 def check_free(store: Store, study: str) -> None:
-    """Raise the StoreError of :func:`study_lock` while another process runs a study; nothing is written."""
+    """Raise the HeldStudyError of :func:`study_lock` while another process runs a study; nothing is written."""
     file = store.file
     if file is not None and _lock_file(file, study).is_file():
         with contextlib.suppress(PermissionError), _taken(_lock_file(file, study), study):
@@ -425,7 +425,7 @@ def check_free(store: Store, study: str) -> None:
 def study_lock(store: Store, study: str) -> Iterator[None]:
     """Hold the lock of a study in a local store while it runs; the lock of a process that died is free.
 
-    Raises StoreError while another process runs the study.
+    Raises HeldStudyError while another process runs the study.
     """
     file = store.file
     with contextlib.ExitStack() as stack:

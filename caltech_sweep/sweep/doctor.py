@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from caltech_sweep import paths
 from caltech_sweep.artifacts import artifact_problems
 from caltech_sweep.config import PLACE_FIELDS, TrialConfig
-from caltech_sweep.errors import ArtifactError, StoreError, UsageError
+from caltech_sweep.errors import ArtifactError, HeldStudyError, StoreError, UsageError
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
@@ -79,7 +79,7 @@ def examine(
         with ExitStack() as stack:
             try:
                 held = stack.enter_context(holding(store, chosen))
-            except StoreError as error:
+            except HeldStudyError as error:
                 say(f"{chosen}: skipped, since {str(error).partition(';')[0]}")
                 diagnosis.skipped += 1
                 continue

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from caltech_sweep import stores
-from caltech_sweep.errors import LostStudyError, StoreError
+from caltech_sweep.errors import HeldStudyError, LostStudyError, StoreError
 from caltech_sweep.stores import Store, reason, study_lock
 
 LEASE_SECONDS = 120.0  # after which a study whose process gives no sign may be run by another
@@ -119,14 +119,14 @@ class Lease:
         self._renewed = before
         self._thread.start()
 
-    def _taken(self, holder: Any) -> StoreError:
-        return StoreError(
+    def _taken(self, holder: Any) -> HeldStudyError:
+        return HeldStudyError(
             f"study {self.study!r} is being run by {holder.who}, or was less than {self.seconds:g} seconds ago; "
             "wait for it, stop it, or choose --name"
         )
 
     def check_free(self) -> None:
-        """Raise StoreError while another process has the study; nothing is written."""
+        """Raise HeldStudyError while another process has the study; nothing is written."""
         if sa.inspect(self.engine).has_table(LEASES.name):
             held = sa.select(LEASES).where(LEASES.c.study == self.study, LEASES.c.expires >= self._now)
             with self.engine.connect() as connection:
@@ -215,7 +215,7 @@ def _who() -> str:
 
 
 def check_free(store: Store, study: str) -> None:
-    """Raise the StoreError of :func:`holding` while another process has a study; nothing is written."""
+    """Raise the HeldStudyError of :func:`holding` while another process has a study; nothing is written."""
     if store.is_local:
         stores.check_free(store, study)
         return
@@ -225,7 +225,7 @@ def check_free(store: Store, study: str) -> None:
 
 @contextmanager
 def holding(store: Store, study: str) -> Iterator[Held]:
-    """Hold a study for one process while it runs; raise StoreError while another one has it."""
+    """Hold a study for one process while it runs; raise HeldStudyError while another one has it."""
     if store.is_local:
         with study_lock(store, study):
             yield _Lock()

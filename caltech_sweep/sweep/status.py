@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 
 from caltech_sweep.config import TrialConfig
-from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.errors import HeldStudyError, UsageError
 from caltech_sweep.metrics import EPOCH_SECONDS
 from caltech_sweep.stores import Address, study_store, tracking_store
 from caltech_sweep.sweep.lease import check_free
@@ -36,7 +36,7 @@ def status(
         runner = ""
         try:
             check_free(store, record.name)
-        except StoreError as error:
+        except HeldStudyError as error:
             runner = str(error).partition(";")[0]
         if name is None and not running and not runner:
             continue
