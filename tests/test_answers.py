@@ -21,6 +21,7 @@ from caltech_sweep.tracking.answers import Answer, meaning
 from caltech_sweep.tracking.journal import Journal, JournalingTracker
 from caltech_sweep.tracking.records import MISSING_TAG, TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.marks import slow_but
 from helpers.servers import HANG, HANG_UP, Gate, gated_mlflow
 from helpers.studies import DEFINITION
 
@@ -198,7 +199,7 @@ def test_a_run_that_is_never_taken_is_set_aside_with_what_belongs_to_it(
     assert JournalingTracker(tracker.inner, Journal(tmp_path / "j"), notes.append).replay()
 
 
-@pytest.mark.parametrize("request_of", ["runs/log-batch", "runs/create", "runs/update"])
+@pytest.mark.parametrize("request_of", slow_but(["runs/log-batch"], ["runs/log-batch", "runs/create", "runs/update"]))
 def test_a_server_that_accepts_and_never_answers_stops_no_training(
     gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of: str
 ) -> None:

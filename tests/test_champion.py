@@ -44,6 +44,7 @@ from caltech_sweep.sweep.preflight import RunOptions
 from caltech_sweep.sweep.session import run_study
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.marks import slow_but
 from helpers.servers import answering
 
 # MLflow's own query options, which SQLAlchemy 2.1 no longer likes.
@@ -351,7 +352,7 @@ def test_a_server_that_does_not_answer_and_a_missing_store_are_one_sentence(tmp_
 # -- predict -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [None, "tiny@champion", "tiny/1", "models:/tiny@champion", "run"])
+@pytest.mark.parametrize("model", slow_but([None], [None, "tiny@champion", "tiny/1", "models:/tiny@champion", "run"]))
 def test_predictions_are_torchvisions_by_hand(promoted: Store, images: Path, model: str | None) -> None:
     named = [] if model is None else ["--model", promoted.best().run_id if model == "run" else model]
     files = sorted(path for path in images.rglob("*") if path.suffix in (".jpg", ".png"))

@@ -176,7 +176,9 @@ def test_a_frozen_backbone_drops_nothing_at_random_and_other_layers_do() -> None
     [
         CONFIG,
         replace(CONFIG, augment=("hflip",), channels_last=True),
-        replace(CONFIG, augment=("hflip",), precision="bfloat16", test_views="tencrop"),
+        pytest.param(
+            replace(CONFIG, augment=("hflip",), precision="bfloat16", test_views="tencrop"), marks=pytest.mark.slow
+        ),
         replace(CONFIG, arch="shufflenet_v2_x0_5", epochs=1),
         pytest.param(ALEXNET, marks=pytest.mark.slow),
     ],
@@ -222,7 +224,13 @@ def _reference(config: TrialConfig, data: LoadedData) -> tuple[torch.nn.Module, 
     return model.eval(), losses
 
 
-@pytest.mark.parametrize("config", [replace(CONFIG, augment=("hflip",)), replace(ALEXNET, epochs=2, lr=0.01)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CONFIG, augment=("hflip",)),
+        pytest.param(replace(ALEXNET, epochs=2, lr=0.01), marks=pytest.mark.slow),
+    ],
+)
 def test_the_result_is_that_of_the_full_network(config: TrialConfig, tmp_path: Path) -> None:
     data = load_dataset(config.dataset)
     epochs, outcome = run(config, data, tmp_path)

@@ -22,6 +22,7 @@ from caltech_sweep.training.models import build_model, count_parameters, train_m
 from caltech_sweep.training.networks import source_of
 from caltech_sweep.training.rehearsal import rehearse
 from caltech_sweep.training.trial import run_trial
+from helpers.marks import slow_but
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
 
 MOBILE = replace(CONFIG, augment=(), epochs=3, precision="float32")
@@ -136,7 +137,7 @@ def _reference(config: TrialConfig, data: LoadedData, thaw: int | None) -> tuple
     return model.state_dict(), losses
 
 
-@pytest.mark.parametrize("thaw", [None, 2, 3])
+@pytest.mark.parametrize("thaw", slow_but([2], [None, 2, 3]))
 def test_head_first_is_what_plain_torch_trains(thaw: int | None, data: LoadedData) -> None:
     config = replace(HEAD_FIRST, unfreeze_epoch=thaw, lr=0.01)
     epochs, outcome = run(config, data)
@@ -147,7 +148,7 @@ def test_head_first_is_what_plain_torch_trains(thaw: int | None, data: LoadedDat
         torch.testing.assert_close(outcome.weights[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["head_first", "up_to"], KINDS))
 def test_a_trial_that_is_killed_ends_with_the_same_bits(kind: str, data: LoadedData, tmp_path: Path) -> None:
     config, use = KINDS[kind], use_of(tmp_path)  # of three epochs, two are done: before the change, and after it
     want = run(config, data)

@@ -21,6 +21,7 @@ from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.optuna_store import open_storage, stored_studies
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.marks import slow_but
 from helpers.places import Cli, clone, furnish, ran
 
 ARCH = "shufflenet_v2_x0_5"
@@ -94,7 +95,7 @@ def test_a_file_that_was_overwritten_is_refused_and_plan_says_so(cli: Cli, place
     assert cli("run", "tiny", *RUN).exit_code == 0 and len(runs()) == 1
 
 
-@pytest.mark.parametrize("how", ["renamed", "absolute", "linked"])
+@pytest.mark.parametrize("how", slow_but(["renamed"], ["renamed", "absolute", "linked"]))
 def test_the_same_contents_elsewhere_go_on_with_the_study_and_train_nothing(
     cli: Cli, place: Path, trained: str, how: str
 ) -> None:

@@ -21,6 +21,7 @@ from caltech_sweep.cli import main
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.datasets import draw
+from helpers.marks import slow_but
 from helpers.places import RUN, invoke
 
 FIRST = (*RUN, "--row", "First", "--set", "epochs=1")
@@ -263,14 +264,15 @@ TESTS: dict[str, Callable[[Path], None]] = {
     },
     **{f.__name__: f for f in (cache, executor, address, slots, cpus_per_trial, gpus_per_trial)},
 }
-SLOW = {"workers", "per_device", "hang_timeout", "resume_trials"}  # these start workers, or train much
+# These start workers, or train much.
+SLOW = {"workers", "per_device", "hang_timeout", "resume_trials", "threads", "confirm", "reuse", "rows", "cache_size"}
 
 
 def test_every_option_of_run_has_a_test_here() -> None:
     assert TESTS.keys() == OPTIONS.keys()
 
 
-@pytest.mark.parametrize("option", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TESTS])
+@pytest.mark.parametrize("option", slow_but(TESTS.keys() - SLOW, TESTS))
 def test_an_option_of_run_does_what_it_says(option: str, place: Path) -> None:
     TESTS[option](place)
 

@@ -22,6 +22,7 @@ from caltech_sweep.errors import UsageError
 from caltech_sweep.study.definition import Component, Row, StudyDefinition
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
+from helpers.marks import slow_but
 from helpers.places import Cli
 from helpers.searches import (
     COMBINATIONS,
@@ -51,8 +52,10 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'optuna.db'}"
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    slow_but([("tpe", 4), *((name, 1) for name in STOCK)], [(name, workers) for name in STOCK for workers in (1, 4)]),
+)
 def test_every_sampler_suggests_what_it_suggests_in_optuna_s_own_loop(name: str, workers: int, uri: str) -> None:
     definition = searched(name, trials=ENOUGH.get(name, 24))
     run(definition, uri, MemoryTracker(), workers)
@@ -71,7 +74,13 @@ def test_every_pruner_prunes_what_it_prunes_in_optuna_s_own_loop(name: str, uri:
 @pytest.mark.parametrize(
     "parts", [(2, 3, 12, 18), pytest.param(range(2, 19), marks=pytest.mark.slow)], ids=["some", "each trial"]
 )
-@pytest.mark.parametrize(("name", "pruner"), [*((name, None) for name in STOCK), *(("tpe", name) for name in PRUNERS)])
+@pytest.mark.parametrize(
+    ("name", "pruner"),
+    slow_but(
+        [("tpe", None), ("random", None), ("tpe", "median")],
+        [*((name, None) for name in STOCK), *(("tpe", name) for name in PRUNERS)],
+    ),
+)
 def test_a_study_that_is_opened_anew_again_and_again_samples_what_one_run_does(
     name: str, pruner: str | None, parts: Sequence[int], uri: str
 ) -> None:
@@ -149,7 +158,7 @@ def test_a_row_outside_the_space_does_not_blind_the_sampler(uri: str) -> None:
     assert sorted(late)[5] < 0.5  # a blind sampler is 1.0 away in the median
 
 
-@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("slots", slow_but([1], [1, 4]))
 @pytest.mark.parametrize("name", ["grid", "brute_force"])
 def test_an_exhaustive_sampler_tries_each_combination_once_and_says_that_it_ends(
     name: str, slots: int, uri: str, tmp_path: Path
@@ -169,7 +178,7 @@ def test_an_exhaustive_sampler_tries_each_combination_once_and_says_that_it_ends
     assert said.count("the study ends here: all 36 combinations of its space were tried once") == 2
 
 
-@pytest.mark.parametrize("name", ["grid", "brute_force"])
+@pytest.mark.parametrize("name", slow_but(["grid"], ["grid", "brute_force"]))
 def test_a_combination_that_failed_is_tried_again_by_the_next_run(name: str, uri: str) -> None:
     definition, tracker = replace(GRID, sampler=Component(name, {"seed": 1}), rows=()), MemoryTracker()
 

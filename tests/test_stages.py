@@ -31,6 +31,7 @@ from caltech_sweep.training.keys import CacheOptions, checkpoint_keys, epoch_mar
 from caltech_sweep.training.models import build_model
 from caltech_sweep.training.schedule import epoch_rates, learning_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
+from helpers.marks import slow_but
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
 
 EVERY_EPOCH = frozenset(range(1, 5))
@@ -158,7 +159,7 @@ def _flip(path: Path, place: int) -> None:
 
 @pytest.mark.parametrize(
     "harm",
-    ["weights", "truncated", *(pytest.param(name, marks=pytest.mark.slow) for name in ("names", "header", "emptied"))],
+    slow_but(["weights"], ["weights", "truncated", "names", "header", "emptied"]),
 )
 def test_a_damaged_stage_is_trained_again(harm: str, data: LoadedData, tmp_path: Path) -> None:
     use = use_of(tmp_path, frozenset())
