@@ -39,6 +39,7 @@ from caltech_sweep.tracking.records import (
     StudyRecord,
     Tracker,
     TrialRecord,
+    epochs_of,
 )
 from caltech_sweep.training.stopping import last_epoch
 
@@ -221,7 +222,7 @@ class MemoryTracker(Tracker):
         self.datasets[run_id] = digest
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
-        self.runs[run_id].history += [each for each in epochs if TRAIN_LOSS in each[1]]
+        self.runs[run_id].history += epochs_of(epochs)
         for _, metrics, _ in epochs:
             self.runs[run_id].metrics.update(metrics)
 

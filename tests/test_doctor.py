@@ -339,7 +339,10 @@ def test_artifacts_on_a_server_are_checked_fixed_and_promoted_like_local_ones(co
     (folder / "checkpoints" / "best.safetensors").unlink()
     (folder / "checkpoints" / "best.safetensors").write_bytes(content)
     refused = invoke("promote", "tiny", *there)
-    assert refused.exit_code == 2 and "caltech-sweep doctor --fix lets the trial be trained again" in refused.output
+    assert (
+        refused.exit_code == 2
+        and "caltech-sweep doctor --fix makes the next run train the trial again" in refused.output
+    )
     fixed = invoke("doctor", "--fix", *there)  # which does so
     assert "checkpoints/best.safetensors is not what was written" in fixed.output, fixed.output
     assert fixed.output.endswith("1 study examined: 1 found, 1 fixed\n") and fixed.exit_code == 0

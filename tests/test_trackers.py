@@ -97,6 +97,7 @@ def test_a_trial_goes_on_after_its_last_epoch(tracker: Tracker, study: str) -> N
     run = start(tracker, study)
     assert tracker.resume_trial(run, {}) == 0
     tracker.log_epochs(run, [(n, {"train/loss": 1.0 / n}, n) for n in (1, 2, 3)])
+    tracker.log_epochs(run, [(4321, {"spent/seconds": 4.321}, 4)])
     tracker.finish_trial(run, "interrupted", {}, {"reason": "stopped", "paused_at": "3"}, None)
     assert tracker.resume_trial(run, {"attempt": "2"}) == 3
     trial = only_trial(tracker, study)

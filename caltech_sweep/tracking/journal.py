@@ -32,7 +32,7 @@ from caltech_sweep.stores import Store, reason
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.answers import Answer, advice, meaning
 from caltech_sweep.tracking.background import Background
-from caltech_sweep.tracking.records import STRIKES, EpochLog, StudyRecord, Tracker, TrialRecord
+from caltech_sweep.tracking.records import STEP_METRIC, STRIKES, EpochLog, StudyRecord, Tracker, TrialRecord, epochs_of
 
 LOCAL = "local-"  # what the id of a run begins with that the store does not know yet
 ID_TAG = "journal.id"  # on a run that was replayed: its local id, by which it is found again
@@ -403,7 +403,7 @@ class JournalingTracker(Tracker):
             return {local: known}
         if operation == "log_epochs":
             last = self.inner.last_epoch(arguments["run_id"])
-            arguments["epochs"] = [epoch for epoch in arguments["epochs"] if epoch[0] > last]
+            arguments["epochs"] = [e for e in arguments["epochs"] if e[0] > last or STEP_METRIC not in e[1]]
         if operation == "finish_trial":
             folder = self.journal.artifacts(entry)
             if refused := self.inner.finish_trial(**arguments, folder=folder):
@@ -517,7 +517,7 @@ class JournalingTracker(Tracker):
 
     def log_epochs(self, run_id: str, epochs: Sequence[EpochLog]) -> None:
         self._write("log_epochs", run_id=run_id, epochs=[list(epoch) for epoch in epochs])
-        self._last_epoch[run_id] = max([self._last_epoch.get(run_id, 0), *(epoch for epoch, _, _ in epochs)])
+        self._last_epoch[run_id] = max([self._last_epoch.get(run_id, 0), *(epoch for epoch, _, _ in epochs_of(epochs))])
 
     def finish_trial(
         self, run_id: str, outcome: str, metrics: Mapping[str, float], tags: Mapping[str, str], folder: Path | None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from caltech_sweep.metrics import DEFAULT_OBJECTIVE, Objective, objective
+from caltech_sweep.metrics import DEFAULT_OBJECTIVE, TRAIN_LOSS, Objective, objective
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.text import parse_json
 
@@ -195,7 +195,13 @@ def grey_bits(tags: Mapping[str, str]) -> int:
 # Outcomes that no choice of settings causes: enough of these in a row stop a study.
 FAILURES = ("out_of_memory", "data_error", "crashed")
 
-EpochLog = tuple[int, Mapping[str, float], int]  # 1-based epoch, metrics by name, time in milliseconds since 1970
+EpochLog = tuple[int, Mapping[str, float], int]  # step, metrics by name, time in milliseconds since 1970
+STEP_METRIC = TRAIN_LOSS  # what tells an epoch, whose step is its 1-based number, from what is logged between epochs
+
+
+def epochs_of(logs: Iterable[EpochLog]) -> list[EpochLog]:
+    """Return those of some logs that are epochs."""
+    return [log for log in logs if STEP_METRIC in log[1]]
 
 
 class Tracker(Protocol):

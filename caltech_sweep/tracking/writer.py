@@ -26,7 +26,6 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import SUMS, file_digest, read_sums
-from caltech_sweep.metrics import TRAIN_LOSS
 from caltech_sweep.stores import Address, reason, tracking_store
 from caltech_sweep.text import one_line
 from caltech_sweep.tracking.answers import Answer, meaning
@@ -38,6 +37,7 @@ from caltech_sweep.tracking.records import (
     HOST,
     MISSING_TAG,
     OUTCOMES,
+    STEP_METRIC,
     STORE_TAG,
     STRIKES,
     UNFINISHED,
@@ -52,7 +52,6 @@ _LARGEST_BATCH = 900  # metrics of one call; MLflow takes 1,000
 _LONGEST_TAG = 7900  # characters; a database store of MLflow takes 8,000
 OWNER_SECONDS = 10.0  # after which a write asks again whether the study is still this study store's
 CLAIM_SECONDS = 1.0  # that two study stores which claim one study at the same time have to see each other
-STEP_METRIC = TRAIN_LOSS  # logged by every epoch, so its last step is the last epoch that a run has
 
 
 def provenance() -> dict[str, str]:

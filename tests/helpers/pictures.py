@@ -49,7 +49,7 @@ def check_pictures(page: str, root: Path) -> int:
     for name, shown in found.items():
         levels = np.asarray(shown).astype(int)
         distance = {other: np.abs(levels - rendered(root / other, shown.size)).mean() for other in found}
-        assert min(distance, key=distance.__getitem__) == name and distance[name] < 8, (name, distance[name])
+        assert min(distance, key=distance.__getitem__) == name and distance[name] < 12, (name, distance[name])
         with Image.open(root / name) as image:
             sides = ImageOps.exif_transpose(image).size
         assert abs(shown.width / shown.height - sides[0] / sides[1]) < 0.05 * sides[0] / sides[1], (name, shown.size)
