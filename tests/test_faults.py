@@ -22,6 +22,7 @@ import pytest
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.files import locked
+from caltech_sweep.report.build import load_tables, render
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors.base import Job
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted, scripted_coordinator
