@@ -207,6 +207,7 @@ def test_promoting_registers_the_best_on_validation_and_leaves_its_run_as_it_was
     assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "tiny", "version": 1}]
 
 
+@pytest.mark.slow
 def test_promoting_again_is_version_2_and_moves_the_alias(store: Store) -> None:
     trials, client = store.trials(), store.tracker.client
     store.cli("promote", "tiny")

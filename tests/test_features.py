@@ -175,7 +175,7 @@ def test_a_frozen_backbone_drops_nothing_at_random_and_other_layers_do() -> None
     "config",
     [
         CONFIG,
-        replace(CONFIG, augment=("hflip",), channels_last=True),
+        pytest.param(replace(CONFIG, augment=("hflip",), channels_last=True), marks=pytest.mark.slow),
         pytest.param(
             replace(CONFIG, augment=("hflip",), precision="bfloat16", test_views="tencrop"), marks=pytest.mark.slow
         ),

@@ -549,6 +549,7 @@ def test_thumbnails_come_from_inside_the_datasets_folder_alone(tmp_path: Path) -
     assert (drawn("cross/test_001") or "").startswith("data:") and drawn("cross/none") is None
 
 
+@pytest.mark.slow
 def test_images_are_found_where_they_lay_where_they_usually_lie_and_where_the_reader_says(
     own: PageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

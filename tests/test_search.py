@@ -62,7 +62,7 @@ def test_every_sampler_suggests_what_it_suggests_in_optuna_s_own_loop(name: str,
     assert outcome(definition, uri) == stock(name, None, definition.trials, workers)
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", slow_but(["median", "hyperband"], PRUNERS))
 def test_every_pruner_prunes_what_it_prunes_in_optuna_s_own_loop(name: str, uri: str) -> None:
     definition = searched("tpe", name)
     run(definition, uri, MemoryTracker())

@@ -192,6 +192,7 @@ def epochs_in(folder: Path) -> list[int]:
     return sorted(len(store.open(entry.name)[0]["history"]) for entry in store.entries())
 
 
+@pytest.mark.slow
 def test_what_only_serves_resuming_gives_way_to_what_is_later(
     data: LoadedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
