@@ -24,7 +24,7 @@ from helpers.servers import Postgres, free_port, postgres
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 EPOCHS = 30
-LONG = 250  # of a study that is at work for longer than a command takes
+LONG = 120  # of a study that is at work for longer than a command takes
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_study_whose_process_died_is_free_once_its_lease_has_run_out(place: Pa
     time.sleep(8)
     third = coordinate(place, stores, "died", "third", 8, LONG)
     said = place / "third" / "log.txt"
-    assert third.wait(180) == 0 and "it waits again" in said.read_text(), said.read_text()
+    assert third.wait(400) == 0 and "it waits again" in said.read_text(), said.read_text()
     check_study(stores, "died", LONG)
 
 
