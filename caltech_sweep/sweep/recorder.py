@@ -54,8 +54,8 @@ class RecordedTrial:
     pending: list[EpochLog] = field(default_factory=list)
     flushed: float = field(default_factory=time.monotonic)
     spent: Spent = field(default_factory=Spent)
-    host: str = ""  # the machine that trains it, where that is not this one
     spent_step: int = -1  # the last step at which that was logged
+    host: str = ""  # the machine that trains it, where that is not this one
 
 
 class Recorder:
