@@ -182,25 +182,31 @@ print(machine.cores())
 """
 
 
-@pytest.mark.parametrize(("quota", "cores"), [(100_000, 1), (250_000, 3), (10_000, 1), (-1, 64)])
-def test_the_quota_of_a_container_is_counted(quota: int, cores: int) -> None:
-    top = Path("/sys/fs/cgroup/cpu") if Path("/sys/fs/cgroup/cpu").is_dir() else Path("/sys/fs/cgroup")
-    group = top / f"caltech-sweep-{os.getpid()}"
+@contextmanager
+def control_group(controller: str, *limits: tuple[str, str]) -> Iterator[Path]:
+    """Yield a group below one with a limit: the first of these files that there is, or the last, and its text."""
+    top = Path("/sys/fs/cgroup", controller)
+    group = (top if top.is_dir() else top.parent) / f"caltech-sweep-{os.getpid()}"
     below = group / "below"
     try:
         below.mkdir(parents=True)  # a limit counts for the groups below it
-        if (group / "cpu.max").exists():
-            (group / "cpu.max").write_text(f"{quota if quota > 0 else 'max'} 100000")
-        else:
-            (group / "cpu.cfs_quota_us").write_text(str(quota))
+        file, text = next((limit for limit in limits if (group / limit[0]).exists()), limits[-1])
+        (group / file).write_text(text)
     except OSError:
         pytest.skip("no control group may be made here")
     try:
-        asked = subprocess.run([sys.executable, "-c", QUOTA, str(below)], capture_output=True, text=True)
-        assert asked.stdout == f"{cores}\n", asked.stderr
+        yield below
     finally:
         below.rmdir()
         group.rmdir()
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(100_000, 1), (250_000, 3), (10_000, 1), (-1, 64)])
+def test_the_quota_of_a_container_is_counted(quota: int, cores: int) -> None:
+    limits = ("cpu.max", f"{quota if quota > 0 else 'max'} 100000"), ("cpu.cfs_quota_us", str(quota))
+    with control_group("cpu", *limits) as group:
+        asked = subprocess.run([sys.executable, "-c", QUOTA, str(group)], capture_output=True, text=True)
+        assert asked.stdout == f"{cores}\n", asked.stderr
 
 
 MEMORY = """
@@ -214,21 +220,10 @@ print(whole, 0 < free < whole)
 
 
 def test_the_memory_of_a_container_is_counted() -> None:
-    top = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory").is_dir() else Path("/sys/fs/cgroup")
-    group, limit = top / f"caltech-sweep-{os.getpid()}", 512 << 20
-    below = group / "below"
-    try:
-        below.mkdir(parents=True)
-        file = "memory.max" if (group / "memory.max").exists() else "memory.limit_in_bytes"
-        (group / file).write_text(str(limit))
-    except OSError:
-        pytest.skip("no control group may be made here")
-    try:
-        asked = subprocess.run([sys.executable, "-c", MEMORY, str(below)], capture_output=True, text=True)
+    limit = 512 << 20
+    with control_group("memory", ("memory.max", str(limit)), ("memory.limit_in_bytes", str(limit))) as group:
+        asked = subprocess.run([sys.executable, "-c", MEMORY, str(group)], capture_output=True, text=True)
         assert asked.stdout == f"{limit} True\n", asked.stderr
-    finally:
-        below.rmdir()
-        group.rmdir()
 
 
 def test_the_doctor_says_what_the_machine_gives_and_what_would_be_faster(
