@@ -73,8 +73,8 @@ def job_of(
     """Return the job of a trial: its folder below ``scratch``, its initial weights, and when it saves."""
     config, source = queued.config, weights.get(weights_key(queued.config))
     # Of a trial that waited, the images may lie elsewhere by now.
-    place = {name: getattr(definition.config({}).dataset, name) for name in PLACE_FIELDS}
-    config = replace(config, dataset=replace(config.dataset, **place))
+    dataset = definition.config({}).dataset
+    config = replace(config, dataset=replace(config.dataset, **{name: getattr(dataset, name) for name in PLACE_FIELDS}))
     if stages is not None:
         stages = replace(stages, save_at=branch_epochs(definition, config), hold_at=frozenset(queued.rungs))
     return Job(
