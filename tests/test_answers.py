@@ -139,6 +139,7 @@ def test_a_server_that_takes_nothing_from_some_moment_on_costs_no_result(
     name = f"shut-{status}"
     gate.close_after(20, status)
     tracker, notes = run_study(gate, name, tmp_path)
+    tracker.say_what_waits(name, notes.append)  # as a run ends: it waits for what is under way
     assert tracker.waiting > 5
     (said,) = [note for note in notes if "results are buffered" in note]
     assert says in said and "training continues" in said

@@ -293,10 +293,10 @@ def test_other_databases_are_not_told_to_be_the_same() -> None:
 )
 @pytest.mark.parametrize("command", [RUN, ("plan", "tiny")], ids=["run", "plan"])
 def test_a_name_that_leaves_its_folder_is_refused(place: Path, command: tuple[str, ...], name: str) -> None:
-    before = files(place.parent)
+    before = files(place)
     result = invoke(*command, f"--name={name}")
     assert result.exit_code == 2 and f"Error: --name {name!r}: " in result.output, result.output
-    assert files(place.parent) == before
+    assert files(place) == before and not (place.parent / "x").exists()
 
 
 @given(one=st.text("ab_/%2F5"), other=st.text("ab_/%2F5"))
