@@ -10,6 +10,7 @@ The coordinator behind it is the real one, in milliseconds a study.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ from caltech_sweep.training.stopping import last_epoch
 if TYPE_CHECKING:
     import optuna
 
-    from caltech_sweep.study.definition import StudyDefinition
+    from caltech_sweep.study.definition import Component, StudyDefinition
     from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
     from caltech_sweep.sweep.executors.base import Executor
 
@@ -249,6 +250,21 @@ class MemoryTracker(Tracker):
             for run_id, run in self.runs.items()
             if run.study == study.name
         ]
+
+
+def cost_study(trials: int, epochs: int, pruner: Component | None = None) -> StudyDefinition:
+    """Return a study with nothing to it but its trials: what one of them costs the coordinator is measured with it."""
+    from caltech_sweep.study.definition import Component, Range, StudyDefinition
+
+    space = {"lr": Range(1e-3, 1e-1, log=True), "step_size": Range(5, 30, integer=True)}
+    random = Component("random", {"seed": 0})
+    data = {"name": "shapes"}
+    return StudyDefinition("cost", "Cost", trials, data, {"epochs": epochs}, space, (), sampler=random, pruner=pruner)
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds now, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def scripted_coordinator(

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from caltech_sweep.study.definition import Component, Range, StudyDefinition
+from caltech_sweep.study.definition import Component
 from caltech_sweep.sweep import queue, recorder
 from caltech_sweep.sweep.executors.base import Job
 from caltech_sweep.sweep.optuna_store import open_study
-from caltech_sweep.testing import ScriptedExecutor, scripted_coordinator
+from caltech_sweep.testing import ScriptedExecutor, cost_study, scripted_coordinator
 from caltech_sweep.tracking.writer import MlflowTracker
 
-STUDY = StudyDefinition(
-    name="s",
-    title="S",
-    trials=3,
-    dataset={"name": "shapes"},
-    fixed={},
-    space={"lr": Range(1e-3, 1e-1, log=True)},
-    rows=(),
-    sampler=Component("random", {"seed": 0}),
-)
 MEDIAN = Component("median", {"startup_trials": 1, "warmup_epochs": 1})
 
 
 def statements(folder: Path, epochs: int, pruner: Component | None) -> int:
     """Return how many statements a study of three trials takes in both stores."""
-    definition = replace(STUDY, fixed={"epochs": epochs}, pruner=pruner)
+    definition = cost_study(3, epochs, pruner)
     folder.mkdir()
     tracker = MlflowTracker(str(folder / "mlflow.db"), create=True)
     study = open_study(definition, f"sqlite:///{folder / 'optuna.db'}", definition.identity())
@@ -66,7 +55,7 @@ def test_the_study_store_hears_of_an_epoch_within_the_seconds_that_it_may_wait(
     seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "REPORT_SECONDS", seconds)
-    definition = replace(STUDY, trials=1, fixed={"epochs": 3}, pruner=MEDIAN)
+    definition = cost_study(1, 3, MEDIAN)
     study = open_study(definition, f"sqlite:///{tmp_path / 'optuna.db'}", definition.identity())
     seen: list[dict[int, float]] = []
 
@@ -87,28 +76,26 @@ def test_the_study_store_hears_of_an_epoch_within_the_seconds_that_it_may_wait(
 
 
 TRIALS = """
-import os, shutil
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.sweep.executors.base import Job
 from caltech_sweep.sweep.executors.worker import train
+from caltech_sweep.testing import resident_bytes
 from caltech_sweep.training.keys import CacheOptions
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 shapes = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=4)
 config = TrialConfig(dataset=shapes, arch="mobilenet_v3_small", epochs=1, batch_size=4, augment=("hflip", "rotation"))
 for number in range({trials}):
     if number == 20:
-        print(resident())
+        print(resident_bytes() / 1e6)
     folder = Path("trial")
     folder.mkdir()
     job = Job(number, replace(config, seed=number), folder, stages=CacheOptions(Path("cache").resolve(), 10**8))
     assert sum(1 for _ in train(job)) == 1 and any(folder.iterdir())
     shutil.rmtree(folder)
-print(resident())
+print(resident_bytes() / 1e6)
 """
 
 
