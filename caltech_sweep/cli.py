@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from caltech_sweep import __version__
 from caltech_sweep.errors import CaltechSweepError
@@ -49,10 +50,20 @@ class _Path(click.Path):
             self.fail(str(error), param, ctx)
 
 
+class _Data(_Path):
+    """The path of a dataset, or the address of its archive."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
+
+
 class _Group(click.Group):
     """Turns every error that is written for the user into a sentence and an exit code."""
 
     def invoke(self, context: click.Context) -> Any:
+        from caltech_sweep.study.site import settings
+
+        context.default_map = dict.fromkeys(self.commands, settings())
         try:
             return super().invoke(context)
         except click.NoSuchOption as error:
@@ -140,8 +151,10 @@ class _Number(click.FloatRange):
 
 
 def _tracking(context: click.Context, option: click.Parameter, address: str | None) -> Store:
-    from caltech_sweep.stores import tracking_store
+    from caltech_sweep.stores import VARIABLE, tracking_store
 
+    if os.environ.get(VARIABLE) and context.get_parameter_source(option.name or "") is ParameterSource.DEFAULT_MAP:
+        address = None
     return tracking_store(address)
 
 
@@ -168,7 +181,10 @@ set_option = click.option(
 )
 trials_option = click.option("--trials", type=click.IntRange(1, MOST), help="Trials in total, rows included.")
 data_option = click.option(
-    "--data", type=_Path(), metavar="FOLDER", help="Folder of class folders; default CALTECH101_ROOT or data/."
+    "--data",
+    type=_Data(),
+    metavar="FOLDER|URL",
+    help="Folder of class folders, or the address of a zip or tar with one; default CALTECH101_ROOT or data/.",
 )
 device_option = click.option(
     "--device", help="Device for all trials, such as cpu or cuda:1 (default: all GPUs, else the CPU)."
@@ -188,6 +204,13 @@ resume_option = click.option(
 replicates_option = click.option(
     "--replicates", type=click.IntRange(1, 10_000), help="Number of seeds per row (default: from the study file)."
 )
+namespace_option = click.option(
+    "--namespace",
+    envvar="CALTECH_SWEEP_NAMESPACE",
+    metavar="NAME",
+    help="Put NAME/ before a study's name that has no slash, such as your own on servers of many people; default also "
+    "CALTECH_SWEEP_NAMESPACE.",
+)
 name_option = click.option("--name", help="Store the study under another name.")
 budget_option = click.option(
     "--budget",
@@ -204,15 +227,20 @@ verify_option = click.option(
 
 def _load(study: str, options: dict[str, Any]) -> StudyDefinition:
     """Return a study, changed by the options that change it, which are taken out of ``options``."""
-    from caltech_sweep.study.file import load_study
+    from caltech_sweep.study.file import find_study, load_study
+    from caltech_sweep.study.site import within
 
     changes = {key: options.pop(key) for key in ("trials", "data", "name", "replicates", "budget")}
+    if namespace := options.pop("namespace"):
+        name = changes["name"]
+        changes["name"] = within(namespace, find_study(study).stem if name is None else name)
     return load_study(study, options.pop("overrides"), **changes)
 
 
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that change a study before it is used, and say where it is tracked."""
-    for option in (tracking_option, name_option, data_option, budget_option, trials_option, set_option):
+    more = (name_option, data_option, budget_option, trials_option, set_option)
+    for option in (tracking_option, namespace_option, *more):
         command = option(command)
     return command
 
@@ -299,6 +327,11 @@ def main() -> None:
     help="Trials at once on the Ray cluster (default: max, as many as it has room for).",
 )
 @click.option(
+    "--upload-from-workers",
+    is_flag=True,
+    help="Let the nodes of the Ray cluster send artifacts to the tracking server by themselves.",
+)
+@click.option(
     "--cpus-per-trial",
     type=_Number(0.01),
     metavar="CPUS",
@@ -319,9 +352,13 @@ def run(study: str, **options: Any) -> None:
     Example: caltech-sweep run transfer --trials 20 --workers 2
     """
     definition = _load(study, options)
-    from caltech_sweep.sweep.preflight import RunOptions
+    from caltech_sweep.sweep.preflight import OF_RAY, RunOptions
     from caltech_sweep.sweep.session import run_study
 
+    source = click.get_current_context().get_parameter_source
+    for name in OF_RAY if options["executor"] != "ray" else ():
+        if source(name) is ParameterSource.DEFAULT_MAP:  # the site's are for when its cluster is used
+            options[name] = getattr(RunOptions, name)
     summary = run_study(definition, RunOptions(**options), _say)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(summary.outcomes.items())) or "nothing to do"
     _say(f"study {definition.name}: {counts}")
@@ -423,6 +460,7 @@ def studies() -> None:
 @click.option("--check", is_flag=True, help="Exit with 1 when a row is outside its tolerance of the reference.")
 @click.option("--compare", nargs=2, metavar="ROW ROW", help="Rows that the page compares class by class.")
 @data_option
+@namespace_option
 @tracking_option
 def report(
     studies: tuple[str, ...],
@@ -433,6 +471,7 @@ def report(
     check: bool,
     compare: tuple[str, str] | None,
     data: str | None,
+    namespace: str | None,
     tracking_uri: Store,
 ) -> None:
     """Print the comparison tables of STUDIES, or of all, from the tracking store only.
@@ -445,7 +484,9 @@ def report(
     """
     from caltech_sweep.report.build import lists_all, load_tables, render
     from caltech_sweep.report.check import outside
+    from caltech_sweep.study.site import within
 
+    studies = tuple(name for study in studies or (None,) if (name := within(namespace, study)) is not None)
     if kind == "html":
         from caltech_sweep.report.page.assemble import build_page
         from caltech_sweep.report.page.importance import weigh
@@ -559,15 +600,19 @@ def data_list(study: str | None, part: str, kind: str, overrides: tuple[str, ...
 @click.option("--run", "run_id", metavar="RUN_ID", help="Promote this trial instead of the best on validation.")
 @click.option("--name", help="Name of the registered model; default the study's name.")
 @click.option("--alias", default="champion", show_default=True, help="Alias that is moved to the new version.")
+@namespace_option
 @tracking_option
-def promote(study: str, run_id: str | None, name: str | None, alias: str, tracking_uri: Store) -> None:
+def promote(
+    study: str, run_id: str | None, name: str | None, alias: str, namespace: str | None, tracking_uri: Store
+) -> None:
     """Log the best-on-val trial of STUDY as an MLflow model, register it and move the alias to it.
 
     Example: caltech-sweep promote transfer
     """
     from caltech_sweep.serving.promote import promote as promote_study
+    from caltech_sweep.study.site import within
 
-    done = promote_study(study, run_id, name, alias, tracking_uri)
+    done = promote_study(within(namespace, study) or study, run_id, name, alias, tracking_uri)
     accuracy = done.trial.metrics.get(BEST_ACCURACY, float("nan"))
     click.echo(
         f"{done.name} version {done.version} is now {done.name}@{done.alias}: trial {done.trial.name!r} "
@@ -628,6 +673,7 @@ def predict(
 @click.option("--machine", "around", is_flag=True, help="Say what a run finds on this machine, and what is faster.")
 @click.option("--workers", type=click.IntRange(1, 1000), help="With --machine: workers of the run that is asked about.")
 @threads_option
+@namespace_option
 @tracking_option
 @storage_option
 def doctor(
@@ -636,6 +682,7 @@ def doctor(
     around: bool,
     workers: int | None,
     threads: int | None,
+    namespace: str | None,
     tracking_uri: Store,
     storage: Store,
 ) -> None:
@@ -656,10 +703,11 @@ def doctor(
         for line in lines(look_around(tracking_uri, storage, workers, threads)):
             click.echo(line)
         return
+    from caltech_sweep.study.site import within
     from caltech_sweep.sweep.doctor import examine
     from caltech_sweep.text import counted
 
-    diagnosis = examine(study, tracking_uri, storage, fix, click.echo)
+    diagnosis = examine(within(namespace, study), tracking_uri, storage, fix, click.echo)
     skipped = f", {diagnosis.skipped} skipped" if diagnosis.skipped else ""
     examined = counted(diagnosis.studies, "study", "studies")
     click.echo(f"{examined} examined{skipped}: {diagnosis.found} found, {diagnosis.fixed} fixed")
@@ -671,16 +719,18 @@ def doctor(
 
 @main.command()
 @click.argument("study", required=False)
+@namespace_option
 @tracking_option
 @storage_option
-def status(study: str | None, tracking_uri: Store, storage: Store) -> None:
+def status(study: str | None, namespace: str | None, tracking_uri: Store, storage: Store) -> None:
     """Say which studies are being run, or how far STUDY is: who runs it, each trial, where, and how long it takes.
 
     Example: caltech-sweep status
     """
+    from caltech_sweep.study.site import within
     from caltech_sweep.sweep.status import status as lines
 
-    for line in lines(study, tracking_uri, storage):
+    for line in lines(within(namespace, study), tracking_uri, storage):
         click.echo(line)
 
 

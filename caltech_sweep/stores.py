@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 T = TypeVar("T")
-_VARIABLE = "MLFLOW_TRACKING_URI"
+VARIABLE = "MLFLOW_TRACKING_URI"
 _RETRY_SECONDS = 1.0
 # What a database or a system itself said, in a longer story.
 _SAID = re.compile(
@@ -288,8 +288,8 @@ def tracking_store(named: Address = None) -> Store:
 
     Raises UsageError for an address that is not understood.
     """
-    given = os.environ.get(_VARIABLE) if named is None else ""
-    return _store(given or named, addresses.TRACKING, _VARIABLE if given else "")
+    given = os.environ.get(VARIABLE) if named is None else ""
+    return _store(given or named, addresses.TRACKING, VARIABLE if given else "")
 
 
 def study_store(named: Address = None) -> Store:

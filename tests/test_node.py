@@ -18,7 +18,10 @@ from caltech_sweep.files import file_digest
 from caltech_sweep.sweep.executors import luggage, node
 from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Failed, Job, Stopped
 from caltech_sweep.sweep.executors.luggage import Files, Luggage, Trainer, luggage_of
-from caltech_sweep.sweep.executors.node import Incoming, Left, LeftFile, Slot
+from caltech_sweep.sweep.executors.node import Incoming, Left, LeftFile, Sent, Slot
+from caltech_sweep.tracking.direct import Destination
+from caltech_sweep.tracking.writer import MlflowTracker
+from helpers.servers import HANG, Gate, gated_mlflow
 
 
 def leaving(job: Job) -> Epochs:
@@ -160,3 +163,60 @@ def test_weights_are_brought_by_their_content(packed: Luggage, tmp_path: Path) -
     (tmp_path / "weights.pt").write_bytes(b"changed meanwhile")
     with pytest.raises(ModelError, match="changed while the study ran"):
         Trainer(packed)._weights_file(tmp_path / "gone.pt", digest)
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    with gated_mlflow(tmp_path_factory.mktemp("server")) as gate:
+        yield gate
+
+
+@pytest.fixture
+def sending(gate: Gate, slot: Slot, request: pytest.FixtureRequest) -> Iterator[tuple[Left, Destination]]:
+    """What a job left on a slot, and where its run's artifacts go."""
+    tracker = MlflowTracker(gate.address)
+    tracker.start_study(request.node.name, "T", {})
+    to = tracker.destination(tracker.start_trial(request.node.name, "n", {}, {}))
+    slot.run(Job(3, TrialConfig(), Path("elsewhere")))
+    left = next(event for event in heard(slot) if isinstance(event, Left))
+    assert to is not None and gate.address not in repr(to)
+    yield left, to
+    gate.open()
+
+
+def known(left: Left) -> dict[str, tuple[int, str]]:
+    return {file.path: (file.size, file.digest) for file in left.files}
+
+
+def test_a_node_sends_its_files_to_the_server_and_what_is_not_there_as_it_was_is_not_confirmed(
+    slot: Slot, sending: tuple[Left, Destination], tmp_path: Path
+) -> None:
+    left, to = sending
+    sums = "".join(f"{file.digest}  {file.path}\n" for file in left.files)
+    (tmp_path / "SHA256SUMS").write_text(sums)
+    assert slot.send(3, left.files, to, 60) == Sent(tuple(FILES), "")
+    assert to.take(tmp_path / "SHA256SUMS", "SHA256SUMS", file_digest(tmp_path / "SHA256SUMS")) == ""
+    files = {**known(left), "SHA256SUMS": (len(sums), file_digest(tmp_path / "SHA256SUMS"))}
+    assert to.confirmed(files) == files.keys()
+    assert to.confirmed({**files, "exact": (999, files["exact"][1]), "gone": (1, "")}) == {*FILES, "SHA256SUMS"} - {
+        "exact"
+    }
+    assert to.confirmed({**files, "exact": (1000, "0" * 64)}) == {*FILES, "SHA256SUMS"} - {"exact"}
+    assert to.confirmed({**files, "SHA256SUMS": (len(sums), "0" * 64)}) == set()
+
+
+def test_what_the_server_does_not_take_from_a_node_is_said(
+    slot: Slot, sending: tuple[Left, Destination], gate: Gate
+) -> None:
+    left, to = sending
+    gate.rule = lambda method, path, length: 403 if method == "PUT" and path.endswith("empty") else None
+    sent = slot.send(3, left.files, to, 60)
+    assert sent.paths == ("deep/large",) and sent.why.startswith("empty was not taken: ")
+    gate.rule = lambda method, path, length: HANG
+    assert slot.send(3, left.files, to, 0.2) == Sent((), "the tracking store did not take all within 0.2 s")
+
+
+def test_a_file_that_the_server_keeps_otherwise_is_not_taken(sending: tuple[Left, Destination], tmp_path: Path) -> None:
+    _, to = sending
+    (tmp_path / "file").write_bytes(b"kept")
+    assert to.take(tmp_path / "file", "a/file", "0" * 64) == "a/file was not kept as it was sent"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,11 @@ from PIL import Image
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import OutOfMemoryError
 from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Failed, Job, WorkerDied
+from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.clusters import add_node, cluster_of, reports
 from helpers.places import Cli
+from helpers.servers import gated_mlflow
 
 pytestmark = pytest.mark.slow
 ON_RAY = ("run", "tiny", "--threads", "1", "--executor", "ray")
@@ -234,6 +238,53 @@ def test_a_trial_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_node
         executor.close()
 
 
+def test_artifacts_that_a_node_sends_by_itself_do_not_come_home_and_the_others_do(cluster: Any, tmp_path: Path) -> None:
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    with gated_mlflow(tmp_path) as gate, connected(cluster.address, cpus=1):
+        tracker = MlflowTracker(gate.address)
+        tracker.start_study("s", "S", {})
+        run_id = tracker.start_trial("s", "n", {}, {})
+        gate.rule = lambda method, path, length: 403 if method == "PUT" and path.endswith("empty") else None
+        executor = RayExecutor(slowly, Demand(1, 0))
+        executor.submit(replace(job(tmp_path), upload=tracker.destination(run_id)))
+        (done,) = (event for event in until(executor, Done) if isinstance(event, Done))
+        assert "empty was not taken" in done.tags["artifacts.came_home"]
+        assert [path.name for path in (tmp_path / "0").rglob("*") if path.is_file()] == ["empty"]
+        gate.open()
+        tracker.finish_trial(run_id, "complete", done.metrics, done.tags, tmp_path / "0")
+        assert tracker.artifact(run_id, "deep/large").read_bytes() == bytes(range(256)) * 100_000
+        assert tracker.artifact(run_id, "empty").read_bytes() == b""
+        executor.close()
+
+
+def test_a_study_whose_nodes_upload_gives_the_report_of_one_machine(
+    cluster: Any, cli: Cli, place: Path, finished_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = tmp_path.parent / f"{tmp_path.name}-server"
+    server.mkdir()
+    with gated_mlflow(server) as gate:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
+        result = cli(*ON_RAY, "--address", cluster.address, "--upload-from-workers")
+        assert result.exit_code == 0 and "study tiny: 3 complete" in result.output, result.output
+        sent = Counter(path for method, path in gate.asked if method == "PUT")
+        assert len([path for path in sent if path.endswith("best.safetensors")]) == 3 and set(sent.values()) == {1}
+        assert all("artifacts.came_home" not in trial.tags for trial in trials_of("tiny"))
+        assert cli("doctor").exit_code == 0
+        ours = reports("tiny")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(finished_place)
+    assert ours == reports("tiny")
+
+
+def trials_of(study: str) -> list[TrialRecord]:
+    tracker = MlflowTracker()
+    record = tracker.study(study)
+    assert record is not None
+    return tracker.trials(record)
+
+
 def short_of_memory(job: Job) -> Epochs:
     """Need the device for itself, or take a while; say when and where it ended."""
     if job.config.seed == 5 and not job.alone:
@@ -300,6 +351,7 @@ REFUSED = {
     ("--address", "nonsense"): "is not the HOST:PORT of a Ray head node",
     ("--address", "ray://127.0.0.1:10001"): "is not the HOST:PORT of a Ray head node",
     ("--in-process",): "leave --in-process out",
+    ("--upload-from-workers",): "are kept on this machine; name a tracking server",
     ("--workers", "2"): "takes --slots and --gpus-per-trial",
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from caltech_sweep import paths
 from caltech_sweep.config import DATASET_RULES, FIRST_DATASET_FIELDS, DatasetConfig
+from caltech_sweep.data.fetch.remote import fetch_archive, fetched, is_remote
 from caltech_sweep.data.given import csv_file, csv_split, fold_split, folder_split
 from caltech_sweep.data.library import fetch_library, library_place, library_reader, library_split
 from caltech_sweep.data.pixels import read_file
@@ -52,7 +53,7 @@ class Dataset:
 
 def caltech_root(config: DatasetConfig) -> Path:
     """Return the folder of Caltech-101's class folders; raise DatasetError when it is not there."""
-    root = paths.expanded(config.root) if config.root else paths.caltech_root()
+    root = _local(config.root) if config.root else paths.caltech_root()
     if (root / paths.CALTECH_FOLDER).is_dir():
         root = root / paths.CALTECH_FOLDER
     return _there(root, "fetch it with `caltech-sweep data`, or name your copy with --data or CALTECH101_ROOT")
@@ -61,7 +62,17 @@ def caltech_root(config: DatasetConfig) -> Path:
 def _folder_root(config: DatasetConfig) -> Path:
     if config.root is None:
         raise DatasetError("dataset.root: a dataset named folder needs the folder of its class folders")
-    return _there(paths.expanded(config.root), "name the folder with --data")
+    return _there(_local(config.root), "name the folder with --data")
+
+
+def _local(root: str) -> Path:
+    return fetched(root) if is_remote(root) else paths.expanded(root)
+
+
+def fetch_root(config: DatasetConfig) -> None:
+    """Fetch a dataset's archive from an address that is not here yet; raise DatasetError when that fails."""
+    if config.root is not None and is_remote(config.root):
+        fetch_archive(config.root)
 
 
 def _is_caltech(place: Path) -> bool:
@@ -104,6 +115,7 @@ DATASETS = {
         "Caltech-101 with its official split",
         _caltech,
         caltech_root,
+        fetch=fetch_root,
         settings=frozenset({"root", "val_fraction"}),
         claims=_is_caltech,
     ),
@@ -126,6 +138,7 @@ DATASETS = {
         "a folder of class folders, or of folders train, val and test with these",
         _folder,
         _folder_root,
+        fetch=fetch_root,
         settings=frozenset({"root", "val_fraction", "test_fraction"}),
         claims=lambda place: True,
     ),

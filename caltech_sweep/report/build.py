@@ -11,6 +11,7 @@ from caltech_sweep.report.model import Table
 from caltech_sweep.report.render import RENDERERS
 from caltech_sweep.report.tables import REPORT, Link, build_table, told_apart
 from caltech_sweep.stores import Address, Store
+from caltech_sweep.study.site import select
 from caltech_sweep.tracking.reader import Reader, open_reader
 
 
@@ -26,6 +27,7 @@ def choose(asked: Sequence[str], stored: Sequence[str], store: Store) -> list[st
         raise StoreError(
             f"the tracking store {store.shown} has no study yet; run one first, such as `make sweep STUDY=demo`"
         )
+    asked = [name for each in asked for name in select(each, stored) or [each]]
     for name in asked:
         if name not in stored:
             near = difflib.get_close_matches(name, stored, 1)

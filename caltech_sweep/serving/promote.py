@@ -219,7 +219,7 @@ def promote(
     The weights are tried on an image first; on any failure what was written is taken back. The trial's run keeps its
     status. Raises StoreError, ModelError or UsageError.
     """
-    name = name or study
+    name = name or study.replace("/", ".")  # MLflow takes no slash in the name of a model
     _check_names(name, alias)
     tracker = MlflowTracker(tracking_uri)
     with contextlib.ExitStack() as undo:

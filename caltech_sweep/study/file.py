@@ -549,6 +549,18 @@ def _text_of(path: Path) -> str:
         raise StudyFileError([f"{path}: cannot be read: {error.strerror}"]) from error
 
 
+def _mapping(path: Path, example: str) -> CommentedMap:
+    root = _load_yaml(_text_of(path), str(path))
+    if not isinstance(root, CommentedMap):
+        raise StudyFileError([f"{path}:1: must be a mapping such as `{example}`, got {quoted(_plain(root))}"])
+    return root
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return what another YAML file than a study's maps; raise StudyFileError as for those."""
+    return dict(_plain(_mapping(path, "executor: ray")))
+
+
 def load_study(
     study: str,
     overrides: Sequence[str] = (),
@@ -568,9 +580,7 @@ def load_study(
     wrong = name_problem(path.stem if name is None else name)
     if wrong:
         raise UsageError(f"{path if name is None else f'--name {name!r}'}: {wrong}")
-    root = _load_yaml(_text_of(path), str(path))
-    if not isinstance(root, CommentedMap):
-        raise StudyFileError([f"{path}:1: must be a mapping such as `title: My study`, got {quoted(_plain(root))}"])
+    root = _mapping(path, "title: My study")
     reader = _Reader(str(path))
     definition = _read(reader, root, name if name is not None else path.stem)
     if not reader.problems:

@@ -21,6 +21,7 @@ from caltech_sweep.artifacts import artifact_problems
 from caltech_sweep.config import PLACE_FIELDS, TrialConfig
 from caltech_sweep.errors import ArtifactError, HeldStudyError, StoreError, UsageError
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
+from caltech_sweep.study.site import select
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
 from caltech_sweep.sweep.ownership import foreign_studies
@@ -67,9 +68,9 @@ def examine(
     foreign = dict(foreign_studies(tracker, store, tracked))
     incomplete = _replay(tracker, store, fix, diagnosis, say, tracked, foreign)
     names = list(dict.fromkeys([*tracked, *known]))
-    if name is not None and name not in names:
+    if name is not None and not name.endswith("/") and name not in names:
         raise UsageError(f"there is no study {name!r} in either store{suggestion(name, names)}")
-    for chosen in names if name is None else [name]:
+    for chosen in select(name, names):
         if chosen in incomplete:
             continue
         if chosen in foreign:

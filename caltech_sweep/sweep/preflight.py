@@ -20,6 +20,7 @@ from caltech_sweep.files import file_digest
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, SubsetOf, variants
 from caltech_sweep.study.file import weights_key
+from caltech_sweep.study.site import within
 from caltech_sweep.sweep.coordinator import Limits
 from caltech_sweep.sweep.executors.base import HANG_SECONDS
 from caltech_sweep.sweep.optuna_store import by_content, check_resumable
@@ -30,6 +31,7 @@ from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.augment import AUGMENTATIONS
 
 _LONGEST_TAG = 5000  # characters, which every tracking store takes
+OF_RAY = ("address", "cpus_per_trial", "gpus_per_trial", "slots", "upload_from_workers")  # options of that executor
 Weights = dict[str, InitialWeights]  # by ``weights_key``
 
 
@@ -60,6 +62,7 @@ class RunOptions:
     cpus_per_trial: float | None = None  # on the node of a cluster
     gpus_per_trial: float | None = None
     slots: str | None = None  # how many trials run at once on a cluster: a number, or "max"
+    upload_from_workers: bool = False  # nodes send artifacts to the tracking store by themselves
 
 
 def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
@@ -73,6 +76,9 @@ def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
             found[config.weights] = _digested(paths.expanded(name))
             continue
         tracker = MlflowTracker(tracking)
+        near = within(definition.name.rpartition("/")[0], name)  # a study of the same namespace comes first
+        if kind == "study" and near is not None and near != name and tracker.study(near) is not None:
+            name = near
         run_id = tracker.best_trial(name).run_id if kind == "study" else name
         found[config.weights] = _digested(tracker.checked_artifact(run_id, CHECKPOINT), run_id)
     return found
@@ -194,8 +200,8 @@ def check_executor(options: RunOptions) -> None:
         raise UsageError("--executor ray: trains in the processes of a cluster; leave --in-process out")
     if on_ray and (options.workers or options.per_device != RunOptions.per_device):
         raise UsageError("--executor ray: takes --slots and --gpus-per-trial in place of --workers and --per-device")
-    for name in ("address", "cpus_per_trial", "gpus_per_trial", "slots"):
-        if not on_ray and getattr(options, name) is not None:
+    for name in OF_RAY:
+        if not on_ray and getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')}: is for --executor ray")
 
 
@@ -227,6 +233,11 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[Sto
     tracking, storage = tracking_store(options.tracking_uri), study_store(options.storage)
     if tracking.is_same(storage):
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
+    if options.upload_from_workers and tracking.is_local:
+        raise UsageError(
+            f"--upload-from-workers: the artifacts of {tracking.shown} are kept on this machine; name a tracking "
+            "server with --tracking-uri, or leave it out"
+        )
     tracking.check_writable()
     storage.check_writable()
     if options.resume_trials and (options.rows or options.confirm):

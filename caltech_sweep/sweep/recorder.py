@@ -113,6 +113,10 @@ class Recorder:
         self.tracker.log_dataset(run.run_id, config.dataset.name, info.digest, info.splits, info.source)
         return run
 
+    def run_of(self, queued: QueuedTrial) -> str:
+        """Return the id of the run that :meth:`open` has opened for a trial."""
+        return self._opened[queued.number, queued.config.fingerprint()]
+
     def _tags(self, queued: QueuedTrial) -> dict[str, str]:
         config = queued.config
         tags = {

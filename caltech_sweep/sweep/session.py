@@ -296,7 +296,14 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[
             weights=checked.weights,
             describe=partial(table_of, definition.name, used.tracking),
         )
-        make_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
+        new_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
+
+        def make_job(queued: QueuedTrial) -> Job:
+            job = new_job(queued)
+            if options.upload_from_workers:
+                return replace(job, upload=journaling.ask(tracker.destination, recorder.run_of(queued)))
+            return job
+
         queue = TrialQueue(definition, study, options.rows, options.resume_trials)
         limits = Limits(options.max_failures)
         kept = kept_epochs(options, checked.data, checked.weights) if definition.budget else (lambda config: 0)

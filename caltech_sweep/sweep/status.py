@@ -10,6 +10,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import HeldStudyError, UsageError
 from caltech_sweep.metrics import EPOCH_SECONDS
 from caltech_sweep.stores import Address, study_store, tracking_store
+from caltech_sweep.study.site import select
 from caltech_sweep.sweep.lease import check_free
 from caltech_sweep.text import counted, duration, suggestion
 from caltech_sweep.tracking.records import HOST, UNFINISHED, StudyRecord, TrialRecord
@@ -27,10 +28,11 @@ def status(
     tracking.check()
     tracker = MlflowTracker(tracking)
     records = {record.name: record for record in tracker.studies()}
-    if name is not None and name not in records:
+    one = name is not None and not name.endswith("/")
+    if one and name not in records:
         raise UsageError(f"there is no study {name!r} in {tracking.shown}{suggestion(name, records)}")
     shown = 0
-    for record in records.values() if name is None else [records[name]]:
+    for record in (records[each] for each in select(name, records)):
         trials = tracker.trials(record)
         running = [trial for trial in trials if trial.state == "running"]
         runner = ""
@@ -38,7 +40,7 @@ def status(
             check_free(store, record.name)
         except HeldStudyError as error:
             runner = str(error).partition(";")[0]
-        if name is None and not running and not runner:
+        if not one and not running and not runner:
             continue
         shown += 1
         yield _summary(record, trials, len(running), runner)

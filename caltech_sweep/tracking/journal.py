@@ -24,7 +24,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
@@ -34,6 +34,7 @@ from caltech_sweep.tracking.answers import Answer, advice, meaning
 from caltech_sweep.tracking.background import Background
 from caltech_sweep.tracking.records import STEP_METRIC, STRIKES, EpochLog, StudyRecord, Tracker, TrialRecord, epochs_of
 
+T = TypeVar("T")
 LOCAL = "local-"  # what the id of a run begins with that the store does not know yet
 ID_TAG = "journal.id"  # on a run that was replayed: its local id, by which it is found again
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
@@ -524,6 +525,15 @@ class JournalingTracker(Tracker):
     ) -> Mapping[str, str]:
         end = {"outcome": outcome, "metrics": dict(metrics), "tags": dict(tags)}
         return self._write("finish_trial", run_id=run_id, **end, folder=folder) or {}
+
+    def ask(self, of: Callable[[str], T], run_id: str) -> T | None:
+        """Return what ``of`` says of a run; None while the store is away."""
+        real = self._real(run_id)
+        if self.waiting or self._thread.is_busy or real.startswith(LOCAL):
+            return None
+        with suppress(Exception):  # the next write finds out what is wrong, and says it
+            return self._thread.submit(partial(of, real)).result(self._patience)
+        return None
 
     def study(self, name: str) -> StudyRecord | None:
         return self.inner.study(name)

@@ -29,7 +29,16 @@ from caltech_sweep.files import SUMS, file_digest, read_sums
 from caltech_sweep.stores import Address, reason, tracking_store
 from caltech_sweep.text import one_line
 from caltech_sweep.tracking.answers import Answer, meaning
-from caltech_sweep.tracking.client import STUDY_FILE, check_server, deleted, guarded, move_artifacts, open_client
+from caltech_sweep.tracking.client import (
+    STUDY_FILE,
+    check_server,
+    deleted,
+    guarded,
+    local_path,
+    move_artifacts,
+    open_client,
+)
+from caltech_sweep.tracking.direct import Destination
 from caltech_sweep.tracking.reader import ClientReader
 from caltech_sweep.tracking.records import (
     END_TAGS,
@@ -288,6 +297,11 @@ class MlflowTracker(Tracker):
         except Exception as error:
             return error
         return None
+
+    def destination(self, run_id: str) -> Destination | None:
+        """Return where other machines may send a run's artifacts, None where they are kept on this one."""
+        uri = self.client.get_run(run_id).info.artifact_uri
+        return Destination(uri, self.uri) if local_path(uri) is None else None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ def _open_tar(archive: Path) -> Iterator[tuple[tarfile.TarFile, _Limited]]:
             pass
 
 
-def _climbs(name: str) -> bool:
+def climbs(name: str) -> bool:
     path = PureWindowsPath(name)  # splits at / and at \
     return bool(path.anchor) or ".." in path.parts or "\0" in name
 
@@ -124,11 +124,11 @@ def _members(opened: tuple[tarfile.TarFile, _Limited], archive: Path) -> Iterato
         limited.expect(max(member.size, 0))
         if count > MAX_MEMBERS or size > MAX_UNPACKED:
             raise _too_large(archive)
-        if _climbs(member.name):
+        if climbs(member.name):
             wrong = "has a name that leads out of its folder"
         elif member.issym():
             wrong = f"is a symbolic link (to {quoted(member.linkname)}), of which Caltech-101 has none"
-        elif member.islnk() and (_climbs(member.linkname) or PurePosixPath(member.linkname) not in files):
+        elif member.islnk() and (climbs(member.linkname) or PurePosixPath(member.linkname) not in files):
             wrong = f"is a link to {quoted(member.linkname)}, which is no earlier file of the archive"
         elif not (member.isdir() or member.isreg() or member.islnk()):
             wrong = "is a device or another special file"

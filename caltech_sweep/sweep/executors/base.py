@@ -16,6 +16,7 @@ from typing import Protocol
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.files import is_disk_full
+from caltech_sweep.tracking.direct import Destination
 from caltech_sweep.training.keys import CacheOptions
 
 HANG_SECONDS = 600.0  # of silence after which a worker is killed; every step of a training gives a sign
@@ -34,6 +35,7 @@ class Job:
     stages: CacheOptions | None = None  # what may be reused and where the trial's own stages go
     alone: bool = False  # no other job shares its device, which is the one it had before
     weights_digest: str | None = None  # the SHA-256 that the file of the initial weights must have
+    upload: Destination | None = None  # where the machine that has trained it may send its artifacts by itself
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from typing import Protocol
 from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import image_files, load_dataset, load_files, open_dataset
+from caltech_sweep.data.fetch.remote import is_remote
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.data.registry import dataset_of
+from caltech_sweep.data.registry import dataset_of, fetch_root
 from caltech_sweep.data.splits import Split, moved
 from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError
 from caltech_sweep.files import create_atomically, file_digest, locked
@@ -91,9 +92,9 @@ def luggage_of(dataset: DatasetConfig, data: LoadedData, root: Path | None, mark
     split = data.split
     if root is not None:
         split, root = moved(split, root, root.absolute()), root.absolute()
-    if dataset.root:
+    if dataset.root and not is_remote(dataset.root):
         dataset = replace(dataset, root=str(paths.expanded(dataset.root).absolute()))
-    elif root is not None:
+    elif root is not None and not dataset.root:
         dataset = replace(dataset, root=str(root))
     return Luggage(mark.parent.absolute(), mark.absolute(), dataset, split, root, data.fingerprint)
 
@@ -139,6 +140,7 @@ class Trainer:
         if dataset_of(known.dataset).images is not None:
             return load_dataset(known.dataset)
         with suppress(CaltechSweepError, OSError):
+            fetch_root(known.dataset)
             data = open_dataset(known.dataset)
             if data.fingerprint == known.fingerprint:
                 return data

@@ -11,7 +11,9 @@ import queue
 import shutil
 import socket
 import tempfile
+import threading
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from caltech_sweep.files import file_digest, locked_directory, remove_abandoned
 from caltech_sweep.heartbeat import beating
 from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Job, Runner, Stopped, _advance, failure_of
 from caltech_sweep.sweep.executors.worker import prepare
+from caltech_sweep.tracking.direct import Destination
 
 CHUNK = 8 << 20  # bytes that travel at once
 _SCRATCH = "caltech-sweep-node-"  # the folder of what trials leave on a node, until the coordinator has it
@@ -49,6 +52,14 @@ class Left:
 
     done: Done
     files: tuple[LeftFile, ...]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Which files of a job the tracking store took from its node, and why it is not all of them."""
+
+    paths: tuple[str, ...]
+    why: str
 
 
 class Incoming:
@@ -149,6 +160,23 @@ class Slot:
     def answer(self, go_on: bool) -> None:
         """Let a job that waits train its next epoch, or stop."""
         self._answers.put(go_on)
+
+    def send(self, job: int, files: Sequence[LeftFile], to: Destination, seconds: float) -> Sent:
+        """Send what a job left to the tracking store, for some seconds, or until it refuses a file."""
+        folder, taken, problems = self._folder / str(job), list[str](), list[str]()
+
+        def work() -> None:
+            for file in files:
+                if problem := to.take(folder / file.path, file.path, file.digest):
+                    problems.append(problem)
+                    return
+                taken.append(file.path)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        slow = f"the tracking store did not take all within {seconds:g} s" if thread.is_alive() else ""
+        return Sent(tuple(taken), slow or " ".join(problems))
 
     def chunk(self, job: int, path: str, start: int) -> bytes:
         """Return a part of a file that a job left."""

@@ -11,8 +11,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,15 @@ from caltech_sweep.sweep.executors.base import (
 )
 from caltech_sweep.sweep.executors.cluster import Demand, nodes
 from caltech_sweep.sweep.executors.luggage import Files, Luggage
-from caltech_sweep.sweep.executors.node import Incoming, Left, Place, Slot
+from caltech_sweep.sweep.executors.node import Incoming, Left, Place, Sent, Slot
 from caltech_sweep.text import one_line
+from caltech_sweep.tracking.background import Background
+from caltech_sweep.tracking.records import CAME_HOME, not_a_number
 
 IDLE_SECONDS = 30.0  # after which a slot without a job is given back to the cluster
 _LOOK_SECONDS = 2.0  # between two looks at which nodes there are
+_SEND_SECONDS = 120.0  # at most, that a node may take to send artifacts by itself, and so may the check of them
+_CHECK_SECONDS = 0.1  # between two looks at checks that go on
 _THREADS = 4  # of a slot: one trains, one waits for what happens, others answer and hand files over
 
 
@@ -83,6 +89,9 @@ class _Slot:
     place: Place | None = None
     job: Job | None = None
     incoming: Incoming | None = None
+    left: Left | None = None  # what its node sends to the tracking store by itself
+    checking: Future[set[str]] | None = None  # which of that is there
+    checked_from: float = 0.0
     alone: bool = False  # it is for one job, which shares its device with no other
     last_seen: float = 0.0
     idle_since: float = 0.0
@@ -111,6 +120,7 @@ class RayExecutor:
         self._slots: list[_Slot] = []
         self._waiting: deque[Job] = deque()
         self._node_of: dict[int, str] = {}  # of every job, where it ran last
+        self._checks = Background("artifacts")
         self._nodes: tuple[float, dict[str, dict[str, float]]] = (-math.inf, {})
 
     # -- how many, and where -----------------------------------------------------------------------------------------
@@ -211,6 +221,7 @@ class RayExecutor:
         for slot in self._slots:  # no poll listened since the last one
             slot.last_seen = min(now, slot.last_seen + (now - self._polled))
         events = [event for slot in self._answered(timeout) for event in self._receive(slot)]
+        events += [event for slot in list(self._slots) if slot.checking is not None for event in self._checked(slot)]
         self._polled = self._clock()
         for slot in list(self._slots):
             if slot.job is not None and self._polled - slot.last_seen > self._hang_seconds:
@@ -222,7 +233,9 @@ class RayExecutor:
         return events
 
     def _answered(self, timeout: float) -> list[_Slot]:
-        awaited = {slot.awaited: slot for slot in self._slots}
+        awaited = {slot.awaited: slot for slot in self._slots if slot.checking is None}
+        if len(awaited) < len(self._slots):
+            timeout = min(timeout, _CHECK_SECONDS)
         if not awaited:
             time.sleep(min(timeout, 0.1))
             return []
@@ -243,6 +256,8 @@ class RayExecutor:
         if isinstance(answer, _Started):
             slot.place, slot.node = answer.place, answer.node
             return self._listen(slot)
+        if isinstance(answer, Sent):
+            return self._sent(slot, answer)
         if isinstance(answer, bytes):
             return self._arrived(slot, answer)
         events: list[Event] = []
@@ -264,11 +279,48 @@ class RayExecutor:
     def _end(self, slot: _Slot) -> None:
         if slot.incoming is not None:
             slot.incoming.close()
-        slot.job, slot.incoming = None, None
+        slot.job, slot.incoming, slot.left, slot.checking = None, None, None, None
         if slot.alone:
             self._drop(slot)
 
     def _begin(self, slot: _Slot, left: Left) -> list[Event]:
+        assert slot.job is not None
+        if slot.job.upload is None or not_a_number(left.done.metrics):  # no checkpoint of what is no number
+            return self._bring(slot, left)
+        slot.left = left
+        slot.awaited = slot.actor.send.remote(slot.job.number, left.files, slot.job.upload, self._patience)
+        return []
+
+    @property
+    def _patience(self) -> float:
+        return min(_SEND_SECONDS, self._hang_seconds / 2)
+
+    def _sent(self, slot: _Slot, sent: Sent) -> list[Event]:
+        """Look whether what a node has sent to the tracking store is there, while other slots go on."""
+        assert slot.job is not None and slot.job.upload is not None and slot.left is not None
+        if sent.why:
+            done = slot.left.done
+            slot.left = replace(slot.left, done=replace(done, tags={**done.tags, CAME_HOME: sent.why}))
+        files = {file.path: (file.size, file.digest) for file in slot.left.files if file.path in sent.paths}
+        if not files:
+            return self._bring(slot, slot.left)
+        slot.checking, slot.checked_from = self._checks.submit(partial(slot.job.upload.confirmed, files)), self._clock()
+        return []
+
+    def _checked(self, slot: _Slot) -> list[Event]:
+        """Bring home what was not found at the tracking store."""
+        assert slot.checking is not None and slot.left is not None
+        slot.last_seen = self._clock()
+        if not slot.checking.done() and self._clock() - slot.checked_from < self._patience:
+            return []
+        there: set[str] = set()
+        if slot.checking.done() and slot.checking.exception() is None:
+            there = slot.checking.result()
+        slot.checking = None
+        return self._bring(slot, replace(slot.left, files=tuple(f for f in slot.left.files if f.path not in there)))
+
+    def _bring(self, slot: _Slot, left: Left) -> list[Event]:
+        """Bring home what a job left."""
         assert slot.job is not None
         slot.incoming = Incoming(left, slot.job.folder)
         return self._fetch(slot)
