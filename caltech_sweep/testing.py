@@ -280,7 +280,7 @@ def scripted_coordinator(
 ) -> Coordinator:
     """Return the real coordinator over scripts, an Optuna study in memory and a memory tracker.
 
-    ``clock`` returns seconds, by which a budget of hours is counted.
+    ``clock`` returns seconds, by which a budget of hours is counted, and how long epochs wait to be logged.
     """
     from caltech_sweep.sweep.budget import Ledger
     from caltech_sweep.sweep.coordinator import Coordinator, Limits
@@ -295,7 +295,7 @@ def scripted_coordinator(
     study = study or open_study(definition, MEMORY, definition.identity())
     data = DatasetInfo("scripted", {"train": 8, "val": 4, "test": 4}, "scripted", 2)
     progress = PlainProgress(write)
-    recorder = Recorder(tracker, definition, data, progress.note)
+    recorder = Recorder(tracker, definition, data, progress.note, clock=clock)
     queue = TrialQueue(definition, study, only)
     ledger = Ledger(definition.budget, clock=clock)
     return Coordinator(queue, recorder, executor, progress, make_job, limits or Limits(), ledger)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from caltech_sweep.study.definition import Component
 from caltech_sweep.sweep import queue, recorder
-from caltech_sweep.sweep.executors.base import Job
+from caltech_sweep.sweep.executors.base import Event, Job
 from caltech_sweep.sweep.optuna_store import open_study
-from caltech_sweep.testing import ScriptedExecutor, cost_study, scripted_coordinator
+from caltech_sweep.testing import MemoryTracker, ScriptedExecutor, cost_study, scripted_coordinator
 from caltech_sweep.tracking.writer import MlflowTracker
 
 MEDIAN = Component("median", {"startup_trials": 1, "warmup_epochs": 1})
@@ -73,6 +74,31 @@ def test_the_study_store_hears_of_an_epoch_within_the_seconds_that_it_may_wait(
     ).run()
     assert [len(values) for values in seen] == ([0, 1, 2, 3] if seconds < 0 else [0, 0, 0, 0])
     assert study.trials[0].intermediate_values == {1: 0.5, 2: 0.5, 3: 0.5}
+
+
+@pytest.mark.parametrize(("slots", "most"), [(1, 0.03), (50, 0.15)])
+def test_logging_the_epochs_of_many_slots_leaves_the_coordinator_most_of_its_time(
+    slots: int, most: float, tmp_path: Path
+) -> None:
+    now = logging = 0.0
+
+    class Slow(MemoryTracker):
+        def log_epochs(self, *arguments: Any) -> None:
+            nonlocal now, logging
+            now, logging = now + 0.1, logging + 0.1
+            super().log_epochs(*arguments)
+
+    class EpochsOfASecond(ScriptedExecutor):
+        def poll(self, timeout: float) -> list[Event]:
+            nonlocal now
+            now += 1.0
+            return super().poll(timeout)
+
+    tracker, definition = Slow(), cost_study(slots, 200)
+    scripted_coordinator(definition, EpochsOfASecond(slots=slots), tracker, tmp_path, clock=lambda: now).run()
+    assert 0 < logging / now < most
+    record = tracker.study("cost")
+    assert record is not None and len(tracker.trials(record)) == slots
 
 
 TRIALS = """

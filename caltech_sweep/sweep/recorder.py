@@ -32,6 +32,8 @@ from caltech_sweep.tracking.records import (
 
 DESCRIBE_SECONDS = 60.0  # at most so often the table in the tracking store is renewed while trials run
 FLUSH_SECONDS = 5.0  # how long epochs may wait to be logged together
+MOST_FLUSH_SECONDS = 60.0  # the same where many trials run, or the store takes long:
+FLUSH_SHARE = 0.1  # of the time is spent on logging epochs, if that is enough
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class RecordedTrial:
     run_id: str
     logged: int = 0  # the last epoch that the tracking store has, or that waits
     pending: list[EpochLog] = field(default_factory=list)
-    flushed: float = field(default_factory=time.monotonic)
+    flushed: float = 0.0  # when the last ones were logged
     spent: Spent = field(default_factory=Spent)
     spent_step: int = -1  # the last step at which that was logged
     host: str = ""  # the machine that trains it, where that is not this one
@@ -75,11 +77,14 @@ class Recorder:
         tags: Mapping[str, str] | None = None,
         weights: Mapping[str, InitialWeights] | None = None,
         describe: Callable[[], str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.tracker, self.definition, self.data, self.note = tracker, definition, data, note
         self.tags, self.weights, self.describe = dict(tags or {}), dict(weights or {}), describe
         self.records: dict[tuple[int, str], TrialRecord] = {}  # as they were when this process began
         self._opened: dict[tuple[int, str], str] = {}  # the ids of the runs that it has opened
+        self._open, self._took = 0, 0.0  # how many runs are open, and the seconds that logging epochs takes, smoothed
         self._described, self._undescribed = 0.0, False  # when last; whether a trial has ended since
         self._table: Future[str] | None = None  # that is being made
         self._thread = Background("description")
@@ -103,12 +108,14 @@ class Recorder:
         here = {HOST: self.tags[HOST]} if HOST in self.tags else {}
         if known is None:
             known = self.tracker.start_trial(self.definition.name, queued.name, params, self._tags(queued))
-            run = RecordedTrial(known)
+            run = RecordedTrial(known, flushed=self._clock())
         else:
-            run = RecordedTrial(known, self.tracker.resume_trial(known, {**self._weights_tags(config), **here}))
+            logged = self.tracker.resume_trial(known, {**self._weights_tags(config), **here})
+            run = RecordedTrial(known, logged, flushed=self._clock())
         if record is not None and len(record.params) < len(params):  # its process died before it had written all this
             self.tracker.log_params(known, params)
         self._opened[key] = known
+        self._open += 1
         info = self.data
         self.tracker.log_dataset(run.run_id, config.dataset.name, info.digest, info.splits, info.source)
         return run
@@ -155,15 +162,23 @@ class Recorder:
         if epoch > run.logged:
             run.pending.append((epoch, metrics, int(time.time() * 1000)))
             run.logged = epoch
-        if time.monotonic() - run.flushed > FLUSH_SECONDS:
+        if self._clock() - run.flushed > self._patience:
             self._flush_with_spent(run)  # in case there is no end
+
+    @property
+    def _patience(self) -> float:
+        """How long epochs may wait: so that the logging of all other runs leaves time for everything else."""
+        wanted = self._took * (self._open - 1) / FLUSH_SHARE
+        return max(FLUSH_SECONDS, min(wanted, MOST_FLUSH_SECONDS))
 
     def flush(self, run: RecordedTrial) -> None:
         """Log the epochs that wait."""
+        began = self._clock()
         if run.pending:
             self.tracker.log_epochs(run.run_id, run.pending)
             run.pending.clear()
-        run.flushed = time.monotonic()
+            self._took += 0.1 * (self._clock() - began - self._took)
+        run.flushed = self._clock()
 
     def _flush_with_spent(self, run: RecordedTrial) -> None:
         """Log the epochs that wait, and what the trial has spent: at its milliseconds, so that no step comes twice."""
@@ -183,6 +198,7 @@ class Recorder:
     ) -> None:
         """Write a trial's end, with the artifacts in ``folder``."""
         self._flush_with_spent(run)
+        self._open -= 1
         self.tracker.finish_trial(run.run_id, outcome, metrics, tags, folder)
         self._undescribed = True
 

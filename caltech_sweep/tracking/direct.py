@@ -6,34 +6,37 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 from caltech_sweep.files import SUMS, file_digest, read_sums
 from caltech_sweep.stores import reason
 from caltech_sweep.text import one_line
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the artifacts of one run go; secrets that no address holds come from each machine's environment."""
+    """The run that artifacts go to; secrets that no address holds come from each machine's environment."""
 
-    uri: str = field(repr=False)
-    server: str = field(repr=False)  # the tracking store, by which an address of its proxy is understood
+    run_id: str
+    server: str = field(repr=False)
 
-    def _store(self) -> Any:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # no worker needs it
+    @property
+    def _client(self) -> MlflowClient:
+        from mlflow import MlflowClient  # which no process needs that only trains
 
-        return get_artifact_repository(self.uri, self.server)
+        return MlflowClient(self.server)
 
     def take(self, file: Path, path: str, digest: str) -> str:
         """Send a file and read it back; return what is wrong if the store does not have it with this SHA-256 then."""
         parent = PurePosixPath(path).parent.as_posix()
         try:
-            store = self._store()
-            store.log_artifact(str(file), None if parent == "." else parent)
-            same = _read(store, path) == digest
+            self._client.log_artifact(self.run_id, str(file), None if parent == "." else parent)
+            same = self._digest(path) == digest
         except Exception as error:  # each kind of artifact store raises errors of its own
-            return one_line(f"{path} was not taken: {reason(error, self.uri)}", 300)
+            return one_line(f"{path} was not taken: {reason(error, self.server)}", 300)
         return "" if same else f"{path} was not kept as it was sent"
 
     def confirmed(self, files: Mapping[str, tuple[int, str]]) -> set[str]:
@@ -42,24 +45,22 @@ class Destination:
         Their sizes are listed, and their SHA-256 are compared with the store's own SHA256SUMS, which is read; the files
         themselves are not. Raises what the artifact store raises.
         """
-        store = self._store()
         folders = {PurePosixPath(path).parent.as_posix() for path in files}
         listed = {
             item.path: item.file_size
             for folder in sorted(folders)
-            for item in store.list_artifacts(None if folder == "." else folder)
+            for item in self._client.list_artifacts(self.run_id, None if folder == "." else folder)
         }
         found = {path for path, (size, _) in files.items() if path in listed and listed[path] in (size, None)}
         if SUMS not in files:
             return found
         with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as place:
-            copy = Path(store.download_artifacts(SUMS, place))
+            copy = Path(self._client.download_artifacts(self.run_id, SUMS, place))
             if file_digest(copy) != files[SUMS][1]:
                 return set()
             sums = read_sums(copy)
         return {path for path in found if path == SUMS or sums.get(path) == files[path][1]}
 
-
-def _read(store: Any, path: str) -> str:
-    with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as place:
-        return file_digest(Path(store.download_artifacts(path, place)))
+    def _digest(self, path: str) -> str:
+        with tempfile.TemporaryDirectory(prefix="caltech-sweep-") as place:
+            return file_digest(Path(self._client.download_artifacts(self.run_id, path, place)))

@@ -301,7 +301,7 @@ class MlflowTracker(Tracker):
     def destination(self, run_id: str) -> Destination | None:
         """Return where other machines may send a run's artifacts, None where they are kept on this one."""
         uri = self.client.get_run(run_id).info.artifact_uri
-        return Destination(uri, self.uri) if local_path(uri) is None else None
+        return Destination(run_id, self.uri) if local_path(uri) is None else None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

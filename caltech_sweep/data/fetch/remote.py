@@ -6,10 +6,12 @@ The archive is unpacked once into the data folder, and kept under a name that it
 from __future__ import annotations
 
 import hashlib
+import lzma
 import shutil
 import tarfile
 import urllib.parse
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import IO, Any
 from caltech_sweep import paths
 from caltech_sweep.data.fetch.unpack import climbs
 from caltech_sweep.errors import DatasetError
-from caltech_sweep.files import alone, create_atomically, make_folder, writing
+from caltech_sweep.files import BLOCK, alone, create_atomically, make_folder, writing
 from caltech_sweep.heartbeat import beat
 from caltech_sweep.text import one_line, quoted
 
+_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)  # of an archive
 Member = tuple[str, int, Callable[[], "IO[bytes] | None"]]  # its name, its bytes, and what opens it
 
 
@@ -100,6 +103,17 @@ def _members(archive: Path) -> Iterator[list[Member]]:
         yield [(member.name, member.size, lambda member=member: tar.extractfile(member)) for member in found]  # type: ignore[misc]
 
 
+def _copy(source: IO[bytes], target: Path) -> None:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.open("wb")
+    with file:
+        while block := source.read(BLOCK):
+            with writing(target):
+                file.write(block)
+            beat()
+
+
 def _unpack(url: str, archive: Path, folder: Path) -> None:
     """Unpack the files of a zip or a tar; none may lead out of the folder, or say that it has more than the disk."""
     try:
@@ -109,16 +123,12 @@ def _unpack(url: str, archive: Path, folder: Path) -> None:
             if (size := sum(size for _, size, _ in members)) > shutil.disk_usage(folder).free:
                 raise DatasetError(f"it needs {size / 1e9:.1f} GB of disk; name another place with CALTECH_SWEEP_DATA")
             for name, _, opened in members:
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with writing(target), target.open("wb") as file:
-                    source = opened()
-                    assert source is not None
-                    shutil.copyfileobj(source, file)
-                beat()
+                source = opened()
+                assert source is not None
+                _copy(source, folder / name)
     except DatasetError as error:
         raise DatasetError(f"dataset.root: {url} was not unpacked: {error}") from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+    except (*_DAMAGES, ValueError, RuntimeError) as error:
         raise DatasetError(
             f"dataset.root: {url} is no zip or tar that can be unpacked ({one_line(str(error))})"
         ) from error
