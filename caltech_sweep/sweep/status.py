@@ -29,7 +29,7 @@ def status(
     tracker = MlflowTracker(tracking)
     records = {record.name: record for record in tracker.studies()}
     one = name is not None and not name.endswith("/")
-    if one and name not in records:
+    if name is not None and one and name not in records:
         raise UsageError(f"there is no study {name!r} in {tracking.shown}{suggestion(name, records)}")
     shown = 0
     for record in (records[each] for each in select(name, records)):

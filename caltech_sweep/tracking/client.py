@@ -202,6 +202,11 @@ def open_client(store: Store, create: bool) -> MlflowClient:
     return client
 
 
+def unchecked(uri: str) -> MlflowClient:
+    """Return MLflow's client of a store that another process has opened, and found to be there."""
+    return MlflowClient(uri, uri)
+
+
 def check_schema(store: Store, engine: sa.Engine) -> None:
     """Raise StoreError for a database of another version of MLflow; nothing is written."""
     try:
