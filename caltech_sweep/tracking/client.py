@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -73,6 +74,8 @@ _LOCK_SECONDS = 5  # that a write waits for a database that another holds, befor
 _MISSING = re.compile("no such|not found|does not exist|NoSuchKey", re.I)  # of an artifact that is not there
 _WRITES = ("create_", "log_", "set_", "update_", "delete_")
 
+# Else MLflow asks a server for each run that ends, to print two lines with its address.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 for _name in ("alembic", "mlflow"):  # after the import, which sets its own levels
     logging.getLogger(_name).setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the errors that it raises, in full
