@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [--slots 200] [--trials 400] [--epochs 30] [--epoch-seconds 3] [--servers]
     python benchmarks/scale.py --ray 4
-    python benchmarks/scale.py --simulate [--epoch-ms 0.3] [--trial-ms 30] [--megabytes 10]
+    python benchmarks/scale.py --simulate [--epoch-ms 2] [--trial-ms 45] [--megabytes 10]
 
 The coordinator is the real one, with SQLite stores in a temporary folder, or with PostgreSQL and an MLflow server that
 are started for it. The slots are scripted: they answer at once, so that the coordinator never waits, or after so many
@@ -282,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("slots", 200), ("trials", 400), ("epochs", 30), ("ray", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, number in (("epoch-seconds", 0.0), ("epoch-ms", 0.3), ("trial-ms", 30.0), ("megabytes", 10.0)):
+    for name, number in (("epoch-seconds", 0.0), ("epoch-ms", 2.0), ("trial-ms", 45.0), ("megabytes", 10.0)):
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--gigabits", type=float, default=10.0, help="a second, of the coordinator's network")
     parser.add_argument("--servers", action="store_true", help="start PostgreSQL and an MLflow server, and use them")
