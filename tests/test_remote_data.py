@@ -143,7 +143,9 @@ def test_an_archive_that_cannot_be_used_is_a_sentence_and_leaves_nothing(
         server.files[name] = content
     with pytest.raises(DatasetError, match=told) as caught:
         load_dataset(replace(CONFIG, root=server.url(name)))
-    assert "hunter2" not in str(caught.value)
+    with pytest.raises(DatasetError) as planned:
+        inspect_dataset(replace(CONFIG, root=server.url(name)))
+    assert "hunter2" not in f"{caught.value} {planned.value}"
     assert not [path for path in (photos.parent / "data").rglob("*") if path.is_file() and "lock" not in path.name]
     assert not (photos.parent / "evil.png").exists()
 

@@ -34,6 +34,13 @@ def is_remote(root: str | None) -> bool:
 
 
 def _place(url: str) -> Path:
+    """Return where an archive belongs; raise DatasetError for an address with a secret, which is not shown."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.query or "@" in parts.netloc:
+        raise DatasetError(
+            "dataset.root: the address holds a user, a password or a key; leave it out, and set it in the environment, "
+            "as the package of this kind of address reads it"
+        )
     return paths.data_home() / "archives" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
@@ -54,12 +61,6 @@ def fetched(url: str) -> Path:
 
 def fetch_archive(url: str) -> None:
     """Fetch and unpack an archive that is not there yet; raise DatasetError when that fails, with nothing left."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.query or "@" in parts.netloc:
-        raise DatasetError(
-            "dataset.root: the address holds a user, a password or a key; leave it out, and set it in the environment, "
-            "as the package of this kind of address reads it"
-        )
     place = _place(url)
     with alone(make_folder(place.parent)):
         if place.is_dir():
