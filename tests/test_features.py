@@ -1,6 +1,7 @@
 """Frozen layers apart: the same network to its user; their outputs, kept, are bit for bit what they would be."""
 
 import re
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,6 +259,15 @@ def test_what_an_image_gives_does_not_depend_on_its_neighbours(data: LoadedData)
         assert torch.equal(
             training._features.rows("train", index[place : place + 1], draws[torch.tensor([place])])[0], together[place]
         )
+
+
+def test_no_step_pays_for_a_traceback(data: LoadedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    def formatted(*args: object) -> list[str]:
+        raise AssertionError("torch.manual_seed formats one for each kind of GPU that is not in use")
+
+    training = Training(CONFIG, data, build_model(CONFIG, 3), CPU)
+    monkeypatch.setattr(traceback, "format_stack", formatted)
+    training.train_epoch(1)
 
 
 def test_trials_share_features_and_damage_is_computed_again(data: LoadedData, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ class FrozenFeatures:
         plain = tables[()]
         if plain is None or any(table is None for table in tables.values()):
             return self._compute(part, index, draws)
-        rows = plain[index.to(plain.device)]
+        rows = plain.index_select(0, index.to(plain.device))
         for variant, table in tables.items():
             if variant and table is not None:
                 place = torch.stack([chosen == (op in variant) for op, (chosen, _) in ops.items()]).all(0)

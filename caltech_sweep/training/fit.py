@@ -222,9 +222,16 @@ class Training:
         """How many batches an epoch trains."""
         return steps_of(self.config, len(self._labels))
 
+    def _seed(self, seed: int) -> None:
+        """Seed what a network draws from; torch.manual_seed formats a traceback for each kind of GPU that is idle."""
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
     def _step(self, epoch: int, number: int, index: torch.Tensor, draws: augment.Draws | None) -> torch.Tensor:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch, number))
+        self._seed(derive_seed(self.config.seed, "dropout", epoch, number))
         inputs = self._inputs("train", index, draws)
         labels = self._labels[index].to(self.device)
         targets = labels
