@@ -319,10 +319,13 @@ def run(study: str, **options: Any) -> None:
     Example: caltech-sweep run transfer --trials 20 --workers 2
     """
     definition = _load(study, options)
-    from caltech_sweep.sweep.preflight import RunOptions
-    from caltech_sweep.sweep.session import run_study
+    from caltech_sweep.sweep.options import RunOptions, started
 
-    summary = run_study(definition, RunOptions(**options), _say)
+    chosen = RunOptions(**options)
+    with started(chosen) as executor:  # its workers import what they need while this process does
+        from caltech_sweep.sweep.session import run_study
+
+        summary = run_study(definition, chosen, _say, executor)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(summary.outcomes.items())) or "nothing to do"
     _say(f"study {definition.name}: {counts}")
     if summary.stopped:
@@ -354,8 +357,8 @@ def plan(study: str, **options: Any) -> None:
     Example: caltech-sweep plan transfer
     """
     definition = _load(study, options)
+    from caltech_sweep.sweep.options import RunOptions
     from caltech_sweep.sweep.plan import plan_study
-    from caltech_sweep.sweep.preflight import RunOptions
 
     done = plan_study(definition, RunOptions(**options))
     click.echo(done.text)
