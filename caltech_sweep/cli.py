@@ -352,14 +352,17 @@ def run(study: str, **options: Any) -> None:
     Example: caltech-sweep run transfer --trials 20 --workers 2
     """
     definition = _load(study, options)
-    from caltech_sweep.sweep.preflight import OF_RAY, RunOptions
-    from caltech_sweep.sweep.session import run_study
+    from caltech_sweep.sweep.options import OF_RAY, RunOptions, started
 
     source = click.get_current_context().get_parameter_source
     for name in OF_RAY if options["executor"] != "ray" else ():
         if source(name) is ParameterSource.DEFAULT_MAP:  # the site's are for when its cluster is used
             options[name] = getattr(RunOptions, name)
-    summary = run_study(definition, RunOptions(**options), _say)
+    chosen = RunOptions(**options)
+    with started(chosen) as executor:  # its workers import what they need while this process does
+        from caltech_sweep.sweep.session import run_study
+
+        summary = run_study(definition, chosen, _say, executor)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(summary.outcomes.items())) or "nothing to do"
     _say(f"study {definition.name}: {counts}")
     if summary.stopped:
@@ -391,8 +394,8 @@ def plan(study: str, **options: Any) -> None:
     Example: caltech-sweep plan transfer
     """
     definition = _load(study, options)
+    from caltech_sweep.sweep.options import RunOptions
     from caltech_sweep.sweep.plan import plan_study
-    from caltech_sweep.sweep.preflight import RunOptions
 
     done = plan_study(definition, RunOptions(**options))
     click.echo(done.text)

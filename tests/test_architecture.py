@@ -99,6 +99,16 @@ def test_optuna_is_imported_by_the_sweep_and_what_names_its_parts() -> None:
     assert {name for name in users_of("optuna") if not name.startswith("sweep/")} <= allowed
 
 
+def test_what_starts_the_workers_is_loaded_without_mlflow_and_optuna() -> None:
+    known = {dotted(name): path for name, path in MODULES.items()}
+    seen, wanted = set[str](), {"caltech_sweep.sweep.options"}
+    while new := (wanted & known.keys()) - seen:
+        seen |= new
+        wanted |= {found for name in new for found in imports(known[name], top_level_only=True)}
+    assert {"multiprocessing", "caltech_sweep.sweep.executors.worker"} <= wanted
+    assert not {name.split(".")[0] for name in wanted} & {"mlflow", "optuna"}
+
+
 def test_mlflow_is_imported_by_tracking_and_serving_only() -> None:
     assert {name.split("/")[0] for name in users_of("mlflow")} == {"tracking", "serving"}
 

@@ -40,7 +40,7 @@ from caltech_sweep.serving.promote import promote
 from caltech_sweep.serving.runs import model_spec
 from caltech_sweep.serving.served_model import Classifier
 from caltech_sweep.study.file import load_study
-from caltech_sweep.sweep.preflight import RunOptions
+from caltech_sweep.sweep.options import RunOptions
 from caltech_sweep.sweep.session import run_study
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker

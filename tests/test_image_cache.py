@@ -3,15 +3,19 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import PIL
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import inspect_dataset, load_dataset
+from caltech_sweep.data.cache import inspect_store, open_store
+from caltech_sweep.data.digests import Files
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError
 from helpers.datasets import draw
@@ -74,6 +78,36 @@ def test_a_start_reads_no_file_that_is_as_it_was_and_verifying_reads_all(photos:
     spoiled.touch()
     with pytest.raises(DatasetError, match="3.png"):  # read now, and found to be no whole PNG any more
         load_dataset(config(photos))
+
+
+@pytest.mark.parametrize("kind", ["resized", "crop", "jpeg"])
+def test_a_first_start_reads_a_jpeg_file_for_its_digest_and_for_its_pixels_and_no_third_time(
+    kind: str, photos: Path, tmp_path: Path
+) -> None:
+    for file in photos.rglob("*.png"):
+        with Image.open(file) as image:
+            image.resize((48, 20 + 2 * int(file.stem))).convert("RGB").save(file.with_suffix(".jpg"))
+        os.utime(file.with_suffix(".jpg"), (LONG_AGO, LONG_AGO))
+    reads: Counter[Path] = Counter()
+
+    def read(path: Path) -> bytes:
+        reads[path] += 1
+        return path.read_bytes()
+
+    given, cache = config(photos, cache=kind), tmp_path / "other"
+    for files in (sorted(photos.rglob("*.jpg")), sorted(photos.rglob("*.*"))):
+        planned = inspect_store(Files(files, read), given, cache)
+        assert {reads[file] for file in files if file.suffix == ".jpg"} == {1}
+        reads.clear()
+        opened = open_store(Files(files, read), given, cache)
+        assert all(reads[file] == 2 for file in files if len(files) == 18)
+        assert planned.key == opened.key
+        if kind != "jpeg":
+            made = max(cache.glob("images-*.bin"), key=lambda file: file.stat().st_mtime_ns)
+            assert planned.to_build == made.stat().st_size
+        reads.clear()
+        open_store(Files(files, read), given, cache)
+        assert not reads
 
 
 def test_a_file_that_has_only_just_changed_is_read_again(photos: Path) -> None:

@@ -258,8 +258,7 @@ def test_the_doctor_says_what_the_machine_gives_and_what_would_be_faster(
 def test_workers_take_the_threads_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from caltech_sweep.sweep.preflight import RunOptions
-    from caltech_sweep.sweep.session import make_executor
+    from caltech_sweep.sweep.options import RunOptions, make_executor
 
     before = torch.get_num_threads()
     try:

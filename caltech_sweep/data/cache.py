@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,6 +54,7 @@ Progress = Callable[[int, int], None]
 FORMAT = 1
 _WAVE, _WAVE_BYTES = 256, 1 << 29  # images, or bytes of them, that are decoded ahead of the writer of a cache
 _BLOCK = 1 << 26  # bytes that are checked at once
+_JPEG = b"\xff\xd8\xff"  # what its files begin with
 
 
 def _each(files: Files, work: Callable[[bytes], T], progress: Progress | None = None, wave: int = _WAVE) -> Iterator[T]:
@@ -209,11 +213,31 @@ class _Known:
 class _Keeper:
     """Opens and builds what is kept of a dataset's files; the settings of pixels are in its name only where needed."""
 
-    def __init__(self, files: Files, config: DatasetConfig, folder: Path, *, verify: bool, write: bool) -> None:
-        self.files, self.config, self.folder, self.verify = files, config, folder, verify
+    def __init__(
+        self,
+        files: Files,
+        config: DatasetConfig,
+        folder: Path,
+        look: Callable[[bytes], Facts],
+        *,
+        verify: bool,
+        write: bool,
+    ) -> None:
+        self.files, self.config, self.folder, self.verify, self.look = files, config, folder, verify, look
         self.rules = PixelRules.of(config)
-        self.digests = digests(files, folder, verify=verify, write=write)
+        self._seen, self._guard = Counter[Facts](), Lock()  # of files that were read for their digests
+        self.digests = digests(replace(files, read=self._read), folder, verify=verify, write=write)
         self.plain_key, self.own_key = _keys(self.digests, config.resize, self.rules)
+
+    def _read(self, path: Path) -> bytes:
+        """Read a file, and look at one whose first bytes tell all, so that it is not read again for them."""
+        content = self.files.read(path)
+        if content.startswith(_JPEG):
+            with contextlib.suppress(DatasetError):  # which is told with all others of its kind
+                facts = self.look(content)
+                with self._guard:
+                    self._seen[facts] += 1
+        return content
 
     def place(self, key: str, kind: str) -> _Cache:
         """Return where a kind of cache lies."""
@@ -231,21 +255,16 @@ class _Keeper:
                     return _Known(key, 16 if plain else header["grey_bits"], plain, size)
         return None
 
-    def examine(self, look: Callable[[bytes], Facts]) -> _Known:
+    def examine(self) -> _Known:
         """Return the same from the files themselves."""
-        size = 0
-
-        def each() -> Iterator[Facts]:
-            nonlocal size
-            for facts in _each(self.files, look):
-                height, width = resized_size(facts.size, self.config.resize)
-                size += height * width * 3
-                yield facts
-
-        facts = Facts.of_all(each())
+        if self._seen.total() != len(self.files.paths):
+            self._seen = Counter(_each(self.files, self.look))
+        facts = Facts.of_all(self._seen)
         _check_colour(facts)
         bits = facts.grey_bits()
         plain = facts.plain and bits == 16
+        areas = {found: math.prod(resized_size(found.size, self.config.resize)) for found in self._seen}
+        size = 3 * sum(areas[found] * count for found, count in self._seen.items())
         return _Known(self.plain_key if plain else self.own_key, bits, plain, size)
 
     def needed(self, known: _Known, kind: str) -> int:
@@ -307,8 +326,8 @@ def inspect_store(files: Files, config: DatasetConfig, folder: Path, verify: boo
     Raises its DatasetError for images whose headers show that they cannot be decoded, and for a cache that cannot be
     written or does not fit on the disk, unless it is there already.
     """
-    keeper = _Keeper(files, config, folder, verify=verify, write=False)
-    known = keeper.known() or keeper.examine(partial(_inspect, config.resize))
+    keeper = _Keeper(files, config, folder, partial(_inspect, config.resize), verify=verify, write=False)
+    known = keeper.known() or keeper.examine()
     to_build, kept = 0, keeper.place(known.key, config.cache)
     if not kept.header() or (verify and config.cache != "jpeg" and kept.open(verify=True) is None):
         place = closest(folder)
@@ -338,10 +357,8 @@ def open_store(
     where otherwise those that are unchanged by their times are not. Raises DatasetError naming every file that cannot
     be read, or telling the size of a cache for which there is no room.
     """
-    keeper = _Keeper(files, config, folder, verify=verify, write=True)
-    known = keeper.known()
-    if known is None:
-        known = keeper.examine(_facts)
+    keeper = _Keeper(files, config, folder, _facts, verify=verify, write=True)
+    known = keeper.known() or keeper.examine()
     images = keeper.open(known)
     if images is None:
         if (needed := keeper.check_room(known)) and say:
@@ -372,8 +389,13 @@ def bad_images(files: Files, config: DatasetConfig, cache: Path, *, write: bool)
             return why_unreadable(error)
         return ""
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bad = {index: why for index, why in enumerate(pool.map(attempt, paths)) if why}
+    bad: dict[int, str] = {}
+    with ThreadPoolExecutor(cores()) as pool:
+        for start in range(0, len(paths), _WAVE):  # a million calls that wait at once would take a gigabyte
+            for index, why in enumerate(pool.map(attempt, paths[start : start + _WAVE]), start):
+                beat()
+                if why:
+                    bad[index] = why
     if write:
         try:
             with create_atomically(kept) as made:

@@ -24,10 +24,10 @@ from caltech_sweep.study.definition import Dimension, Range, Row, StudyDefinitio
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_size
 from caltech_sweep.sweep.forecast import outlook
 from caltech_sweep.sweep.lease import check_free
+from caltech_sweep.sweep.options import RunOptions
 from caltech_sweep.sweep.optuna_store import check_stored
 from caltech_sweep.sweep.ownership import check_record, check_runs
 from caltech_sweep.sweep.preflight import (
-    RunOptions,
     Weights,
     check,
     check_options,

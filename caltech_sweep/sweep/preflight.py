@@ -17,12 +17,11 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS, Split
 from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError, UsageError
 from caltech_sweep.files import file_digest
-from caltech_sweep.stores import Address, Store, study_store, tracking_store
+from caltech_sweep.stores import Store, study_store, tracking_store
 from caltech_sweep.study.definition import Dimension, Range, StudyDefinition, SubsetOf, variants
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.study.site import within
-from caltech_sweep.sweep.coordinator import Limits
-from caltech_sweep.sweep.executors.base import HANG_SECONDS
+from caltech_sweep.sweep.options import OF_RAY, RunOptions
 from caltech_sweep.sweep.optuna_store import by_content, check_resumable
 from caltech_sweep.sweep.recorder import DatasetInfo
 from caltech_sweep.text import progress_line, suggestion
@@ -31,38 +30,7 @@ from caltech_sweep.tracking.writer import MlflowTracker
 from caltech_sweep.training.augment import AUGMENTATIONS
 
 _LONGEST_TAG = 5000  # characters, which every tracking store takes
-OF_RAY = ("address", "cpus_per_trial", "gpus_per_trial", "slots", "upload_from_workers")  # options of that executor
 Weights = dict[str, InitialWeights]  # by ``weights_key``
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says about where and how trials run; None leaves it to the machine."""
-
-    tracking_uri: Address = None
-    storage: Address = None
-    workers: int | None = None  # processes; one a GPU, one on the CPU
-    per_device: int = 1  # workers sharing a GPU
-    device: str | None = None
-    threads: int | None = None  # of torch in each worker; all cores
-    in_process: bool = False
-    adopt: bool = False  # take the study over from another study store, by rebuilding it from its runs
-    rows: tuple[str, ...] = ()  # only these
-    resume_trials: tuple[int, ...] = ()  # only these, which are paused, to their ends
-    confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
-    reuse: bool = True  # share training states and frozen features between trials, and go on from them
-    hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
-    max_failures: int = Limits.failures_in_a_row  # failed trials in a row that stop the study
-    local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
-    verify: bool = False  # read all images and the whole image cache again, whatever their times say
-    cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less
-    cache: str | None = None  # the folder that they are kept in, or an address; None: below the data folder
-    executor: str = "processes"  # or "ray"
-    address: str | None = None  # of a Ray cluster; None: a private one
-    cpus_per_trial: float | None = None  # on the node of a cluster
-    gpus_per_trial: float | None = None
-    slots: str | None = None  # how many trials run at once on a cluster: a number, or "max"
-    upload_from_workers: bool = False  # nodes send artifacts to the tracking store by themselves
 
 
 def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:

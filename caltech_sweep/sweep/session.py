@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import optuna
 
-from caltech_sweep import machine, paths
+from caltech_sweep import paths
 from caltech_sweep.config import PLACE_FIELDS
 from caltech_sweep.data import dataset_root
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
@@ -26,15 +25,13 @@ from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
 from caltech_sweep.sweep.executors.base import Executor, Job
-from caltech_sweep.sweep.executors.in_process import InProcessExecutor
-from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
-from caltech_sweep.sweep.executors.worker import prepare, train
+from caltech_sweep.sweep.executors.processes import STOPPING
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.local_stores import LocalStores
+from caltech_sweep.sweep.options import RunOptions, make_executor
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
 from caltech_sweep.sweep.preflight import (
-    RunOptions,
     Weights,
     _Checked,
     _checked,
@@ -96,15 +93,14 @@ def table_of(study: str, tracking: Store) -> str:
 
 
 def _executor(
-    stack: ExitStack, options: RunOptions, note: Callable[[str], None]
+    stack: ExitStack, options: RunOptions, note: Callable[[str], None], started: Executor | None
 ) -> Callable[[StudyDefinition, _Checked], Executor]:
-    """Start the workers, or connect to the cluster, and return what makes the executor; the stack ends both.
+    """Start the workers unless they are ``started``, or connect to the cluster; return what makes the executor.
 
-    Raises UsageError for a cluster that cannot be used.
+    The stack ends both. Raises UsageError for a cluster that cannot be used.
     """
     if options.executor != "ray":
-        executor = make_executor(options)
-        stack.callback(executor.close)
+        executor = started or stack.enter_context(closing(make_executor(options)))
         return lambda definition, checked: executor
     from caltech_sweep.sweep.executors.cluster import connected
     from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
@@ -133,21 +129,6 @@ def _executor(
         return made
 
     return make
-
-
-def make_executor(options: RunOptions) -> Executor:
-    """Return the executor that the options and the machine ask for."""
-    import torch
-
-    devices = [options.device] if options.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    threads = options.threads or machine.threads()
-    if options.in_process:
-        torch.set_num_threads(threads)
-        return InProcessExecutor(train, devices[0])
-    workers = options.workers or len(devices) * options.per_device
-    if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare)
 
 
 @contextmanager
@@ -265,11 +246,13 @@ def _stores_in_use(
         yield _InUse(local.tracking, local.storage, local.artifacts, local.save)
 
 
-def run_study(definition: StudyDefinition, options: RunOptions, write: Callable[[str], None]) -> Summary:
-    """Check a study, then run it to its total; ``write`` prints a line."""
+def run_study(
+    definition: StudyDefinition, options: RunOptions, write: Callable[[str], None], started: Executor | None = None
+) -> Summary:
+    """Check a study, then run it to its total; ``write`` prints a line. An executor that is ``started`` is used."""
     stores = check_options(definition, options)
     with ExitStack() as stack:
-        make = _executor(stack, options, write)  # its workers start while everything else is checked
+        make = _executor(stack, options, write, started)  # its workers start while everything else is checked
         checked = _checked(definition, options, *stores, write)
         executor = make(definition, checked)
         identity = identity_of(definition, checked.data, checked.weights)
