@@ -26,7 +26,7 @@ from caltech_sweep.sweep.optuna_store import by_content, check_resumable
 from caltech_sweep.sweep.recorder import DatasetInfo
 from caltech_sweep.text import progress_line, suggestion
 from caltech_sweep.tracking.records import GREY_BITS, InitialWeights
-from caltech_sweep.tracking.writer import MlflowTracker
+from caltech_sweep.tracking.writer import MlflowTracker, nothing_complete
 from caltech_sweep.training.augment import AUGMENTATIONS
 
 _LONGEST_TAG = 5000  # characters, which every tracking store takes
@@ -72,6 +72,8 @@ def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
         if kind == "file":
             found[config.weights] = _digested(paths.expanded(name))
             continue
+        if kind == "study" and tracking.is_missing:
+            raise nothing_complete(name, tracking)
         tracker = MlflowTracker(tracking)
         run_id = tracker.best_trial(name).run_id if kind == "study" else name
         found[config.weights] = _digested(tracker.checked_artifact(run_id, CHECKPOINT), run_id)
@@ -84,7 +86,8 @@ def _digested(path: Path, run_id: str | None = None) -> InitialWeights:
             raise ModelError(f"weights: {path} is no file")
         return InitialWeights(path, file_digest(path), run_id)
     except FileNotFoundError as error:
-        raise ModelError(f"weights: there is no file {path}") from error
+        where = "" if path.is_absolute() else f" in {Path.cwd()}, from where its path counts"
+        raise ModelError(f"weights: there is no file {path}{where}; put it there, or name another") from error
     except OSError as error:
         raise ModelError(f"weights: {path} cannot be read ({error.strerror})") from error
 
