@@ -94,6 +94,12 @@ def test_classes_that_look_like_parts_are_said(tmp_path: Path) -> None:
         "the classes 'holdout', 'train' hold folders of the same names ('ant', 'bee'); where they are parts of a "
         "dataset and not classes, call them train, val and test",
     )
+    for place in (".", "holdout", "train"):
+        (tmp_path / place / "loop").symlink_to("loop")
+    assert folder(tmp_path).train == split.train
+    (tmp_path / "holdout").rename(tmp_path / "test")
+    assert folder(tmp_path).classes == ("ant", "bee")
+    (tmp_path / "test").rename(tmp_path / "holdout")
     part_of(tmp_path, "other", classes=("ant", "cow"))
     assert folder(tmp_path).notes == ()
 

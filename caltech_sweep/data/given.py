@@ -15,7 +15,7 @@ import numpy as np
 
 from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
-from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden, list_classes
+from caltech_sweep.data.listing import PassedOver, by_name, folders_in, list_classes
 from caltech_sweep.data.splits import SPLITS, Sample, Split, carve, carve_val
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.text import counted, one_line, readable
@@ -210,15 +210,12 @@ def part_folders(root: Path) -> dict[str, Path]:
     They are where one is called train, holds folders, and no other folder has another name than a part's.
     """
     found: dict[str, list[Path]] = {}
-    for entry in entries(root):
-        if not is_hidden(entry.name) and entry.is_dir():
-            part = part_named(entry.name)
-            if part is None:
-                return {}
-            found.setdefault(part, []).append(Path(entry.path))
-    if "train" not in found or not any(
-        entry.is_dir() and not is_hidden(entry.name) for entry in entries(found["train"][0])
-    ):
+    for entry in folders_in(root):
+        part = part_named(entry.name)
+        if part is None:
+            return {}
+        found.setdefault(part, []).append(Path(entry.path))
+    if "train" not in found or not folders_in(found["train"][0]):
         return {}
     for part, folders in found.items():
         if len(folders) > 1:
@@ -230,9 +227,9 @@ def part_folders(root: Path) -> dict[str, Path]:
 def _alike(root: Path) -> Iterator[str]:
     """Yield a sentence where all folders of a root, which are classes, hold folders of the same names."""
     common: set[str] | None = None
-    tops = [Path(entry.path) for entry in entries(root) if not is_hidden(entry.name) and entry.is_dir()]
+    tops = [Path(entry.path) for entry in folders_in(root)]
     for top in tops:
-        inside = {entry.name for entry in entries(top) if not is_hidden(entry.name) and entry.is_dir()}
+        inside = {entry.name for entry in folders_in(top)}
         common = inside if common is None else common & inside
         if len(common) < 2:
             return
