@@ -110,7 +110,7 @@ def test_every_artifact_of_a_trial_is_in_its_run(finished: Path) -> None:
         ((*RUN, "--set", "arch=alexnett"), "no classification model 'alexnett'; did you mean 'alexnet'?"),
         ((*RUN, "--set", "lr=fast"), "lr must be a number above 0, got 'fast'"),
         ((*RUN, "--set", "batch_size=500"), "batch_size: 500 is more than the 24 training images"),
-        ((*RUN, "--set", "weights=study:other"), "run a study first"),
+        ((*RUN, "--set", "weights=study:other"), "'other' has no complete trial"),
         ((*RUN, "--set", "weights=file:none.pt"), "there is no file none.pt"),
         ((*RUN, "--set", "freeze=fc_but_last"), "fc_but_last freezes nothing"),
         ((*RUN, "--set", "outputs=2"), "2 outputs cannot tell 3 classes apart"),

@@ -45,7 +45,13 @@ def folder(root: Path, **settings: object) -> Split:
 
 @pytest.mark.parametrize(
     "called",
-    [("train", "val", "test"), ("Train", "VALID", "Eval"), ("TRAIN", "validation", "TEST"), ("train", "Dev", "test")],
+    [
+        ("train", "val", "test"),
+        ("Train", "VALID", "Eval"),
+        ("TRAIN", "validation", "TEST"),
+        ("train", "Dev", "test"),
+        ("training", "val", "Testing"),
+    ],
 )
 def test_folders_named_after_parts_are_the_parts(tmp_path: Path, called: tuple[str, str, str]) -> None:
     for word, count in zip(called, (6, 3, 2), strict=True):
@@ -76,6 +82,26 @@ def test_folders_that_are_not_only_parts_are_classes_as_before(tmp_path: Path) -
     (tmp_path / "flat" / "bus").rename(tmp_path / "flat" / "val")
     assert folder(tmp_path / "toys").classes == ("bus", "test", "train")
     assert folder(tmp_path / "flat").classes == ("test", "train", "val")
+    assert folder(tmp_path / "toys").notes == folder(tmp_path / "flat").notes == ()
+
+
+def test_classes_that_look_like_parts_are_said(tmp_path: Path) -> None:
+    part_of(tmp_path, "train")
+    part_of(tmp_path, "holdout")
+    split = folder(tmp_path)
+    assert split.classes == ("holdout", "train")
+    assert split.notes == (
+        "the classes 'holdout', 'train' hold folders of the same names ('ant', 'bee'); where they are parts of a "
+        "dataset and not classes, call them train, val and test",
+    )
+    for place in (".", "holdout", "train"):
+        (tmp_path / place / "loop").symlink_to("loop")
+    assert folder(tmp_path).train == split.train
+    (tmp_path / "holdout").rename(tmp_path / "test")
+    assert folder(tmp_path).classes == ("ant", "bee")
+    (tmp_path / "test").rename(tmp_path / "holdout")
+    part_of(tmp_path, "other", classes=("ant", "cow"))
+    assert folder(tmp_path).notes == ()
 
 
 def test_parts_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
@@ -170,11 +196,13 @@ def test_columns_have_other_names_where_they_are_set_and_semicolons_and_marks_ar
 def test_every_problem_of_a_csv_file_is_told_at_once_with_its_line(tmp_path: Path) -> None:
     good = [f"{i}.png,{'ab'[i % 2]},train,g{i}" for i in range(6)]
     bad = ["../x.png,a,train,", "/etc/x.png,a,train,", "0.png,b,train,", "7.png,,train,", "8.png,a,rest,"]
-    table(tmp_path, "path,label,split,group", *good, *bad, "9.png,a,test,g1", ",a,train,")
+    strange = ["6.png,zebra,test,", "0.png,zebra,val,"]
+    table(tmp_path, "path,label,split,group", *good, *bad, "9.png,a,test,g1", ",a,train,", *strange)
     (tmp_path / "x.csv").write_text((tmp_path / "images.csv").read_text() + "gone.png,a,train,\n")
     with pytest.raises(DatasetError) as caught:
         load_split(DatasetConfig(name="csv", root=str(tmp_path / "x.csv")))
     said = [line.partition("x.csv:")[2] for line in str(caught.value).splitlines()]
+    said[-1] = str(caught.value).splitlines()[-1]
     assert said == [
         "8: '../x.png' leads out of the file's folder; give paths below it",
         "9: '/etc/x.png' leads out of the file's folder; give paths below it",
@@ -183,7 +211,8 @@ def test_every_problem_of_a_csv_file_is_told_at_once_with_its_line(tmp_path: Pat
         "12: 'rest' is not a part; write train, val or test",
         "13: group 'g1' is in test, and in train on line 3",
         "14: the path is empty",
-        "15: there is no file 'gone.png'",
+        "15: test has images of 'zebra', of which train has none",
+        "... and 2 more",
     ]
 
 

@@ -120,7 +120,7 @@ def test_offline_is_a_sentence(place: Path, cli: Cli, monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_name_is_told_with_one_that_is_near(cli: Cli) -> None:
-    with pytest.raises(DatasetError, match="no classification dataset 'CIFAR'; did you mean 'CIFAR10'"):
+    with pytest.raises(DatasetError, match="'CIFAR' is none of the datasets of torchvision .*; did you mean 'CIFAR10'"):
         load_split(config("CIFAR"))
     with pytest.raises(DatasetError, match="name the dataset of torchvision, such as CIFAR10"):
         load_split(DatasetConfig(name="torchvision"))

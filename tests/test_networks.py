@@ -239,6 +239,19 @@ def none(num_classes):
 def two(num_classes, depth):
     return Net(num_classes)
 
+def leaves(num_classes):
+    raise SystemExit(3)
+
+def wide(num_classes):
+    return Net(num_classes + 4)
+
+class Pair(Net):
+    def forward(self, images):
+        return super().forward(images), images
+
+def pair(num_classes):
+    return Pair(num_classes)
+
 constant = 3
 """
 
@@ -249,6 +262,7 @@ def own(place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     name = f"own_{abs(hash(request.node.nodeid)):x}"
     (place / f"{name}.py").write_text(OWN.format(helper=f"{name}_width"))
     (place / f"{name}_width.py").write_text("width = 4\n")
+    (place / f"{name}_parses.py").write_text("import sys\nsys.exit(2)\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     return name
 
@@ -308,10 +322,14 @@ def test_a_study_of_an_own_network_is_not_gone_on_with_after_its_code_changed(ow
     ("arch", "sentence"),
     [
         ("{own}:raises", r"arch: {own}:raises\(3\) raised KeyError: 'no such layer'"),
+        ("{own}:leaves", r"arch: {own}:leaves\(3\) raised SystemExit: 3"),
+        ("{own}:wide", r"{own}:wide gives outputs of \(2, 7\) for 2 images where a tensor of \(2, 3\) is needed"),
+        ("{own}:pair", r"{own}:pair gives a tuple for 2 images .*; let its last layer have as many outputs as it is"),
         ("{own}:none", "arch: {own}:none returned NoneType where a torch.nn.Module is needed"),
         ("{own}:two", "arch: {own}:two has to take one argument, the number of classes: missing .*'depth'"),
         ("{own}:constant", "arch: {own}:constant is not a function, but int"),
         ("{own}:nothing", "arch: the module {own} has no 'nothing'"),
+        ("{own}_parses:build", r"module {own}_parses cannot be imported: SystemExit: 2"),
         ("nowhere_at_all:build", "arch: the module nowhere_at_all of .* cannot be imported: neither installed nor in"),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_new_study_file_says_what_was_found_and_plans_as_it_is(place: Path, cl
     text = (place / "sweeps" / "mine.yaml").read_text()
     assert "# 60 images of 2 classes: train 27, val 13, test 20." in text
     assert "# The largest class, ant, has 54 images; the smallest, bee: $x, has 6." in text
-    assert "# The shorter side has 150 to 150 pixels, 150 in the middle." in text
+    assert "# The shorter side has 150 pixels." in text
     dataset = load_study("mine").config({}).dataset
     assert (dataset.root, dataset.crop, dataset.resize) == ("my photos", 128, 146)
     planned = cli("plan", "mine")

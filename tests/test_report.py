@@ -489,6 +489,7 @@ def test_a_study_names_the_settings_and_measures_of_its_columns(own: Writer) -> 
     assert "epochs" not in table.notes[1] and table.footnotes[0].startswith("EPOCHS: how many a row trains at most.")
     (measures,) = load_tables([write_varied(own, name="only", columns=("val/loss",)).name], 1, own.tracker.uri)
     assert measures.columns == ("optimizer", "weight_decay", "augment") and measures.measures == ("val/loss",)
+    assert not any("Wilson" in text for text in (*table.footnotes, *measures.footnotes))  # no such bracket is shown
 
 
 def test_every_trial_is_listed_with_its_settings_epochs_time_and_end(own: Writer) -> None:

@@ -30,6 +30,18 @@ def test_every_third_file_of_the_whole_listing_is_test(caltech: Path) -> None:
     assert sum(map(len, parts)) == 8677
 
 
+def test_a_link_to_itself_is_neither_a_class_nor_an_image(caltech: Path) -> None:
+    before = caltech_split(caltech)
+    loops = [caltech / "loop", caltech / "class_005" / "loop"]
+    for loop in loops:
+        loop.symlink_to("loop")
+    try:
+        assert caltech_split(caltech) == before
+    finally:
+        for loop in loops:
+            loop.unlink()
+
+
 def test_a_missing_tmp_is_named_because_it_shifts_the_rule(caltech: Path) -> None:
     (caltech / "BACKGROUND_Google" / "tmp").unlink()
     try:

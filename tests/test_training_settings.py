@@ -18,20 +18,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import WeightedRandomSampler
 from torchvision.transforms import v2
 
-from caltech_sweep.config import DatasetConfig, TrialConfig
+from caltech_sweep.config import OPTIMIZER_CHOICES, TRIAL_FIELDS, DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
+from caltech_sweep.data.registry import DATASETS
+from caltech_sweep.errors import ModelError
 from caltech_sweep.metrics import objective_names
+from caltech_sweep.rules import FREEZE_CHOICES
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training.augment import AUGMENTATIONS
 from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.loss import class_weights, epoch_order, mixed
 from caltech_sweep.training.models import build_model
+from caltech_sweep.training.networks import SOURCES
 from caltech_sweep.training.optimizer import rate_factors
-from caltech_sweep.training.rehearsal import batch_kinds
-from caltech_sweep.training.schedule import SCHEDULES
+from caltech_sweep.training.rehearsal import batch_kinds, rehearse
+from caltech_sweep.training.schedule import SCHEDULES, schedule_settings
 from caltech_sweep.training.trial import TrialOutcome, run_trial
+from helpers.datasets import draw, fake_caltech
+from helpers.marks import slow_but
 
 CPU = torch.device("cpu")
 SHAPES = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=4)
@@ -200,6 +206,8 @@ def test_a_batch_in_parts_trains_what_the_whole_batch_trains(
 def test_a_part_of_one_image_is_rehearsed() -> None:
     config = replace(CONFIG, batch_size=5, accumulate=4)  # 2, 2 and 1 images
     assert batch_kinds(config, 10) == {1, 2} and batch_kinds(replace(config, accumulate=1), 10) == {2}
+    with pytest.raises(ModelError, match=r"in 4 parts \(accumulate\) leaves a batch of one image.*; take fewer parts"):
+        rehearse(replace(config, arch="resnet18"), 3, batch_kinds(config, 10))
 
 
 def test_each_numbered_block_decays_from_the_one_behind() -> None:
@@ -229,17 +237,126 @@ def test_a_factor_multiplies_the_step_of_its_layers(data: LoadedData) -> None:
 # -- resume ------------------------------------------------------------------------------------------------------------
 
 
+# Every setting of a training, at another value than its default; those that an entry of a registry reads come with it.
+OTHER: dict[str, Any] = {
+    "augment_probability": 0.9, "rotation_degrees": 90.0, "resized_crop_scale": 0.5, "resized_crop_ratio": 2.0,
+    "rand_augment_ops": 3, "rand_augment_magnitude": 20, "blur_kernel": 3, "blur_sigma": 1.0, "erasing_scale": 0.2,
+    "step_size": 1, "gamma": 0.5, "milestones": (2,), "warmup_steps": 4, "min_lr": 0.001, "cooldown_epochs": 2,
+    "pct_start": 0.5, "div_factor": 4.0, "final_div_factor": 10.0,
+}  # fmt: skip
+PLAIN: dict[str, Any] = {
+    "label_smoothing": 0.5, "mixup": 0.5, "cutmix": 0.5, "clip_grad_norm": 0.5, "head_lr_factor": 0.5,
+    "class_weights": "balanced", "sample_weights": "balanced", "accumulate": 2,
+}  # fmt: skip
+RARE: dict[str, Any] = {
+    "outputs": 4, "momentum": 0.5, "weight_decay": 0.01, "drop_last": True, "batch_size": 4, "normalize": "imagenet",
+    "test_batch_size": 3, "test_views": "tencrop", "seed": 7, "precision": "bfloat16", "channels_last": True,
+    "patience": 3, "min_delta": 0.1, "warmup_epochs": 1, "layer_decay": 0.7, "lr": 0.03,
+}  # fmt: skip
+FROZEN: tuple[dict[str, Any], ...] = (
+    *({"freeze": freeze, "arch": "mobilenet_v3_small"} for freeze in ("fc", "fc_but_last")),
+    *({"freeze": freeze, "arch": "resnet18"} for freeze in ("up_to:layer2", "first:0.5")),
+    *({"freeze": freeze, "arch": "resnet18", "unfreeze_epoch": 3} for freeze in ("conv", "up_to:layer2")),
+)
+OWN = """
+from torch import nn
+
+
+def build(num_classes):
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(body, nn.Dropout(0.5), nn.Linear(4, num_classes))
+"""
+NETWORKS = {"": "resnet18", "timm": "timm/test_resnet", ":": "brought_along:build"}  # one of each source
+
+
 def cases() -> Iterator[dict[str, Any]]:
-    """Yield every entry of every registry, and every training setting, as changes of a config."""
-    yield from ({"schedule": name, "milestones": (2,), "warmup_steps": 4} for name in SCHEDULES)
-    yield from ({"augment": (name,)} for name in AUGMENTATIONS)
+    """Yield the entries of the registries that a step knows, and its settings, as changes of a config."""
+    read = {name: value for name, value in OTHER.items() if name in schedule_settings()}
+    yield from ({"schedule": name, **read} for name in SCHEDULES)
+    yield from ({"augment": (name,), **{n: OTHER[n] for n in op.settings}} for name, op in AUGMENTATIONS.items())
     yield from ({"objective": name} for name in objective_names())
-    yield from ({"optimizer": name, "lr": 0.001, "layer_decay": 0.7} for name in ("sgd", "adam", "adamw"))
-    yield from ({name: 0.5} for name in ("label_smoothing", "mixup", "cutmix", "clip_grad_norm", "head_lr_factor"))
+    yield from ({"optimizer": name, "lr": 0.001, "layer_decay": 0.7} for name in OPTIMIZER_CHOICES)
+    yield from ({name: value} for name, value in PLAIN.items())
     yield from ({"ema_decay": 0.5, "arch": arch} for arch in ("squeezenet1_1", "resnet18"))
     yield {"ema_decay": 0.5, "freeze": "conv"}
-    yield from ({"class_weights": "balanced"}, {"accumulate": 2}, {"freeze": "conv", "augment": ("hflip", "vflip")})
-    yield from ({"sample_weights": "balanced"}, {"sample_weights": "balanced", "freeze": "conv", "augment": ("hflip",)})
+    yield from ({"freeze": "conv", "augment": ("hflip", *more)} for more in ((), ("vflip",)))
+    yield {"sample_weights": "balanced", "freeze": "conv", "augment": ("hflip",)}
+
+
+def rare_cases() -> Iterator[dict[str, Any]]:
+    """Yield what is left of settings and registries: ways to freeze, sources of networks, and datasets."""
+    yield from ({name: value} for name, value in RARE.items())
+    yield from FROZEN
+    yield from ({"arch": arch} for arch in NETWORKS.values())
+    yield from ({"dataset": name} for name in DATASETS)
+
+
+QUICK, ALL = list(cases()), [*cases(), *rare_cases()]
+
+
+def named(changes: dict[str, Any]) -> str:
+    return "-".join(f"{name}={value}" for name, value in itertools.islice(changes.items(), 2))
+
+
+def test_every_setting_and_every_entry_is_among_the_cases() -> None:
+    told = {name for changes in ALL for name in changes}
+    assert TRIAL_FIELDS.keys() - told == {"weights", "epochs"}  # what it starts from, and how long it goes on
+    assert NETWORKS.keys() == SOURCES.keys()
+    assert {freeze.partition(":")[0] for changes in ALL if (freeze := changes.get("freeze"))} == {
+        *FREEZE_CHOICES, "up_to", "first",
+    } - {"none"}  # fmt: skip
+    usual = [changes for changes in ALL if "dataset" not in changes and replace(CONFIG, **changes) == CONFIG]
+    assert usual == [{"objective": "val/accuracy"}]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with somebody's own network, and the files of a dataset of each kind."""
+    folder = tmp_path_factory.mktemp("brought")
+    (folder / "brought_along.py").write_text(OWN)
+    draw(folder / "photos", images=9)
+    lines = [f"photos/{path.parent.name}/{path.name},{path.parent.name}" for path in folder.glob("photos/*/*.png")]
+    (folder / "list.csv").write_text("\n".join(["path,label", *sorted(lines)]))
+    return folder
+
+
+@pytest.fixture
+def brought(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let what is in that folder be imported, and images be kept there."""
+    monkeypatch.syspath_prepend(files)
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", str(files / "data"))
+    return files
+
+
+def dataset(name: str, brought: Path) -> DatasetConfig:
+    """Return a small dataset of a kind."""
+    if name == "caltech101" and not (brought / "caltech").exists():
+        fake_caltech(brought / "caltech")
+        for label in range(3):
+            for path in (brought / "caltech" / f"class_{label:03d}").iterdir():
+                path.write_bytes(
+                    (brought / "photos" / f"class {label}" / f"{int(path.stem[-4:]) % 9}.png").read_bytes()
+                )
+    small: dict[str, Any] = {
+        "caltech101": {"root": str(brought / "caltech"), "images_per_class": 5, "classes": 3},
+        "csv": {"root": str(brought / "list.csv")},
+        "torchvision": {"source": "FakeData"},
+        "folder": {"root": str(brought / "photos"), "folds": 3, "fold": 2},
+        "shapes": {"classes": 3, "images_per_class": 5},
+    }
+    return DatasetConfig(name=name, resize=32, crop=32, **small[name])
+
+
+def with_data(
+    changes: dict[str, Any], data: LoadedData, brought: Path, **others: Any
+) -> tuple[TrialConfig, LoadedData]:
+    """Return the config that a case is, and its images."""
+    if changes.get("arch", "").startswith("timm/"):
+        pytest.importorskip("timm")
+    if name := changes.get("dataset"):
+        config = replace(CONFIG, **others, dataset=dataset(name, brought))
+        return config, load_dataset(config.dataset)
+    return replace(CONFIG, **{**others, **changes}), data
 
 
 def run(
@@ -260,11 +377,11 @@ def assert_same(one: TrialOutcome | None, other: TrialOutcome | None) -> None:
     assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())
 
 
-@pytest.mark.parametrize("changes", list(cases()), ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("changes", slow_but(QUICK, ALL), ids=named)
 def test_a_trial_that_was_stopped_ends_as_if_it_had_not_been(
-    changes: dict[str, Any], data: LoadedData, tmp_path: Path
+    changes: dict[str, Any], data: LoadedData, brought: Path, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, **changes)
+    config, data = with_data(changes, data, brought)
     epochs, want = run(config, data)
     stages = CacheOptions(tmp_path, 10**9, frozenset({2}))
     run(config, data, stages, stop=2)
@@ -275,17 +392,22 @@ def test_a_trial_that_was_stopped_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", list(cases()), ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("changes", ALL, ids=named)
 def test_shared_epochs_and_kept_outputs_change_no_bit(
-    changes: dict[str, Any], data: LoadedData, tmp_path: Path
+    changes: dict[str, Any], data: LoadedData, brought: Path, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, **{**changes, "arch": "resnet18", "freeze": "conv"})
+    network = {"arch": "resnet18"} if changes.get("arch") == CONFIG.arch else {}
+    config, data = with_data({**changes, **network}, data, brought, arch="resnet18", freeze="conv")
     run(config, data, CacheOptions(tmp_path, 10**9, frozenset({1, 2})))
     longer = replace(config, epochs=4)
     _, got = run(longer, data, CacheOptions(tmp_path, 10**9))
     assert_same(got, run(longer, data)[1])
     assert got is not None and (got.epochs_reused == 3 or config.schedule in ("cosine", "linear", "one_cycle", "wsd"))
-    kept = not (config.mixup or config.cutmix) and {"hflip", "vflip"}.issuperset(config.augment)
+    kept = (
+        config.freeze == "conv"
+        and not (config.mixup or config.cutmix)
+        and {"hflip", "vflip"}.issuperset(config.augment)
+    )
     assert bool(list(tmp_path.rglob("features-*"))) == kept
 
 

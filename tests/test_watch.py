@@ -16,6 +16,7 @@ import pytest
 from rich import filesize
 from rich.console import Console
 
+from caltech_sweep.metrics import Objective
 from caltech_sweep.sweep import progress as watch
 from caltech_sweep.sweep.progress import LiveProgress, PlainProgress, Progress
 from caltech_sweep.text import duration, progress_line
@@ -47,6 +48,19 @@ def test_plain_lines_are_at_most_ten_a_trial() -> None:
         "[8] trial-008: started, 4 epochs",
         "[8] trial-008: pruned",
     ]
+
+
+def test_the_objective_is_what_is_shown_of_each_epoch() -> None:
+    lines: list[str] = []
+    metrics = {**METRICS, "val/macro_f1": 0.25}
+    out = io.StringIO()
+    with LiveProgress(Console(file=out, force_terminal=True, width=120)) as live:
+        for watcher in (PlainProgress(lines.append), live):
+            watcher.study_started("uneven", 0, 1, Objective("macro_f1"))
+            watcher.trial_started(0, "Only", 1)
+            watcher.epoch(0, 1, metrics)
+    assert lines[-1].endswith("train loss 1.250, val macro F1 0.250")
+    assert "val macro F1" in out.getvalue() and "0.250" in out.getvalue() and "0.500" not in out.getvalue()
 
 
 def test_the_time_left_is_told_by_the_last_epoch_though_earlier_ones_were_reused(

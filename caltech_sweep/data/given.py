@@ -7,7 +7,7 @@ of one group, such as those of one patient, always stay together.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,20 +15,16 @@ import numpy as np
 
 from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
-from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden, list_classes
+from caltech_sweep.data.listing import PassedOver, by_name, folders_in, list_classes
 from caltech_sweep.data.splits import SPLITS, Sample, Split, carve, carve_val
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.text import counted, one_line, readable
 
 NO_TEST = "the dataset has no test images, so there is no test accuracy"
 _PARTS = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "eval": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 
 
@@ -214,21 +210,36 @@ def part_folders(root: Path) -> dict[str, Path]:
     They are where one is called train, holds folders, and no other folder has another name than a part's.
     """
     found: dict[str, list[Path]] = {}
-    for entry in entries(root):
-        if not is_hidden(entry.name) and entry.is_dir():
-            part = part_named(entry.name)
-            if part is None:
-                return {}
-            found.setdefault(part, []).append(Path(entry.path))
-    if "train" not in found or not any(
-        entry.is_dir() and not is_hidden(entry.name) for entry in entries(found["train"][0])
-    ):
+    for entry in folders_in(root):
+        part = part_named(entry.name)
+        if part is None:
+            return {}
+        found.setdefault(part, []).append(Path(entry.path))
+    if "train" not in found or not folders_in(found["train"][0]):
         return {}
     for part, folders in found.items():
         if len(folders) > 1:
             names = " and ".join(readable(folder.name) for folder in folders)
             raise DatasetError(f"{readable(str(root))}: the folders {names} both mean {part}; merge them or rename one")
     return {part: folders[0] for part, folders in found.items()}
+
+
+def _alike(root: Path) -> Iterator[str]:
+    """Yield a sentence where all folders of a root, which are classes, hold folders of the same names."""
+    common: set[str] | None = None
+    tops = [Path(entry.path) for entry in folders_in(root)]
+    for top in tops:
+        inside = {entry.name for entry in folders_in(top)}
+        common = inside if common is None else common & inside
+        if len(common) < 2:
+            return
+    if common:
+        tells = ", ".join(repr(readable(name)) for name in sorted(common)[:3])
+        names = ", ".join(repr(readable(top.name)) for top in tops[:5])
+        yield (
+            f"the classes {names} hold folders of the same names ({tells}); where they are parts of a dataset and not "
+            "classes, call them train, val and test"
+        )
 
 
 def folder_split(root: Path, config: DatasetConfig) -> Split:
@@ -244,7 +255,8 @@ def folder_split(root: Path, config: DatasetConfig) -> Split:
         passed.add(others)
         items += [Item(path, name, part) for name, paths in classes.items() for path in paths]
         order = list(classes) if part is None else []
-    return given_split(items, config, readable(str(root)), str(passed), order)
+    split = given_split(items, config, readable(str(root)), str(passed), order)
+    return replace(split, notes=(*split.notes, *(_alike(root) if order else ())))
 
 
 # -- a table of paths and labels ---------------------------------------------------------------------------------------
@@ -272,7 +284,7 @@ class CsvReader:
 
     def __init__(self, config: DatasetConfig) -> None:
         self.config, self.path = config, csv_file(config)
-        self.problems: list[str] = []
+        self.problems: list[tuple[int, str]] = []  # the line of each, and what is wrong there
 
     def items(self) -> list[Item]:
         """Return the images of the file in its order."""
@@ -281,27 +293,38 @@ class CsvReader:
         items: list[Item] = []
         seen: dict[str, int] = {}
         groups: dict[str, tuple[str | None, int]] = {}
+        parts: dict[str, dict[str, int]] = {}  # of each label, with the first line there
         for number, row in enumerate(rows[1:], start=2):
             if not any(cell.strip() for cell in row):
                 continue
             cells = {name: row[place].strip() if place < len(row) else "" for name, place in columns.items()}
+            if cells["label"] and (part := part_named(cells.get("split", ""))):
+                parts.setdefault(cells["label"], {}).setdefault(part, number)
             item = self._item(number, cells, seen)
             if item is None:
                 continue
             if item.group is not None:
-                part, first = groups.setdefault(item.group, (item.part, number))
-                if part != item.part:
-                    self._say(number, f"group {item.group!r} is in {item.part}, and in {part} on line {first}")
+                known, first = groups.setdefault(item.group, (item.part, number))
+                if known != item.part:
+                    self._say(number, f"group {item.group!r} is in {item.part}, and in {known} on line {first}")
             items.append(item)
-        if self.problems:
-            more = (
-                f"\n... and {len(self.problems) - _MOST_PROBLEMS:,} more" if len(self.problems) > _MOST_PROBLEMS else ""
-            )
-            raise DatasetError("\n".join(self.problems[:_MOST_PROBLEMS]) + more)
+        for label, lines in parts.items():
+            if "train" not in lines:
+                part, number = next(iter(lines.items()))
+                self._say(number, f"{part} has images of {one_line(label)!r}, of which train has none")
+        self._refuse()
         return items
 
     def _say(self, line: int, text: str) -> None:
-        self.problems.append(f"{readable(str(self.path))}:{line}: {text}")
+        self.problems.append((line, text))
+
+    def _refuse(self) -> None:
+        """Raise DatasetError with every problem that was found, by line, as far as a person reads them."""
+        told = [f"{readable(str(self.path))}:{line}: {text}" for line, text in sorted(self.problems)]
+        if more := told[_MOST_PROBLEMS:]:
+            told[_MOST_PROBLEMS:] = [f"... and {len(more):,} more"]
+        if told:
+            raise DatasetError("\n".join(told))
 
     def rows(self) -> list[list[str]]:
         """Return the cells of every line, the header's first."""
@@ -329,8 +352,7 @@ class CsvReader:
                 columns[column] = names.index(name)
             elif column in ("path", "label") or name != getattr(DatasetConfig, setting):
                 self._say(1, f"there is no column {name!r} among {one_line(', '.join(names))!r}; set dataset.{setting}")
-        if self.problems:
-            raise DatasetError("\n".join(self.problems))
+        self._refuse()
         return columns
 
     def _item(self, line: int, cells: Mapping[str, str], seen: dict[str, int]) -> Item | None:

@@ -55,7 +55,7 @@ def _source(config: DatasetConfig) -> str:
         raise DatasetError("dataset.source: name the dataset of torchvision, such as CIFAR10")
     if config.source not in SOURCES:
         raise DatasetError(
-            f"dataset.source: torchvision has no classification dataset {config.source!r}"
+            f"dataset.source: {config.source!r} is none of the datasets of torchvision that can be named"
             f"{suggestion(config.source, SOURCES)}"
         )
     return config.source

@@ -78,8 +78,8 @@ def find_images(folder: Path, passed: PassedOver, seen: set[tuple[int, int]]) ->
 
 def _images_of(entry: os.DirEntry[str], passed: PassedOver, seen: set[tuple[int, int]]) -> Iterator[Path]:
     if is_hidden(entry.name):
-        passed.others["hidden folder" if _is_dir(entry) else "hidden file"] += 1
-    elif _is_dir(entry):
+        passed.others["hidden folder" if is_dir(entry) else "hidden file"] += 1
+    elif is_dir(entry):
         status = entry.stat()
         if (status.st_dev, status.st_ino) in seen:
             passed.others[_AGAIN] += 1
@@ -95,11 +95,17 @@ def _images_of(entry: os.DirEntry[str], passed: PassedOver, seen: set[tuple[int,
         passed.kinds[readable(Path(entry.name).suffix.lower()) or "without an extension"] += 1
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Tell whether something in a folder is a folder, or a link to one; a link to itself is none."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:
         return False
+
+
+def folders_in(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the folders in a folder that count, by name; raise DatasetError when it cannot be read."""
+    return [entry for entry in entries(folder) if not is_hidden(entry.name) and is_dir(entry)]
 
 
 def list_classes(root: Path) -> tuple[dict[str, Sequence[Path]], PassedOver]:
@@ -109,7 +115,7 @@ def list_classes(root: Path) -> tuple[dict[str, Sequence[Path]], PassedOver]:
     classes: dict[str, Sequence[Path]] = {}
     for entry in sorted(entries(root), key=lambda entry: by_name(Path(entry.name))):
         found = list(_images_of(entry, passed, {(status.st_dev, status.st_ino)}))
-        if not _is_dir(entry):
+        if not is_dir(entry):
             passed.others["image in no class"] += len(found)
         elif found:
             classes[readable(entry.name)] = found

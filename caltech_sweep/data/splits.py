@@ -8,6 +8,7 @@ folders; every third is test; only then is ``BACKGROUND_Google`` dropped.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from caltech_sweep.config import DatasetConfig
-from caltech_sweep.data.listing import PassedOver, by_name, entries, is_hidden
+from caltech_sweep.data.listing import PassedOver, by_name, entries, is_dir, is_hidden
 from caltech_sweep.errors import DatasetError
 from caltech_sweep.text import counted, readable, suggestion
 
@@ -57,9 +58,9 @@ def _caltech_files(root: Path) -> tuple[dict[str, list[Path]], PassedOver]:
     files: dict[str, list[Path]] = {}
     for entry in sorted(entries(root), key=lambda entry: by_name(Path(entry.name))):
         if is_hidden(entry.name):
-            passed.others["hidden folder" if entry.is_dir() else "hidden file"] += 1
-        elif entry.is_dir():
-            found = [file for file in entries(Path(entry.path)) if file.is_file()]
+            passed.others["hidden folder" if is_dir(entry) else "hidden file"] += 1
+        elif is_dir(entry):
+            found = [file for file in entries(Path(entry.path)) if os.path.isfile(file.path)]
             files[entry.name] = [Path(file.path) for file in found if not is_hidden(file.name)]
             if hidden := len(found) - len(files[entry.name]):
                 passed.others["hidden file"] += hidden

@@ -416,10 +416,11 @@ def _of(names: Sequence[str], rows: Sequence[TableRow]) -> str:
     return f" of {_some(names)}" if len(names) < len(rows) else ""
 
 
-def _brackets(rows: Sequence[TableRow], images: Mapping[str, int], folds: int) -> list[str]:
-    """Say what the brackets of the scores are: an interval over images, or over seeds and folds."""
+def _brackets(rows: Sequence[TableRow], table: Table, folds: int) -> list[str]:
+    """Say what the brackets of the scores that are shown are: an interval over images, or over seeds and folds."""
     words = {"val": "validation", "test": "test"}
-    scores = {row.name: [(part, score) for part in words if (score := _accuracy(row, part))] for row in rows}
+    parts_of = {measure: measure.partition("/")[0] for measure in table.measures}
+    scores = {row.name: [(p, row.scores[name]) for name, p in parts_of.items() if name in row.scores] for row in rows}
     single = {n: [p for p, s in own if s.deviation is None and s.low is not None] for n, own in scores.items()}
     one = [name for name, parts in single.items() if parts]
     many = [name for name, own in scores.items() if any(score.deviation is not None for _, score in own)]
@@ -427,17 +428,13 @@ def _brackets(rows: Sequence[TableRow], images: Mapping[str, int], folds: int) -
     notes = []
     if one:
         parts = [part for part in words if any(part in own for own in single.values())]
-        counts = " and ".join(f"{images[part]:,} {words[part]}" for part in parts)
+        counts = " and ".join(f"{table.images[part]:,} {words[part]}" for part in parts)
         notes.append(f"Brackets{_of(one, scored)}: 95% Wilson interval, n = {counts} images.")
     if many:
         which = "seeds" if folds == 1 else f"trainings on {folds} folds of the training and validation images"
         those = f"{_some(many)}," if len(many) < len(scored) else "Rows"
         notes.append(f"{those} with n {which}: mean ± standard deviation, brackets the 95% t interval of the mean.")
     return notes
-
-
-def _accuracy(row: TableRow, part: str) -> Score | None:
-    return row.val if part == "val" else row.test
 
 
 def _comparisons(rows: Sequence[TableRow], comparisons: int, images: int, table: Table) -> list[str]:
@@ -567,7 +564,7 @@ def _filled(table: Table, study: StoredStudy, entries: Sequence[Entry], read: Re
     rows = [_against_majority(row, own) for row, own in zip(rows, predictions, strict=True)]
     table = replace(table, rows=tuple(rows))
     footnotes = [*_epochs(rows, table), *_views(rows, entries), *_computed(entries, table)]
-    footnotes += _brackets(rows, table.images, definition.folds if definition else 1)
+    footnotes += _brackets(rows, table, definition.folds if definition else 1)
     if any(reference and reference.difference is not None for row in rows for reference in _references(row)):
         footnotes.append("Reference: the published figure; ours minus it, and whether it lies inside our interval.")
     footnotes += [*_comparisons(rows, comparisons, compared, table), *_majorities(rows, predictions), *_paused(study)]

@@ -109,7 +109,7 @@ class Coordinator:
         self.ledger.start(list(self.recorder.records.values()))
         try:
             self._reconcile()
-            self.progress.study_started(self.queue.definition.name, *self.queue.prepare())
+            self.progress.study_started(self.queue.definition.name, *self.queue.prepare(), self.queue.objective)
             self._run_all()
             if confirm and not self._stop and not self._held:
                 self.queue.enqueue_confirmations(confirm)

@@ -80,14 +80,14 @@ def settings_of(found: Found, has_weights: bool) -> dict[str, Any]:
     """Return the settings that suit a dataset: sizes, batch size and epochs."""
     crop = max(side for side in _CROPS if side <= max(found.short_side, _CROPS[0]))
     train = len(found.split.train)
-    batch = next((size for size in (64, 32, 16, 8, 4) if size * 8 <= train), 2)
+    batch = next((size for size in (64, 32, 16, 8) if size * 8 <= train), 4)
     return {
         "crop": crop,
         "resize": round(crop * 256 / 224),
         "batch_size": batch,
         "drop_last": train % batch == 1,
         "epochs": 10 if has_weights else 20,
-        "weights": "imagenet" if has_weights else "none",
+        "weights": "pretrained" if has_weights else "none",
     }
 
 
@@ -115,11 +115,14 @@ def describe(found: Found) -> list[str]:
     parts = ", ".join(f"{part} {len(split.part(part)):,}" for part in SPLITS)
     (most, largest), (least, smallest) = counts[0], counts[-1]
     images = counted(sum(number for _, number in counts), "image")
+    sizes = (
+        f"The largest class, {one_line(most)}, has {counted(largest, 'image')}; the smallest, {one_line(least)}, has "
+    )
+    sides = f"{found.smallest} to {found.largest} pixels, {found.short_side} in the middle"
     lines = [
         f"{images} of {counted(len(counts), 'class', 'classes')}: {parts}.",
-        f"The largest class, {one_line(most)}, has {counted(largest, 'image')}; the smallest, {one_line(least)}, has "
-        f"{smallest:,}.",
-        f"The shorter side has {found.smallest} to {found.largest} pixels, {found.short_side} in the middle.",
+        f"{sizes}{smallest:,}." if smallest < largest else f"Each class has {counted(largest, 'image')}.",
+        f"The shorter side has {sides if found.smallest < found.largest else f'{found.largest} pixels'}.",
     ]
     lines += [f"Passed over: {split.passed_over}."] if split.passed_over else []
     return lines + [f"{note[:1].upper()}{note[1:]}." for note in split.notes]
@@ -141,7 +144,7 @@ def _dataset_lines(config: DatasetConfig, chosen: Mapping[str, Any]) -> Sequence
 def _text(name: str, found: Found, chosen: Mapping[str, Any]) -> str:
     start = "What it starts from; `none` trains from scratch"
     if chosen["weights"] == "none":
-        start = "`imagenet` is better for photographs, and is downloaded once"
+        start = "`pretrained` is better for photographs, and is downloaded once"
     steps = -(-len(found.split.train) // chosen["batch_size"])
     lines = [
         *(f"# {line.replace(chr(10), ' ')}" for line in describe(found)),

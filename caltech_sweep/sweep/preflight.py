@@ -26,7 +26,7 @@ from caltech_sweep.sweep.optuna_store import by_content, check_resumable
 from caltech_sweep.sweep.recorder import DatasetInfo
 from caltech_sweep.text import progress_line, suggestion
 from caltech_sweep.tracking.records import GREY_BITS, InitialWeights
-from caltech_sweep.tracking.writer import MlflowTracker
+from caltech_sweep.tracking.writer import MlflowTracker, nothing_complete
 from caltech_sweep.training.augment import AUGMENTATIONS
 
 _LONGEST_TAG = 5000  # characters, which every tracking store takes
@@ -43,6 +43,8 @@ def find_weights(definition: StudyDefinition, tracking: Store) -> Weights:
         if kind == "file":
             found[config.weights] = _digested(paths.expanded(name))
             continue
+        if kind == "study" and tracking.is_missing:
+            raise nothing_complete(name, tracking)
         tracker = MlflowTracker(tracking)
         near = within(definition.name.rpartition("/")[0], name)  # a study of the same namespace comes first
         if kind == "study" and near is not None and near != name and tracker.study(near) is not None:
@@ -58,7 +60,8 @@ def _digested(path: Path, run_id: str | None = None) -> InitialWeights:
             raise ModelError(f"weights: {path} is no file")
         return InitialWeights(path, file_digest(path), run_id)
     except FileNotFoundError as error:
-        raise ModelError(f"weights: there is no file {path}") from error
+        where = "" if path.is_absolute() else f" in {Path.cwd()}, from where its path counts"
+        raise ModelError(f"weights: there is no file {path}{where}; put it there, or name another") from error
     except OSError as error:
         raise ModelError(f"weights: {path} cannot be read ({error.strerror})") from error
 

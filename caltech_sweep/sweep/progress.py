@@ -15,15 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from caltech_sweep.machine import Lasting, rewrites_lines
-from caltech_sweep.metrics import TRAIN_LOSS, VAL_ACCURACY
+from caltech_sweep.metrics import TRAIN_LOSS, Objective
 from caltech_sweep.text import duration
+
+ACCURACY = Objective("accuracy")
 
 
 class Progress(Protocol):
     """Told by the coordinator what happens; has no say in it."""
 
-    def study_started(self, name: str, done: int, total: int) -> None:
-        """A study begins with ``done`` of ``total`` trials behind it."""
+    def study_started(self, name: str, done: int, total: int, goal: Objective = ACCURACY) -> None:
+        """A study begins with ``done`` of ``total`` trials behind it; ``goal`` is what is shown of each epoch."""
 
     def trial_started(self, number: int, name: str, epochs: int) -> None:
         """A trial got its slot."""
@@ -67,8 +69,10 @@ class PlainProgress(Progress):
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._trials: dict[int, _Trial] = {}
+        self._goal = ACCURACY
 
-    def study_started(self, name: str, done: int, total: int) -> None:
+    def study_started(self, name: str, done: int, total: int, goal: Objective = ACCURACY) -> None:
+        self._goal = goal
         self._write(f"study {name}: {done} of {total} trials done")
 
     def trial_started(self, number: int, name: str, epochs: int) -> None:
@@ -88,7 +92,7 @@ class PlainProgress(Progress):
         left = trial.left()
         self._write(
             f"[{number}] {trial.name}: epoch {epoch}/{trial.epochs}, train loss {metrics.get(TRAIN_LOSS, 0):.3f}, "
-            f"val accuracy {metrics.get(VAL_ACCURACY, 0):.3f}{f', {left} left' if left else ''}"
+            f"val {self._goal.label} {metrics.get(self._goal.each_epoch, 0):.3f}{f', {left} left' if left else ''}"
         )
 
     def trial_ended(self, number: int, name: str, outcome: str, text: str) -> None:
@@ -105,6 +109,7 @@ class LiveProgress(Progress):
     def __init__(self, console: Console) -> None:
         self._trials: dict[int, _Trial] = {}
         self._study, self._done, self._total, self._ended = "", 0, 0, 0
+        self._goal = ACCURACY
         self._started = time.monotonic()
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table)  # draws at once
         self._lines = PlainProgress(lambda line: self._live.console.print(line, markup=False, highlight=False))
@@ -123,21 +128,21 @@ class LiveProgress(Progress):
         # Text, since a bracket in a plain string would be read as markup.
         title = Text(f"{self._study}: {self._done} of {self._total} trials{left}")
         table = Table(title=title, title_justify="left")
-        for column in ("trial", "epoch", "train loss", "val accuracy", "time left"):
+        for column in ("trial", "epoch", "train loss", f"val {self._goal.label}", "time left"):
             table.add_column(column)
         for trial in list(self._trials.values()):
-            loss, accuracy = (trial.metrics.get(key) for key in (TRAIN_LOSS, VAL_ACCURACY))
+            loss, reached = (trial.metrics.get(key) for key in (TRAIN_LOSS, self._goal.each_epoch))
             table.add_row(
                 Text(trial.name),
                 f"{trial.epoch}/{trial.epochs}",
                 "" if loss is None else f"{loss:.3f}",
-                "" if accuracy is None else f"{accuracy:.3f}",
+                "" if reached is None else f"{reached:.3f}",
                 trial.left(),
             )
         return table
 
-    def study_started(self, name: str, done: int, total: int) -> None:
-        self._study, self._done, self._total = name, done, total
+    def study_started(self, name: str, done: int, total: int, goal: Objective = ACCURACY) -> None:
+        self._study, self._done, self._total, self._goal = name, done, total, goal
 
     def trial_started(self, number: int, name: str, epochs: int) -> None:
         self._trials[number] = _Trial(name, epochs)

@@ -26,7 +26,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from caltech_sweep import paths
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import SUMS, file_digest, read_sums
-from caltech_sweep.stores import Address, reason, tracking_store
+from caltech_sweep.stores import Address, Store, reason, tracking_store
 from caltech_sweep.text import one_line
 from caltech_sweep.tracking.answers import Answer, meaning
 from caltech_sweep.tracking.client import (
@@ -382,10 +382,7 @@ class MlflowTracker(Tracker):
         record = self.study(study)
         complete = [t for t in self.trials(record) if t.state == "complete"] if record else []
         if not complete:
-            raise StoreError(
-                f"weights: study {study!r} has no complete trial in {self.store.shown}; "
-                f"run it first: make sweep STUDY={study}"
-            )
+            raise nothing_complete(study, self.store)
         if record is not None and record.definition is not None and record.definition.folds > 1:
             complete = _best_setting(complete)
         return min(complete, key=lambda trial: trial.rank)
@@ -397,6 +394,13 @@ class MlflowTracker(Tracker):
         except MlflowException:
             return False
         return True
+
+
+def nothing_complete(study: str, store: Store) -> StoreError:
+    """Return the error about a study that another one starts from, and that has no best trial yet."""
+    return StoreError(
+        f"weights: study {study!r} has no complete trial in {store.shown}; run it first: make sweep STUDY={study}"
+    )
 
 
 def _best_setting(trials: Iterable[TrialRecord]) -> list[TrialRecord]:

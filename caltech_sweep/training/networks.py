@@ -122,7 +122,7 @@ class TorchvisionNetworks(NetworkSource):
 
         names = torchvision.models.list_models(module=torchvision.models)
         if arch not in names:
-            hint = suggestion(arch, names, "; see torchvision.models for the names")
+            hint = suggestion(arch, names, "; timm's are written timm/NAME, and your own MODULE:FACTORY")
             raise ModelError(f"arch: torchvision has no classification model {arch!r}{hint}")
 
     def build(self, arch: str, outputs: int, state: State | None, metadata: Mapping[str, str]) -> nn.Module:
@@ -404,7 +404,7 @@ class OwnNetworks(NetworkSource):
             raise ModelError(f"arch: {arch} has to take one argument, the number of classes: {error}") from error
         try:
             model = factory(outputs)
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             if torch.get_default_device().type == "meta":  # numbers are missed there
                 raise NotImplementedError from error
             raise ModelError(f"arch: {arch}({outputs}) raised {type(error).__name__}: {first_line(error)}") from error
@@ -453,7 +453,7 @@ class OwnNetworks(NetworkSource):
             raise ModelError(f"arch: the module {module} of {arch} cannot be imported: {where}") from error
         except AttributeError as error:
             raise ModelError(f"arch: the module {module} has no {name!r}") from error
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything, and parse the command line
             raise ModelError(
                 f"arch: the module {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
             ) from error

@@ -55,9 +55,12 @@ def _rehearse(model: nn.Module, config: TrialConfig, sizes: Iterable[int], outpu
         if (problem := _problem(model, size, config, outputs)) is None:
             continue
         if size == 1 and _problem(model, 2, config, outputs) is None:
+            parts, fix = "", "set drop_last to true, or another batch_size"
+            if config.accumulate > 1:
+                parts, fix = f" in {config.accumulate} parts (accumulate)", "take fewer parts, or another batch_size"
             raise ModelError(
-                f"batch_size: {config.batch_size} leaves a batch of one image, which {config.arch} cannot train at "
-                f"a crop of {config.dataset.crop} pixels ({problem}); set drop_last to true, or another batch_size"
+                f"batch_size: {config.batch_size}{parts} leaves a batch of one image, which {config.arch} cannot train "
+                f"at a crop of {config.dataset.crop} pixels ({problem}); {fix}"
             )
         raise ModelError(
             f"arch: {config.arch} cannot be trained on crops of {config.dataset.crop} pixels ({problem}); "
@@ -66,23 +69,36 @@ def _rehearse(model: nn.Module, config: TrialConfig, sizes: Iterable[int], outpu
 
 
 def _problem(model: nn.Module, size: int, config: TrialConfig, outputs: int) -> str | None:
-    """Train a batch and evaluate one; return the first line of what a layer says against it, or None."""
+    """Train a batch and evaluate one; return the first line of what a layer says against it, or None.
+
+    Raises ModelError when what comes out is not one number for each class.
+    """
     try:
         train_mode(model, config)
         device = next(iter(model.parameters())).device
         images = torch.zeros(size, 3, config.dataset.crop, config.dataset.crop, device=device)
-        logits = model(images)
+        logits = _checked(model(images), config, (size, outputs))
         F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device=device)).backward()
         model.eval()
         with torch.no_grad():
-            evaluated = model(images)
+            _checked(model(images), config, (size, outputs))
+    except ModelError:
+        raise
     except NotImplementedError:  # an operation that the meta device lacks says nothing about sizes
         return None
     except Exception as error:  # each layer has errors of its own: RuntimeError, ValueError, AssertionError
         return first_line(error)
-    if logits.shape != (size, outputs) or evaluated.shape != (size, outputs):
-        return f"it gives {tuple(evaluated.shape)} outputs instead of {(size, outputs)}"
     return None
+
+
+def _checked(given: object, config: TrialConfig, shape: tuple[int, int]) -> torch.Tensor:
+    if isinstance(given, torch.Tensor) and given.shape == shape:
+        return given
+    what = f"outputs of {tuple(given.shape)}" if isinstance(given, torch.Tensor) else f"a {type(given).__name__}"
+    raise ModelError(
+        f"arch: {config.arch} gives {what} for {shape[0]} images where a tensor of {shape} is needed, one number for "
+        "each class; let its last layer have as many outputs as it is told, and return these only"
+    )
 
 
 def _way_out(arch: str, model: nn.Module) -> str:
