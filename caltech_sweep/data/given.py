@@ -6,10 +6,13 @@ of one group, such as those of one patient, always stay together.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -249,7 +252,8 @@ def folder_split(root: Path, config: DatasetConfig) -> Split:
 
 # -- a table of paths and labels ---------------------------------------------------------------------------------------
 
-_MOST_PROBLEMS = 8
+_MOST_PROBLEMS, _ENOUGH = 8, 10_000  # that are told, and after which a file is read no further
+_LONGEST = 1 << 20  # characters of a line
 
 
 def csv_file(config: DatasetConfig) -> Path:
@@ -257,9 +261,22 @@ def csv_file(config: DatasetConfig) -> Path:
     if config.root is None:
         raise DatasetError("dataset.root: a dataset named csv needs its file; name it with --data")
     path = paths.expanded(config.root)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DatasetError(f"there is no file {readable(str(path))}; name the csv file of the dataset with --data")
     return path
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Yield the lines of a table with their ends; raise ValueError for one that no table has."""
+    for number in count(1):
+        line = file.readline(_LONGEST)
+        if len(line) == _LONGEST:
+            raise ValueError(f"line {number} has more than a million characters; is it such a file?")
+        if "\0" in line:
+            raise ValueError(f"line {number} has a NUL character; save the file as text in UTF-8")
+        if not line:
+            return
+        yield line
 
 
 def csv_split(config: DatasetConfig) -> Split:
@@ -277,11 +294,13 @@ class CsvReader:
     def items(self) -> list[Item]:
         """Return the images of the file in its order."""
         rows = self.rows()
-        columns = self._columns(rows[0] if rows else [])
+        columns = self._columns(next(rows, (1, []))[1])
         items: list[Item] = []
         seen: dict[str, int] = {}
         groups: dict[str, tuple[str | None, int]] = {}
-        for number, row in enumerate(rows[1:], start=2):
+        for number, row in rows:
+            if len(self.problems) >= _ENOUGH:
+                break
             if not any(cell.strip() for cell in row):
                 continue
             cells = {name: row[place].strip() if place < len(row) else "" for name, place in columns.items()}
@@ -294,26 +313,31 @@ class CsvReader:
                     self._say(number, f"group {item.group!r} is in {item.part}, and in {part} on line {first}")
             items.append(item)
         if self.problems:
-            more = (
-                f"\n... and {len(self.problems) - _MOST_PROBLEMS:,} more" if len(self.problems) > _MOST_PROBLEMS else ""
-            )
+            rest, least = len(self.problems) - _MOST_PROBLEMS, "at least " * (len(self.problems) >= _ENOUGH)
+            more = f"\n... and {least}{rest:,} more" if rest > 0 else ""
             raise DatasetError("\n".join(self.problems[:_MOST_PROBLEMS]) + more)
         return items
 
     def _say(self, line: int, text: str) -> None:
         self.problems.append(f"{readable(str(self.path))}:{line}: {text}")
 
-    def rows(self) -> list[list[str]]:
-        """Return the cells of every line, the header's first."""
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the cells of every row and the line that it ends on, the header's first."""
         import csv
 
+        number = 0
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
-            first = text.partition("\n")[0]
-            delimiter = max(",;\t", key=first.count)
-            return list(csv.reader(text.splitlines(), delimiter=delimiter, strict=True))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                delimiter = max(",;\t", key=next(_lines(file), "").count)
+                file.seek(0)
+                reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+                for row in reader:
+                    number = reader.line_num
+                    yield number, row
+        except (OSError, ValueError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or one_line(str(error))
+            if isinstance(error, csv.Error):
+                reason = f"after line {number}: {reason}; is a quotation mark not closed?"
             raise DatasetError(f"{readable(str(self.path))} cannot be read as a csv file in UTF-8: {reason}") from error
 
     def _columns(self, header: Sequence[str]) -> dict[str, int]:
@@ -338,11 +362,11 @@ class CsvReader:
         path = Path(*[part for part in name.split("/") if part not in ("", ".")])
         if not name or not label:
             self._say(line, f"the {'path' if not name else 'label'} is empty")
-        elif name.startswith("/") or ".." in path.parts or (len(name) > 1 and name[1] == ":") or "\0" in name:
+        elif name.startswith("/") or ".." in path.parts or (len(name) > 1 and name[1] == ":"):
             self._say(line, f"{one_line(name)!r} leads out of the file's folder; give paths below it")
         elif path.as_posix() in seen:
             self._say(line, f"{one_line(name)!r} is on line {seen[path.as_posix()]} already")
-        elif not (self.path.parent / path).is_file():
+        elif not os.path.isfile(self.path.parent / path):  # also where the name is too long
             self._say(line, f"there is no file {one_line(name)!r}")
         part = None
         if "split" in cells:
@@ -379,7 +403,7 @@ def guess_columns(config: DatasetConfig) -> dict[str, str]:
 
     A column of splits is one whose words are all parts. Raises DatasetError when the file cannot be read.
     """
-    rows = CsvReader(config).rows()
+    rows = [row for _, row in CsvReader(config).rows()]
     header = [cell.strip() for cell in rows[0]] if rows else []
     found: dict[str, str] = {}
     for setting, usual in _USUAL.items():
