@@ -213,6 +213,8 @@ def _file(text: str, kind: Kind) -> str:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise _NotUnderstoodError("names the home folder of a user that is not on this machine; write the whole path")
+    if name := paths.variable(expanded):
+        raise _NotUnderstoodError(f"begins with a variable that no shell has replaced; write what {name} stands for")
     try:
         file = Path(re.sub("^/+", "/", expanded)).resolve()
     except (OSError, RuntimeError, ValueError):  # a link to itself

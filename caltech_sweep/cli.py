@@ -35,6 +35,8 @@ _OF_A_DISK = {
     errno.EROFS: "name another place",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space, or name another place"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "check that its disk or server works, then run the command again"),
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ELOOP: "remove the links that lead in a circle",
 }
 
 
@@ -72,6 +74,7 @@ class _Group(click.Group):
             raise click.UsageError(f"{error.option_name} is called {new} now.", error.ctx) from error
 
     def main(self, *arguments: Any, **named: Any) -> Any:
+        _open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is shown as \\u2265
                 stream.reconfigure(errors="backslashreplace")
@@ -101,6 +104,15 @@ class _Group(click.Group):
             sys.exit(told.exit_code)
 
 
+def _open_closed_streams() -> None:
+    """Lead standard streams that are closed to nowhere: else the next file has their number, and gets what is said."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)  # for the workers
+            setattr(sys, name, os.fdopen(number, mode))
+
+
 def _is_there(folder: Callable[[], object]) -> bool:
     try:
         folder()
@@ -111,16 +123,22 @@ def _is_there(folder: Callable[[], object]) -> bool:
 
 def _of_a_disk(error: OSError) -> str | None:
     """Return the sentence about an error of a file, or of the output, that no program can help; None for any other."""
-    from caltech_sweep.text import readable
+    from caltech_sweep.text import one_line, readable
 
     if not _is_there(tempfile.gettempdir):
         return "temporary files cannot be written; name a folder for them with the environment variable TMPDIR"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open; allow more, such as with `ulimit -n 4096`"
     if error.errno not in _OF_A_DISK:
         return None
-    if not error.filename and sys.stdout is not None:  # what it has not taken is not tried again at the end
+    if not error.filename:  # what it has not taken is not tried again at the end
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    what = f"{readable(str(error.filename))} cannot be used" if error.filename else "the output cannot be written"
+    what = (
+        f"{one_line(readable(str(error.filename)), 200)} cannot be used"
+        if error.filename
+        else "the output cannot be written"
+    )
     return f"{what} ({error.strerror}); {_OF_A_DISK[error.errno]}"
 
 
@@ -410,7 +428,7 @@ def plan(study: str, **options: Any) -> None:
 @click.option(
     "--from",
     "source",
-    type=click.Path(path_type=Path),
+    type=_Path(path_type=Path),
     required=True,
     help="A folder of class folders, or of train, val and test folders; or a csv file of paths and labels.",
 )
@@ -422,7 +440,7 @@ def new(study: str, source: Path) -> None:
     from caltech_sweep.sweep.new import ARCH, describe, write_study
     from caltech_sweep.training.networks import source_of
 
-    path, found = write_study(study, source.expanduser(), source_of(ARCH).published_file(ARCH) is not None)
+    path, found = write_study(study, source, source_of(ARCH).published_file(ARCH) is not None)
     for line in describe(found):
         click.echo(line)
     click.echo(f"wrote {path}")

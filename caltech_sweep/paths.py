@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from caltech_sweep.errors import UsageError
@@ -30,20 +31,33 @@ def closest(folder: Path) -> Path:
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
+def variable(path: str) -> str:
+    """Return the variable that a path begins with and that no shell has replaced, such as ``$HOME``, or ""."""
+    found = re.match(r"(\$\w+|\$\{\w+\}|%\w+%)(?=[/\\]|$)", path)
+    return found[0] if found and not os.path.lexists(found[0]) else ""
+
+
 def expanded(path: str) -> Path:
-    """Return a path whose ``~`` or ``~user`` is the home folder; raise UsageError for an unknown user."""
+    """Return a path whose ``~`` or ``~user`` is the home folder.
+
+    Raises UsageError for an unknown user, for a variable that no shell has replaced, and for no path at all.
+    """
     found = os.path.expanduser(path)
+    wrong = ""
+    if not path:
+        raise UsageError("a path is empty; is a variable not set that stands for it?")
     if found.startswith("~"):
-        raise UsageError(
-            f"{path!r} names the home folder of a user that is not on this machine; write the whole path, or ./ in "
-            "front of it if its name begins with a ~"
-        )
+        wrong = "names the home folder of a user that is not on this machine; write the whole path"
+    elif name := variable(found):
+        wrong = f"begins with a variable that no shell has replaced; write what {name} stands for"
+    if wrong:
+        raise UsageError(f"{path!r} {wrong}, or ./ in front of it if its name begins with a {found[0]}")
     return Path(found)
 
 
 def data_home() -> Path:
     """Return where datasets and decoded caches live: ``CALTECH_SWEEP_DATA`` or ``./data``."""
-    return expanded(os.environ.get("CALTECH_SWEEP_DATA", "data"))
+    return expanded(os.environ.get("CALTECH_SWEEP_DATA") or "data")
 
 
 def caltech_root() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -214,6 +216,61 @@ def test_every_problem_of_a_csv_file_is_told_at_once_with_its_line(tmp_path: Pat
         "15: test has images of 'zebra', of which train has none",
         "... and 2 more",
     ]
+
+
+def test_names_with_line_breaks_and_every_other_character_come_through_a_csv_file(tmp_path: Path) -> None:
+    odd = (
+        "a\nb",
+        "a\rb",
+        "a\u2028b",
+        "a\x85b",
+        "a\x0cb",
+        'q"b',
+        "%s",
+        "$HOME",
+        "-rf",
+        "\U0001f600",
+        "=1+1",
+        "a,b",
+        "<b>",
+    )
+    names = [f"{stem}{i}.png" for stem in odd for i in range(4)]
+    put(tmp_path, *names)
+    with (tmp_path / "t.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *((name, f"c{i % 4 // 2}") for i, name in enumerate(names))])
+    split = load_split(DatasetConfig(name="csv", root=str(tmp_path / "t.csv")))
+    assert {item.path.name for part in SPLITS for item in split.part(part)} == set(names)
+
+
+def test_a_line_is_counted_as_an_editor_counts_it(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('path,label\n\n"a\n\nb",x\ngone.png,y\n', encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"t.csv:5: there is no file 'a b'\n.*t.csv:6: there is no file 'gone.png'"):
+        load_split(DatasetConfig(name="csv", root=str(tmp_path / "t.csv")))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"path,label\na.png,a\n" + b"x" * (3 << 20), "line 3 has more than a million characters"),
+        (b"x" * (1 << 21), "line 1 has more than a million characters"),
+        (b"path,label\n" + b"x" * 200_000 + b",a\n", "after line 1: field larger than field limit"),
+        (b"path,label\na.png,a\nb\0.png,b\n", "line 3 has a NUL character; save the file as text in UTF-8"),
+        ("path,label\na.png,a\n".encode("utf-16-le"), "line 1 has a NUL character"),
+        ("path,label\na.png,a\n".encode("utf-16"), "cannot be read as a csv file in UTF-8: 'utf-8' codec"),
+        (b'path,label\na.png,a\n"b.png,b\n', "after line 2: unexpected end of data; is a quotation mark not closed?"),
+        (b"path,label\n" + b"x" * 300 + b",a\n", "t.csv:2: there is no file 'xxx"),
+        (b"path,label\n" + b"x/" * 4000 + b",a\n", "t.csv:2: there is no file 'x/x"),
+        (b"path,label\n" + b"a,b\n" * 30_000, r"t.csv:9: there is no file 'a'\n... and at least 9,992 more$"),
+    ],
+)
+def test_a_file_that_is_no_table_of_images_is_a_short_sentence(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(DatasetError, match=said) as caught:
+        load_split(DatasetConfig(name="csv", root=str(tmp_path / "t.csv")))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 2000 and most < 30 << 20
 
 
 @pytest.mark.parametrize("path", ["a/../../b.png", "..\\b.png", "C:\\b.png", "\\\\host\\b.png", "./../b.png"])

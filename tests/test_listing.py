@@ -7,6 +7,7 @@ import io
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,36 @@ def test_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
             (root / one / f"to_{other}").symlink_to(root / other)
     split = folder_split(root, DatasetConfig())
     assert all(len(paths) == 48 for paths in images_of(split, root).values())
+
+
+def nested(folder: Path, name: str, depth: int) -> None:
+    """Make folders within folders, deeper than the path of one may be long."""
+    inside = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=inside)
+        inside, above = os.open(name, os.O_RDONLY, dir_fd=inside), inside
+        os.close(above)
+    os.close(inside)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "said"),
+    [("d", 500, "in more than 200 folders; move its images up"), ("d" * 100, 60, "(File name too long); give it a sh")],
+)
+def test_folders_that_are_nested_too_deep_are_a_sentence(
+    tmp_path: Path, cli: Cli, name: str, depth: int, said: str
+) -> None:
+    nested(two_classes(tmp_path / "images") / "ant", name, depth)
+    listed = cli("data", "list", "--split", "test", "--data", str(tmp_path / "images"))
+    assert listed.exit_code == 2 and said in listed.output and len(listed.output) < 500
+    shutil.rmtree(tmp_path / "images")
+
+
+def test_two_class_folders_that_read_the_same_are_refused(tmp_path: Path) -> None:
+    root = two_classes(tmp_path / "images")
+    put(root, "bl\udce9/1.png", "bl\\xe9/1.png")
+    with pytest.raises(DatasetError, match=r"two class folders of .* read 'bl\\xe9'; rename one"):
+        folder_split(root, DatasetConfig())
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -347,6 +347,32 @@ def test_a_home_folder_is_understood_wherever_a_path_is_given(
     assert not [path for path in place.iterdir() if "~" in path.name]
 
 
+def test_no_path_and_a_variable_that_no_shell_has_replaced_are_refused_and_never_a_folder_s_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(place.iterdir())
+    for wrong in ("$SCRATCH/x", "${SCRATCH}", "%SCRATCH%/x", "%SCRATCH%\\x", ""):
+        for command in (
+            ("run", "tiny", "--in-process", f"--local-stores={wrong}"),
+            ("run", "tiny", "--in-process", f"--cache={wrong}"),
+            ("plan", "tiny", f"--data={wrong}"),
+            ("data", f"--from={wrong}"),
+            ("new", "mine", f"--from={wrong}"),
+            ("predict", wrong),
+        ):
+            refused = invoke(*command)
+            says = "that no shell has replaced; write what " if wrong else "a path is empty"
+            assert refused.exit_code == 2 and says in refused.output, (command, refused.output)
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", "$SCRATCH/data")
+    assert "'$SCRATCH/data' begins with a variable" in invoke("cache").output
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", "")  # as good as none
+    assert "in data/reuse" in invoke("cache").output
+    (place / "$SCRATCH").mkdir()
+    assert sorted(place.iterdir()) == sorted([*before, place / "$SCRATCH"])
+    monkeypatch.setenv("CALTECH_SWEEP_DATA", "$SCRATCH")  # a name that is there
+    assert "in $SCRATCH/reuse" in invoke("cache").output
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
 def test_a_terminal_that_lacks_a_character_shows_it_as_an_escape(place: Path, encoding: str) -> None:
     draw(place / "photos")
@@ -555,6 +581,24 @@ def test_a_folder_that_is_gone_is_a_sentence(place: Path) -> None:
         gone = shell(f"mkdir gone && cd gone && rmdir ../gone && {command}")
         assert gone.returncode == 2 and gone.stdout == ""
         assert gone.stderr == "Error: the folder of this command is gone; change into one that is there\n"
+
+
+@pytest.mark.slow
+def test_streams_that_are_closed_cost_no_command_anything(place: Path) -> None:
+    closed = shell("caltech-sweep run tiny --threads 1 --row First <&- >&- 2>&-")
+    assert closed.returncode == 0
+    assert "| First |" in shell("caltech-sweep report").stdout
+    report = shell("caltech-sweep report >&-")
+    assert (report.returncode, report.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_too_few_open_files_are_a_sentence(place: Path) -> None:
+    few = shell("ulimit -n 12; caltech-sweep run tiny --threads 1")  # the pipes of a worker are more
+    assert (few.returncode, few.stderr.splitlines()[-1]) == (
+        2,
+        "Error: too many files are open; allow more, such as with `ulimit -n 4096`",
+    )
 
 
 RUN = [sys.executable, "-m", "caltech_sweep", "run", "tiny", "--threads", "1", "--set", "epochs=60", "--row", "First"]

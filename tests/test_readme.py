@@ -13,6 +13,7 @@ from caltech_sweep.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("cluster", "commands", "design", "settings", "studies")
 EXAMPLES = [
     "\n".join(line[4:] for line in found.splitlines()) for found in re.findall(r"(?:^(?:    .*)?\n)+", README, re.M)
 ]
@@ -27,10 +28,11 @@ def example(word: str) -> str:
 def test_the_study_and_the_mocked_trial_run_as_they_are_written(tmp_path: Path) -> None:
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.yaml").write_text(example("title: My sweep"), encoding="utf-8")
-    (tmp_path / "test_mine.py").write_text(example("ScriptedExecutor"), encoding="utf-8")
+    torch = "\n\ndef test_torch_is_not_needed():\n    import sys\n\n    assert 'torch' not in sys.modules\n"
+    (tmp_path / "test_mine.py").write_text(example("ScriptedExecutor") + torch, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "1 passed" in result.stdout, result.stdout + result.stderr
+    assert "2 passed" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"caltech-sweep ([a-z]+)", README))))
@@ -48,6 +50,15 @@ def test_every_option_that_is_shown_exists() -> None:
         words = line.split("#")[0].split()
         options = {name for option in main.commands[words[1]].params for name in option.opts}
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= options or words[1] == "data", line
+
+
+def test_every_option_that_any_document_names_exists() -> None:
+    commands = [main, *main.commands.values(), main.commands["data"].commands["list"]]  # type: ignore[attr-defined]
+    known = {name for command in commands for each in command.params for name in (*each.opts, *each.secondary_opts)}
+    others = {"--head", "--port", "--num-cpus", "--no-deps", "--help", "--stage-budget"}  # Ray's, pip's, an older name
+    for document in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCUMENTS)):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | others, document
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/studies.md"])

@@ -6,10 +6,13 @@ of one group, such as those of one patient, always stay together.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -261,7 +264,8 @@ def folder_split(root: Path, config: DatasetConfig) -> Split:
 
 # -- a table of paths and labels ---------------------------------------------------------------------------------------
 
-_MOST_PROBLEMS = 8
+_MOST_PROBLEMS, _ENOUGH = 8, 10_000  # that are told, and after which a file is read no further
+_LONGEST = 1 << 20  # characters of a line
 
 
 def csv_file(config: DatasetConfig) -> Path:
@@ -269,9 +273,22 @@ def csv_file(config: DatasetConfig) -> Path:
     if config.root is None:
         raise DatasetError("dataset.root: a dataset named csv needs its file; name it with --data")
     path = paths.expanded(config.root)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DatasetError(f"there is no file {readable(str(path))}; name the csv file of the dataset with --data")
     return path
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Yield the lines of a table with their ends; raise ValueError for one that no table has."""
+    for number in count(1):
+        line = file.readline(_LONGEST)
+        if len(line) == _LONGEST:
+            raise ValueError(f"line {number} has more than a million characters; is it such a file?")
+        if "\0" in line:
+            raise ValueError(f"line {number} has a NUL character; save the file as text in UTF-8")
+        if not line:
+            return
+        yield line
 
 
 def csv_split(config: DatasetConfig) -> Split:
@@ -289,12 +306,14 @@ class CsvReader:
     def items(self) -> list[Item]:
         """Return the images of the file in its order."""
         rows = self.rows()
-        columns = self._columns(rows[0] if rows else [])
+        columns = self._columns(next(rows, (1, []))[1])
         items: list[Item] = []
         seen: dict[str, int] = {}
         groups: dict[str, tuple[str | None, int]] = {}
         parts: dict[str, dict[str, int]] = {}  # of each label, with the first line there
-        for number, row in enumerate(rows[1:], start=2):
+        for number, row in rows:
+            if len(self.problems) >= _ENOUGH:
+                break
             if not any(cell.strip() for cell in row):
                 continue
             cells = {name: row[place].strip() if place < len(row) else "" for name, place in columns.items()}
@@ -308,7 +327,7 @@ class CsvReader:
                 if known != item.part:
                     self._say(number, f"group {item.group!r} is in {item.part}, and in {known} on line {first}")
             items.append(item)
-        for label, lines in parts.items():
+        for label, lines in parts.items() if len(self.problems) < _ENOUGH else ():  # all lines were read
             if "train" not in lines:
                 part, number = next(iter(lines.items()))
                 self._say(number, f"{part} has images of {one_line(label)!r}, of which train has none")
@@ -322,21 +341,28 @@ class CsvReader:
         """Raise DatasetError with every problem that was found, by line, as far as a person reads them."""
         told = [f"{readable(str(self.path))}:{line}: {text}" for line, text in sorted(self.problems)]
         if more := told[_MOST_PROBLEMS:]:
-            told[_MOST_PROBLEMS:] = [f"... and {len(more):,} more"]
+            least = "at least " * (len(told) >= _ENOUGH)  # where the rest was not read
+            told[_MOST_PROBLEMS:] = [f"... and {least}{len(more):,} more"]
         if told:
             raise DatasetError("\n".join(told))
 
-    def rows(self) -> list[list[str]]:
-        """Return the cells of every line, the header's first."""
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the cells of every row and the line that it ends on, the header's first."""
         import csv
 
+        number = 0
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
-            first = text.partition("\n")[0]
-            delimiter = max(",;\t", key=first.count)
-            return list(csv.reader(text.splitlines(), delimiter=delimiter, strict=True))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                delimiter = max(",;\t", key=next(_lines(file), "").count)
+                file.seek(0)
+                reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+                for row in reader:
+                    number = reader.line_num
+                    yield number, row
+        except (OSError, ValueError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or one_line(str(error))
+            if isinstance(error, csv.Error):
+                reason = f"after line {number}: {reason}; is a quotation mark not closed?"
             raise DatasetError(f"{readable(str(self.path))} cannot be read as a csv file in UTF-8: {reason}") from error
 
     def _columns(self, header: Sequence[str]) -> dict[str, int]:
@@ -360,11 +386,11 @@ class CsvReader:
         path = Path(*[part for part in name.split("/") if part not in ("", ".")])
         if not name or not label:
             self._say(line, f"the {'path' if not name else 'label'} is empty")
-        elif name.startswith("/") or ".." in path.parts or (len(name) > 1 and name[1] == ":") or "\0" in name:
+        elif name.startswith("/") or ".." in path.parts or (len(name) > 1 and name[1] == ":"):
             self._say(line, f"{one_line(name)!r} leads out of the file's folder; give paths below it")
         elif path.as_posix() in seen:
             self._say(line, f"{one_line(name)!r} is on line {seen[path.as_posix()]} already")
-        elif not (self.path.parent / path).is_file():
+        elif not os.path.isfile(self.path.parent / path):  # also where the name is too long
             self._say(line, f"there is no file {one_line(name)!r}")
         part = None
         if "split" in cells:
@@ -401,7 +427,7 @@ def guess_columns(config: DatasetConfig) -> dict[str, str]:
 
     A column of splits is one whose words are all parts. Raises DatasetError when the file cannot be read.
     """
-    rows = CsvReader(config).rows()
+    rows = [row for _, row in CsvReader(config).rows()]
     header = [cell.strip() for cell in rows[0]] if rows else []
     found: dict[str, str] = {}
     for setting, usual in _USUAL.items():

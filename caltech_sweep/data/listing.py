@@ -10,8 +10,9 @@ from pathlib import Path
 
 from caltech_sweep.data.pixels import suffixes
 from caltech_sweep.errors import DatasetError
-from caltech_sweep.text import counted, readable
+from caltech_sweep.text import counted, one_line, readable
 
+_DEEPEST = 200  # folders within folders
 _KINDS = 8  # kinds of files, and names of empty classes, that a sentence tells
 # What systems and tools leave in folders; names that start with a dot are hidden as well.
 _LEFTOVERS = frozenset(
@@ -70,6 +71,10 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def find_images(folder: Path, passed: PassedOver, seen: set[tuple[int, int]]) -> Iterator[Path]:
     """Yield the image files in and below a folder; a folder that is ``seen`` by a link is not entered again."""
+    if len(folder.parts) > _DEEPEST:
+        raise DatasetError(
+            f"{one_line(readable(str(folder)))} lies in more than {_DEEPEST} folders; move its images up"
+        )
     status = folder.stat()
     seen.add((status.st_dev, status.st_ino))
     for entry in entries(folder):
@@ -117,6 +122,8 @@ def list_classes(root: Path) -> tuple[dict[str, Sequence[Path]], PassedOver]:
         found = list(_images_of(entry, passed, {(status.st_dev, status.st_ino)}))
         if not is_dir(entry):
             passed.others["image in no class"] += len(found)
+        elif readable(entry.name) in classes:  # bytes that are shown as an escape, and a name with that escape
+            raise DatasetError(f"two class folders of {readable(str(root))} read '{readable(entry.name)}'; rename one")
         elif found:
             classes[readable(entry.name)] = found
         elif not is_hidden(entry.name):
