@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from caltech_sweep.errors import UsageError
 from caltech_sweep.sweep.executors.base import (
     HANG_SECONDS,
     Epoch,
@@ -30,7 +31,7 @@ from caltech_sweep.sweep.executors.base import (
     WorkerDied,
     failure_of,
 )
-from caltech_sweep.sweep.executors.cluster import Demand, nodes
+from caltech_sweep.sweep.executors.cluster import Demand, leaving, nodes, other_packages, packages
 from caltech_sweep.sweep.executors.luggage import Files, Luggage
 from caltech_sweep.sweep.executors.node import Incoming, Left, Place, Slot
 from caltech_sweep.text import one_line
@@ -49,7 +50,10 @@ class _Started:
 class _Actor(Slot):
     """A slot that knows its node."""
 
-    def arrive(self) -> _Started:
+    def arrive(self, wanted: Mapping[str, str]) -> _Started:
+        """Start; raise UsageError where the packages are not those that are wanted: the node may have come later."""
+        if problem := other_packages(wanted):
+            raise UsageError(problem)
         return _Started(self.start(), ray.get_runtime_context().get_node_id())
 
 
@@ -84,6 +88,7 @@ class _Slot:
     job: Job | None = None
     incoming: Incoming | None = None
     alone: bool = False  # it is for one job, which shares its device with no other
+    leaving: bool = False  # its node will be taken away
     last_seen: float = 0.0
     idle_since: float = 0.0
 
@@ -107,7 +112,7 @@ class RayExecutor:
     ) -> None:
         self._runner, self._demand, self._threads, self._device = ray.put(runner), demand, threads, device
         self._hang_seconds, self._clock = hang_seconds, clock
-        self._polled = clock()
+        self._polled, self._packages = clock(), packages()
         self._slots: list[_Slot] = []
         self._waiting: deque[Job] = deque()
         self._node_of: dict[int, str] = {}  # of every job, where it ran last
@@ -119,7 +124,17 @@ class RayExecutor:
         looked, found = self._nodes
         if self._clock() - looked > _LOOK_SECONDS:
             self._nodes = (self._clock(), found := nodes())
+            self._leave(leaving())
         return found
+
+    def _leave(self, going: set[str]) -> None:
+        """Give up the slots on nodes that will be taken away; their jobs stop with their next epoch."""
+        for slot in [slot for slot in self._slots if slot.node in going and not slot.leaving]:
+            slot.leaving = True
+            if slot.job is None:
+                self._drop(slot)
+            else:
+                slot.actor.leave.remote()
 
     def _most(self) -> int:
         if self._demand.slots is not None:
@@ -149,7 +164,7 @@ class RayExecutor:
             self._place_alone(job)
         reserved = self._reserved()
         jobs = [job for job in self._waiting if not job.alone]
-        ready = [s for s in self._slots if s.place is not None and s.job is None and not s.alone]
+        ready = [s for s in self._slots if s.place is not None and s.job is None and not (s.alone or s.leaving)]
         for job, slot in zip(jobs, (slot for slot in ready if slot.node not in reserved), strict=False):
             self._waiting.remove(job)
             self._run(slot, job)
@@ -187,7 +202,7 @@ class RayExecutor:
             )
             .remote(self._runner, self._threads)
         )
-        return _Slot(actor, actor.arrive.remote(), alone=alone)
+        return _Slot(actor, actor.arrive.remote(self._packages), alone=alone)
 
     def _run(self, slot: _Slot, job: Job) -> None:
         slot.job, slot.last_seen = job, self._clock()
@@ -206,6 +221,7 @@ class RayExecutor:
 
     def poll(self, timeout: float) -> list[Event]:
         """Return the events that have arrived; slots that hang are killed, those that are idle for long given back."""
+        self._alive()
         self._place()
         now = self._clock()
         for slot in self._slots:  # no poll listened since the last one
@@ -265,7 +281,7 @@ class RayExecutor:
         if slot.incoming is not None:
             slot.incoming.close()
         slot.job, slot.incoming = None, None
-        if slot.alone:
+        if slot.alone or slot.leaving:
             self._drop(slot)
 
     def _begin(self, slot: _Slot, left: Left) -> list[Event]:
