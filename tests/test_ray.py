@@ -283,7 +283,8 @@ def test_a_worker_that_the_memory_monitor_ends_ran_out_of_memory(tmp_path: Path)
 def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Network]]:
     """A head without processors, and the network that nodes join as other machines do."""
     pytest.importorskip("ray", reason="Ray is not installed")
-    with network() as made, cluster_of(tmp_path_factory.mktemp("far"), 0, made.address, **QUICK) as head:
+    folder = tmp_path_factory.mktemp("far")
+    with network(folder) as made, cluster_of(folder, 0, made.address, **QUICK) as head:
         yield head, made
         for node in made.nodes:
             node.end()
@@ -306,7 +307,7 @@ def test_a_cluster_without_nodes_is_refused_or_waited_for(
         assert executor.free() == 1
         executor.submit(job(tmp_path, 0))
         assert executor.poll(0.5) == []
-        net.join(head, tmp_path / "node")
+        net.join(head)
         until(executor, Done)
         executor.close()
 
@@ -319,7 +320,7 @@ def test_a_node_that_comes_back_after_it_was_taken_for_dead_writes_nothing_and_e
     from caltech_sweep.sweep.executors.ray import RayExecutor
 
     head, net = far
-    node = standing(head, net, tmp_path)
+    node = standing(head, net)
     with connected(head.address, cpus=1):
         executor = RayExecutor(slowly, Demand(1, 0, 1))
         executor.submit(job(tmp_path, 0, epochs=1000))
@@ -330,7 +331,7 @@ def test_a_node_that_comes_back_after_it_was_taken_for_dead_writes_nothing_and_e
         assert "its node" in until(executor, WorkerDied)[-1].why
         node.wait(alive=False)
         node.cut(healed=True) if how == "cut" else node.send(signal.SIGCONT)
-        net.join(head, tmp_path / "next")
+        net.join(head)
         executor.submit(job(tmp_path, 1))
         events = until(executor, Done)
         assert {event.job for event in events} == {1} and not list((tmp_path / "0").iterdir())
@@ -354,7 +355,7 @@ def test_a_trial_whose_node_will_be_taken_away_saves_its_state_and_goes_on_elsew
     config = TrialConfig(dataset=dataset, arch="squeezenet1_1", batch_size=8, epochs=60)
     trial = replace(job(tmp_path), config=config, stages=CacheOptions(tmp_path / "states", 10**9), device="cpu")
     head, net = far
-    node = standing(head, net, tmp_path)
+    node = standing(head, net)
     with connected(head.address, cpus=1):
         executor = RayExecutor(Trainer(luggage), Demand(1, 0), threads=1)
         executor.submit(trial)
@@ -362,7 +363,7 @@ def test_a_trial_whose_node_will_be_taken_away_saves_its_state_and_goes_on_elsew
         node.process.send_signal(signal.SIGTERM)
         *epochs, moved = until(executor, WorkerDied)
         assert isinstance(moved, WorkerDied) and moved.moved and isinstance(epochs[-1], Epoch)
-        net.join(head, tmp_path / "next")
+        net.join(head)
         executor.submit(trial)
         again = [event for event in until(executor, Done) if isinstance(event, Epoch)]
         assert [event.reused for event in again] == [event.epoch <= epochs[-1].epoch for event in again]
@@ -371,9 +372,9 @@ def test_a_trial_whose_node_will_be_taken_away_saves_its_state_and_goes_on_elsew
         executor.close()
 
 
-def standing(head: Any, net: Network, folder: Path) -> FarNode:
+def standing(head: Any, net: Network) -> FarNode:
     """Return a node that is alive, a new one where there is none."""
-    found = next((node for node in net.nodes if node.alive), None) or net.join(head, folder / "standing")
+    found = next((node for node in net.nodes if node.alive), None) or net.join(head)
     found.wait(alive=True)
     return found
 

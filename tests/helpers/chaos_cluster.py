@@ -59,8 +59,7 @@ class World:
 
     def add_node(self) -> FarNode:
         """Start one more node."""
-        data = self.folder / f"node-{len(self.network.nodes)}"
-        self.nodes.append(self.network.join(self.cluster, data))
+        self.nodes.append(self.network.join(self.cluster))
         return self.nodes[-1]
 
     def study(self, name: str, trials: int, epochs: int) -> chaos.Place:
@@ -161,7 +160,11 @@ class World:
 @contextmanager
 def world(folder: Path, nodes: int) -> Iterator[World]:
     """Yield a cluster with so many nodes, and servers; skips where a part of it is not to be had."""
-    with network() as net, postgres() as database, cluster_of(folder / "head", 0, net.address, **QUICK) as cluster:
+    with (
+        network(folder) as net,
+        postgres() as database,
+        cluster_of(folder / "head", 0, net.address, **QUICK) as cluster,
+    ):
         made = World(cluster, net, database, folder)
         try:
             for node in [made.add_node() for _ in range(nodes)]:

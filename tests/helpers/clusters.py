@@ -136,7 +136,8 @@ def ip(*arguments: str) -> None:
 class Network:
     """A bridge of this machine; each node that joins has a link to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # of what its nodes keep
         self.name, self.prefix = f"cs{os.getpid()}", f"10.231.{os.getpid() % 256}"
         self.nodes: list[FarNode] = []
 
@@ -145,9 +146,10 @@ class Network:
         """Where this process is in it."""
         return f"{self.prefix}.1"
 
-    def join(self, cluster: Any, data: Path, cpus: int = 1) -> FarNode:
-        """Start a node whose data folder is ``data``; it is not waited for."""
+    def join(self, cluster: Any) -> FarNode:
+        """Start a node with one CPU and a data folder of its own; it is not waited for."""
         number = len(self.nodes) + 2
+        data = self.folder / f"node-{number}"
         link, address = f"{self.name}-{number}", f"{self.prefix}.{number}"
         ip("netns", "add", link)
         ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", link)
@@ -157,7 +159,7 @@ class Network:
         ip("-n", link, "link", "set", "lo", "up")
         data.mkdir(parents=True, exist_ok=True)
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={cluster.address}"]
-        start += [f"--node-ip-address={address}", f"--num-cpus={cpus}", "--object-store-memory=100000000"]
+        start += [f"--node-ip-address={address}", "--num-cpus=1", "--object-store-memory=100000000"]
         with (data / "log.txt").open("wb") as log:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", link, *start],
@@ -165,15 +167,16 @@ class Network:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                cwd="/",  # which stays
             )
         self.nodes.append(FarNode(cluster, address, link, process))
         return self.nodes[-1]
 
 
 @contextmanager
-def network() -> Iterator[Network]:
+def network(folder: Path) -> Iterator[Network]:
     """Yield a network that ends, with the nodes in it, when the block does; skips where none can be made."""
-    made = Network()
+    made = Network(folder)
     try:
         ip("link", "add", made.name, "type", "bridge")
     except (OSError, subprocess.CalledProcessError):

@@ -113,6 +113,9 @@ def connected(
             raise refused(address, error) from error
         finally:
             signal.signal(signal.SIGTERM, before)  # Ray has one of its own
+        if address is None:
+            kill = (node := ray._private.worker._global_node).kill_all_processes
+            node.kill_all_processes = lambda **_: kill(check_alive=False)  # they wait for no SIGTERM
         demand = _demand(slots, cpus, gpus, threads)
         room, lack = demand.room()
         if lack and (address is None or slots is None):

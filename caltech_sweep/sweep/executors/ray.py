@@ -327,21 +327,23 @@ class RayExecutor:
                 self._waiting.remove(job)
         if job is None:
             return []
-        host = slot.place.host if slot.place is not None else "a node"
+        host = slot.place.host if slot.place is not None else ""
         if isinstance(error, OutOfMemoryError):
-            why = f"Ray ended its worker since {host} ran low on memory; lower batch_size, or raise --cpus-per-trial"
-            return [Failed(job.number, "out_of_memory", why)]
+            why = f"Ray ended its worker since {host or 'its node'} ran low on memory"
+            fix = "lower batch_size, or raise --cpus-per-trial"
+            return [Failed(job.number, "out_of_memory", f"{why}; {fix}")]
         return [WorkerDied(job.number, None, why=self._cause(slot, host, error))]
 
     def _cause(self, slot: _Slot, host: str, error: RayError) -> str:
+        node, on = f"its node {host}".strip(), f" on {host}" if host else ""
         if isinstance(error, RayTaskError) or slot.place is None and "creation task" in str(error):
-            return f"its worker on {host} could not start ({one_line(str(error).strip().splitlines()[-1], 200)})"
+            return f"its worker{on} could not start ({one_line(str(error).strip().splitlines()[-1], 200)})"
         if isinstance(error, RayActorError) and error.preempted:
-            return f"its node {host} was taken back"
+            return f"{node} was taken back"
         if isinstance(error, ActorUnavailableError):
-            return f"its node {host} does not answer"
-        gone = "its node has died" in str(error) or slot.node not in nodes()
-        return f"its node {host} left the cluster" if gone else f"its worker process on {host} ended"
+            return f"{node} does not answer"
+        gone = "its node has died" in str(error) or (slot.node and slot.node not in nodes())
+        return f"{node} left the cluster" if gone else f"its worker process{on} ended"
 
     def answer(self, job: int, go_on: bool) -> None:
         """Let the slot that waits go on or stop."""
