@@ -53,6 +53,7 @@ class World:
     database: Postgres
     folder: Path
     nodes: list[FarNode] = field(default_factory=list)
+    gone: list[FarNode] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _server: ExitStack = field(default_factory=ExitStack)
     _serve: Callable[[], None] = lambda: None
@@ -113,11 +114,17 @@ class World:
         node = self.nodes.pop(chance.randrange(len(self.nodes)))
         self.add_node()
         how(node)
-        try:
-            node.process.wait(HEALED)
-        except subprocess.TimeoutExpired:
-            self.problems.append(f"node {node.address} goes on although the cluster takes it for dead")
-        node.end()
+        self.gone.append(node)
+
+    def bury(self) -> None:
+        """Wait until the processes of all nodes that have gone have ended."""
+        while self.gone:
+            node = self.gone.pop()
+            try:
+                node.process.wait(HEALED)
+            except subprocess.TimeoutExpired:
+                self.problems.append(f"node {node.address} goes on although the cluster takes it for dead")
+            node.end()
 
     def _workers(self) -> list[int]:
         return sorted(pid for node in self.nodes for pid in node.pids("^ray::_Actor"))
@@ -217,10 +224,10 @@ def one_round(made: World, place: chaos.Place, chance: random.Random, most: int,
         process = launch(place, made.cluster.address)
         wait(process, 300, log, "started")
         for kind in next_events(chance, kinds, most - sum(events.values())):
-            wait(process, chance.uniform(1, 6))
+            wait(process, chance.uniform(0.5, 4))
             if process.poll() is None and made.disturb(kind, chance):
                 events[kind] += 1
-        wait(process, chance.uniform(1, 6))
+        wait(process, chance.uniform(0.5, 4))
         if process.poll() is not None:
             break
         os.killpg(process.pid, signal.SIGKILL)
@@ -237,6 +244,7 @@ def one_round(made: World, place: chaos.Place, chance: random.Random, most: int,
 
 def problems_of(made: World, place: chaos.Place, trials: int, reference: str) -> list[str]:
     """Return a sentence for everything that is not as on one machine."""
+    made.bury()
     database = made.database.address(f"mlflow_{place.folder.name}")
     found = [*made.problems, *chaos.check_stores(replace(place, tracking=database), trials)]
     if chaos.read_reports(place) != reference:
