@@ -138,25 +138,6 @@ def test_a_worker_that_is_killed_is_told_and_one_that_wakes_after_it_was_given_u
         executor.close()
 
 
-def test_the_trial_of_a_node_that_dies_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
-    from caltech_sweep.sweep.executors.cluster import Demand, connected
-    from caltech_sweep.sweep.executors.ray import RayExecutor
-
-    third = add_node(cluster, tmp_path / "third", num_cpus=2)
-    with connected(cluster.address, cpus=2):
-        executor = RayExecutor(slowly, Demand(2, 0))
-        assert executor.free() == 1
-        executor.submit(job(tmp_path, 0, epochs=1000))
-        until(executor, Epoch)
-        cluster.remove_node(third, allow_graceful=False)
-        died = until(executor, WorkerDied)[-1]
-        assert "its node" in died.why, died
-        add_node(cluster, tmp_path / "fourth", num_cpus=2)
-        executor.submit(job(tmp_path, 0))
-        until(executor, Done)
-        executor.close()
-
-
 def test_a_node_that_sees_no_image_gets_them_and_the_weights_from_the_coordinator(
     cluster: Any, cli: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +184,7 @@ def test_a_node_that_sees_no_image_gets_them_and_the_weights_from_the_coordinato
         node.wait(30)
 
 
-def test_a_trial_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_nodes_see(
+def test_the_trial_of_a_node_that_dies_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_nodes_see(
     cluster: Any, tmp_path: Path
 ) -> None:
     from caltech_sweep.config import DatasetConfig
@@ -224,7 +205,8 @@ def test_a_trial_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_node
         executor.submit(trial)
         seen = [event.epoch for event in until(executor, Epoch, 3) if isinstance(event, Epoch)]
         cluster.remove_node(doomed, allow_graceful=False)
-        until(executor, WorkerDied)
+        died = until(executor, WorkerDied)[-1]
+        assert isinstance(died, WorkerDied) and "its node" in died.why and not died.moved
         add_node(cluster, tmp_path / "sixth", num_cpus=5)
         executor.submit(trial)
         events = until(executor, Done)
