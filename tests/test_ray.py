@@ -412,6 +412,11 @@ def test_another_version_of_ray_or_python_is_named() -> None:
     assert "runs Ray 2.9.0 on Python 3.10.1, and this is Ray 2.60.0 on Python 3.11.7" in str(refused("a:1", said))
 
 
+def raylets() -> bytes:
+    """Return the processes of clusters that this one has started."""
+    return subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "raylet"], capture_output=True).stdout
+
+
 def test_no_cluster_is_joined_that_was_not_named_and_the_private_one_ends(
     cli: Cli, place: Path, finished_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,9 +433,10 @@ def test_no_cluster_is_joined_that_was_not_named_and_the_private_one_ends(
     assert process.returncode == 130 and "interrupted, waits for the next run" in rest, rest
     assert "tried again" not in rest and "Traceback" not in rest
     assert not subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout
+    before = raylets()
     result = cli(*run)
     assert result.exit_code == 0, result.output
-    assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "raylet"], capture_output=True).stdout
+    assert raylets() == before
     ours = reports("tiny")
     monkeypatch.chdir(finished_place)
     assert ours == reports("tiny")
