@@ -121,11 +121,8 @@ def test_a_worker_that_dies_is_tried_again_twice_in_the_same_run() -> None:
 def test_a_trial_whose_machines_are_taken_away_goes_on_as_often_as_it_must() -> None:
     class Moving(ScriptedExecutor):
         def poll(self, timeout: float) -> list[Event]:
-            events = super().poll(timeout)
-            return [replace(e, why="its node will be taken away", moved=True) if is_death(e) else e for e in events]
-
-    def is_death(event: Event) -> bool:
-        return isinstance(event, WorkerDied)
+            why = "its node will be taken away"
+            return [replace(e, why=why, moved=True) if isinstance(e, WorkerDied) else e for e in super().poll(timeout)]
 
     tracker, small = MemoryTracker(), replace(DEFINITION, trials=1, rows=ROWS[:1])
     summary = run_scripted(small, Moving(Script([0.1, 0.2, 0.3, 0.4], deaths=5)), tracker)

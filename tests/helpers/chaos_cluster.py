@@ -66,7 +66,11 @@ class World:
     def study(self, name: str, trials: int, epochs: int) -> chaos.Place:
         """Return a new working folder whose stores are new databases, one of them behind a server."""
         place = chaos.furnish(self.folder / name, chaos.INDEPENDENT, trials, epochs)
-        port, known, storage = free_port(), *map(self.database.create, (f"mlflow_{name}", f"optuna_{name}"))
+        port, known, storage = (
+            free_port(),
+            self.database.create(f"mlflow_{name}"),
+            self.database.create(f"optuna_{name}"),
+        )
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--backend-store-uri"]
         command += [known.replace("postgresql:", "postgresql+psycopg:"), "--artifacts-destination"]
         command += [str(place.folder / "artifacts")]

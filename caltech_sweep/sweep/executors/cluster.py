@@ -114,7 +114,8 @@ def connected(
         finally:
             signal.signal(signal.SIGTERM, before)  # Ray has one of its own
         if address is None:
-            kill = (node := ray._private.worker._global_node).kill_all_processes
+            node: Any = ray._private.worker._global_node
+            kill = node.kill_all_processes
             node.kill_all_processes = lambda **_: kill(check_alive=False)  # they wait for no SIGTERM
         demand = _demand(slots, cpus, gpus, threads)
         room, lack = demand.room()
