@@ -1,4 +1,4 @@
-"""Signs of life from deep inside a trial, which tell a long epoch from a worker that hangs.
+"""Signs of life from deep inside a trial, which tell a long epoch from a worker that hangs, and a notice to it.
 
 The loops that take long call :func:`beat` each time round; who runs the trial says with :func:`beating` where
 the signs go.
@@ -6,11 +6,13 @@ the signs go.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EVERY = 10.0  # seconds between two signs; seldom, since a pipe holds few until they are read
+leaving = threading.Event()  # this process ends soon: the state after the epoch under way is saved, whatever it costs
 
 _sign: Callable[[], None] | None = None  # of this process, which runs one trial at a time
 _last = 0.0

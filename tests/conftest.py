@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from caltech_sweep.sweep.executors.processes import STOPPING, _mask
 from helpers.migrations import migrate_once
 from helpers.places import Cli, clone, furnish, invoke, ran
 
 # One thread a process: the suite's tiny models gain nothing from more, and it shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell lets what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# A signal that a shell has the suite ignore, as nohup and "&" do, would be ignored by every process that it starts; one
+# that has a handler is not.
+for number in STOPPING:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 # Few examples by default, since each run draws others; HYPOTHESIS_PROFILE=thorough draws many.
 settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
@@ -38,6 +42,19 @@ def no_other_place(monkeypatch: pytest.MonkeyPatch, templates: Path) -> None:
     for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "TORCH_HOME"):
         monkeypatch.setenv(name, "")  # or what a test leaves there would stay
         monkeypatch.delenv(name)
+
+
+def signals() -> tuple[object, ...]:
+    """Return what this process does with the signals that stop a run: processes that it starts inherit a part of it."""
+    return _mask("SIG_BLOCK", ()), *map(signal.getsignal, STOPPING)
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """Let a test leave no signal blocked, ignored or handled otherwise: later ones send them to what they start."""
+    before = signals()
+    yield
+    assert signals() == before
 
 
 @pytest.fixture(autouse=True)

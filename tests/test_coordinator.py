@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.study.definition import Component, Row
-from caltech_sweep.sweep.executors.base import Event, Failed, failure_of
+from caltech_sweep.sweep.executors.base import Event, Failed, WorkerDied, failure_of
 from caltech_sweep.sweep.optuna_store import check_identity
 from caltech_sweep.sweep.optuna_trials import start_sampled
 from caltech_sweep.sweep.queue import enqueue_missing_rows, sampler_for
@@ -116,6 +116,18 @@ def test_a_worker_that_dies_is_tried_again_twice_in_the_same_run() -> None:
         run = tracker.runs["run-0"]
         assert [epoch for epoch, _, _ in run.history] == [1, 2, 3, 4]
         assert run.tags["attempt"] == "3"
+
+
+def test_a_trial_whose_machines_are_taken_away_goes_on_as_often_as_it_must() -> None:
+    class Moving(ScriptedExecutor):
+        def poll(self, timeout: float) -> list[Event]:
+            why = "its node will be taken away"
+            return [replace(e, why=why, moved=True) if isinstance(e, WorkerDied) else e for e in super().poll(timeout)]
+
+    tracker, small = MemoryTracker(), replace(DEFINITION, trials=1, rows=ROWS[:1])
+    summary = run_scripted(small, Moving(Script([0.1, 0.2, 0.3, 0.4], deaths=5)), tracker)
+    assert summary.outcomes == {"complete": 1} and tracker.runs["run-0"].tags["attempt"] == "6"
+    assert [epoch for epoch, _, _ in tracker.runs["run-0"].history] == [1, 2, 3, 4]
 
 
 def test_only_sampled_trials_are_pruned_and_rows_set_the_bar() -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
-from caltech_sweep.sweep.executors.base import Done, Epoch, Job
+from caltech_sweep.heartbeat import leaving
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Job
+from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.mirror import MirroredCache, store_of
@@ -99,6 +101,29 @@ def test_a_trial_goes_on_from_the_states_of_another_machine(tmp_path: Path, url:
     assert [event.reused for event in first] == [False, False] and [event.reused for event in second] == [True, True]
     assert isinstance(one, Done) and all(isinstance(event, Epoch) for event in second)
     assert one.metrics == other.metrics
+
+
+def test_the_state_after_the_epoch_in_which_a_machine_is_taken_away_is_at_the_address_when_the_job_ends(
+    tmp_path: Path, url: str
+) -> None:
+    luggage = luggage_of(DATASET, load_dataset(DATASET), None, tmp_path / "mark")
+
+    def epochs_of(name: str) -> Epochs:
+        states = CacheOptions(tmp_path / name, 10**9, url=url)
+        job = Job(0, replace(CONFIG, epochs=4), tmp_path / name, stages=states, device="cpu")
+        return Trainer(replace(luggage, shared_cache=True))(job)
+
+    try:
+        epochs = epochs_of("taken")
+        assert not next(epochs).reused
+        leaving.set()
+        assert next(epochs).epoch == 2
+        epochs.close()
+    finally:
+        leaving.clear()
+    epochs = epochs_of("other")
+    assert [next(epochs).reused for _ in range(3)] == [True, True, False]
+    epochs.close()
 
 
 @pytest.mark.parametrize("address", ["nosuch://bucket/states", "s3a-://x"])

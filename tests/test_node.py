@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caltech_sweep import heartbeat
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import dataset_root, load_dataset
 from caltech_sweep.errors import DatasetError, ModelError
 from caltech_sweep.files import file_digest
 from caltech_sweep.sweep.executors import luggage, node
-from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Failed, Job, Stopped
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Failed, Job, Stopped, WorkerDied
 from caltech_sweep.sweep.executors.luggage import Files, Luggage, Trainer, luggage_of
 from caltech_sweep.sweep.executors.node import Incoming, Left, LeftFile, Sent, Slot
 from caltech_sweep.tracking.direct import Destination
@@ -84,6 +85,37 @@ def test_a_job_that_waits_goes_on_or_stops_as_it_is_told(slot: Slot, tmp_path: P
     slot.answer(False)
     assert next(events) == Stopped(0)
     thread.join()
+
+
+@pytest.fixture
+def notice() -> Iterator[threading.Event]:
+    """What tells this process that its machine will be taken away."""
+    yield heartbeat.leaving
+    heartbeat.leaving.clear()
+
+
+@pytest.mark.parametrize("answer", [None, True, False])
+def test_a_job_whose_machine_will_be_taken_away_ends_after_the_epoch_under_way(
+    notice: threading.Event, answer: bool | None, tmp_path: Path
+) -> None:
+    def training(job: Job) -> Epochs:
+        for epoch in (1, 2, 3, 4):
+            if epoch == 2:
+                slot.leave()
+            yield Epoch(job.number, epoch, {}, last=epoch == 4)
+        return Done(job.number, {})
+
+    slot = Slot(training, None)
+    for go_on in (True, True, answer):
+        slot.answer(bool(go_on))
+    slot.run(Job(0, TrialConfig(), tmp_path, wait_each_epoch=answer is not None))
+    events = heard(slot)
+    assert [next(events) for _ in range(3)] == [Epoch(0, epoch, {}) for epoch in (1, 2, 3)]
+    end = next(events)
+    if answer is False:
+        assert end == Stopped(0)
+    else:
+        assert isinstance(end, WorkerDied) and end.moved and "will be taken away" in end.why
 
 
 def test_what_goes_wrong_around_a_job_is_its_failure(slot: Slot, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from caltech_sweep.errors import OutOfMemoryError
 from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Failed, Job, WorkerDied
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
-from helpers.clusters import add_node, cluster_of, reports
+from helpers.clusters import QUICK, FarNode, Network, add_node, cluster_of, network, reports
 from helpers.places import Cli
 from helpers.servers import gated_mlflow
 
@@ -142,25 +142,6 @@ def test_a_worker_that_is_killed_is_told_and_one_that_wakes_after_it_was_given_u
         executor.close()
 
 
-def test_the_trial_of_a_node_that_dies_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
-    from caltech_sweep.sweep.executors.cluster import Demand, connected
-    from caltech_sweep.sweep.executors.ray import RayExecutor
-
-    third = add_node(cluster, tmp_path / "third", num_cpus=2)
-    with connected(cluster.address, cpus=2):
-        executor = RayExecutor(slowly, Demand(2, 0))
-        assert executor.free() == 1
-        executor.submit(job(tmp_path, 0, epochs=1000))
-        until(executor, Epoch)
-        cluster.remove_node(third, allow_graceful=False)
-        died = until(executor, WorkerDied)[-1]
-        assert "its node" in died.why, died
-        add_node(cluster, tmp_path / "fourth", num_cpus=2)
-        executor.submit(job(tmp_path, 0))
-        until(executor, Done)
-        executor.close()
-
-
 def test_a_node_that_sees_no_image_gets_them_and_the_weights_from_the_coordinator(
     cluster: Any, cli: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +188,7 @@ def test_a_node_that_sees_no_image_gets_them_and_the_weights_from_the_coordinato
         node.wait(30)
 
 
-def test_a_trial_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_nodes_see(
+def test_the_trial_of_a_node_that_dies_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_nodes_see(
     cluster: Any, tmp_path: Path
 ) -> None:
     from caltech_sweep.config import DatasetConfig
@@ -228,7 +209,8 @@ def test_a_trial_goes_on_elsewhere_from_its_last_state_in_a_folder_that_all_node
         executor.submit(trial)
         seen = [event.epoch for event in until(executor, Epoch, 3) if isinstance(event, Epoch)]
         cluster.remove_node(doomed, allow_graceful=False)
-        until(executor, WorkerDied)
+        died = until(executor, WorkerDied)[-1]
+        assert isinstance(died, WorkerDied) and "its node" in died.why and not died.moved
         add_node(cluster, tmp_path / "sixth", num_cpus=5)
         executor.submit(trial)
         events = until(executor, Done)
@@ -330,6 +312,106 @@ def test_a_worker_that_the_memory_monitor_ends_ran_out_of_memory(tmp_path: Path)
         executor.close()
 
 
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Network]]:
+    """A head without processors, and the network that nodes join as other machines do."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    folder = tmp_path_factory.mktemp("far")
+    with network(folder) as made, cluster_of(folder, 0, made.address, **QUICK) as head:
+        yield head, made
+        for node in made.nodes:
+            node.end()
+
+
+def test_a_cluster_without_nodes_is_refused_or_waited_for(
+    far: tuple[Any, Network], cli: Cli, place: Path, tmp_path: Path
+) -> None:
+    from caltech_sweep.sweep.executors.cluster import connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    head, net = far
+    result = cli(*ON_RAY, "--address", head.address)
+    assert result.exit_code == 2 and "it has 1 node with 0 CPUs and 0 GPUs; if it grows" in result.output
+    assert result.output.count("\n") == 1 and not (place / "mlruns").exists()
+    said: list[str] = []
+    with connected(head.address, slots=1, cpus=1, note=said.append) as (demand, _):
+        assert "has 1 node with 0 CPUs and 0 GPUs; trials wait until it has grown" in said[0]
+        executor = RayExecutor(slowly, demand)
+        assert executor.free() == 1
+        executor.submit(job(tmp_path, 0))
+        assert executor.poll(0.5) == []
+        net.join(head)
+        until(executor, Done)
+        executor.close()
+
+
+@pytest.mark.parametrize("how", ["cut", "stopped"])
+def test_a_node_that_comes_back_after_it_was_taken_for_dead_writes_nothing_and_ends(
+    far: tuple[Any, Network], how: str, tmp_path: Path
+) -> None:
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    head, net = far
+    node = standing(head, net)
+    with connected(head.address, cpus=1):
+        executor = RayExecutor(slowly, Demand(1, 0, 1))
+        executor.submit(job(tmp_path, 0, epochs=1000))
+        until(executor, Epoch)
+        pid = executor.places[0].pid
+        assert pid in node.pids()
+        node.cut() if how == "cut" else node.send(signal.SIGSTOP)
+        assert "its node" in until(executor, WorkerDied)[-1].why
+        node.wait(alive=False)
+        node.cut(healed=True) if how == "cut" else node.send(signal.SIGCONT)
+        net.join(head)
+        executor.submit(job(tmp_path, 1))
+        events = until(executor, Done)
+        assert {event.job for event in events} == {1} and not list((tmp_path / "0").iterdir())
+        node.process.wait(90)
+        assert pid not in node.pids()
+        executor.close()
+
+
+def test_a_trial_whose_node_will_be_taken_away_saves_its_state_and_goes_on_elsewhere(
+    far: tuple[Any, Network], tmp_path: Path
+) -> None:
+    from caltech_sweep.config import DatasetConfig
+    from caltech_sweep.data import load_dataset
+    from caltech_sweep.sweep.executors.cluster import Demand, connected
+    from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+    from caltech_sweep.training.keys import CacheOptions
+
+    dataset = DatasetConfig(name="shapes", resize=32, crop=32, classes=3, images_per_class=8)
+    luggage = replace(luggage_of(dataset, load_dataset(dataset), None, tmp_path / "mark"), shared_cache=True)
+    config = TrialConfig(dataset=dataset, arch="squeezenet1_1", batch_size=8, epochs=100)
+    trial = replace(job(tmp_path), config=config, stages=CacheOptions(tmp_path / "states", 10**9), device="cpu")
+    head, net = far
+    node = standing(head, net)
+    with connected(head.address, cpus=1):
+        executor = RayExecutor(Trainer(luggage), Demand(1, 0), threads=1)
+        executor.submit(trial)
+        until(executor, Epoch)
+        node.process.send_signal(signal.SIGTERM)
+        *epochs, moved = until(executor, WorkerDied)
+        assert isinstance(moved, WorkerDied) and moved.moved and isinstance(epochs[-1], Epoch)
+        net.join(head)
+        executor.submit(trial)
+        again = [event for event in until(executor, Done) if isinstance(event, Epoch)]
+        assert [event.reused for event in again] == [event.epoch <= epochs[-1].epoch for event in again]
+        assert len(again) == 100 and again[-1].epoch == 100
+        node.process.wait(60)
+        executor.close()
+
+
+def standing(head: Any, net: Network) -> FarNode:
+    """Return a node that is alive, a new one where there is none."""
+    found = next((node for node in net.nodes if node.alive), None) or net.join(head)
+    found.wait(alive=True)
+    return found
+
+
 def wait_for_cpus(cluster: Any, cpus: int) -> None:
     """Wait until a node has so many."""
     end = time.monotonic() + 90
@@ -382,15 +464,34 @@ def test_another_version_of_ray_or_python_is_named() -> None:
     assert "runs Ray 2.9.0 on Python 3.10.1, and this is Ray 2.60.0 on Python 3.11.7" in str(refused("a:1", said))
 
 
+def raylets() -> bytes:
+    """Return the processes of clusters that this one has started."""
+    return subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "raylet"], capture_output=True).stdout
+
+
 def test_no_cluster_is_joined_that_was_not_named_and_the_private_one_ends(
     cli: Cli, place: Path, finished_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("CALTECH_SWEEP_EXECUTOR", "ray")
-    result = cli(*ON_RAY[:-2], "--slots", "2")
+    run = [*ON_RAY[:-2], "--slots", "2"]
+    command = [sys.executable, "-m", "caltech_sweep", *run]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=place, start_new_session=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "started" in line)
+        os.killpg(process.pid, signal.SIGTERM)  # which Ray's own processes, of the same group, must not end by
+        rest = process.stderr.read()
+    assert process.returncode == 130 and "interrupted, waits for the next run" in rest, rest
+    assert "tried again" not in rest and "Traceback" not in rest
+    end = time.monotonic() + 30
+    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() < end, "processes of Ray are left"
+        time.sleep(0.2)
+    before = raylets()
+    result = cli(*run)
     assert result.exit_code == 0, result.output
-    assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "raylet"], capture_output=True).stdout
+    assert raylets() == before
     ours = reports("tiny")
     monkeypatch.chdir(finished_place)
     assert ours == reports("tiny")

@@ -39,6 +39,7 @@ class _Running:
     epoch: int = 0  # the last one that its worker has finished
     kept: int = 0  # the last one whose state others need not wait for
     attempt: int = 0
+    deaths: int = 0  # of its workers
     stops: str | None = None  # "pruned" or "paused": it was told to stop
     retrains: bool = False  # it was paused, and its state is no longer kept
     broken: str = ""  # which of its numbers is none; nothing after it is recorded
@@ -279,10 +280,11 @@ class Coordinator:
         message = event.why or f"its worker process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
         if event.hung is not None:
             message = f"its worker was unresponsive for {event.hung:g} s and was killed"
-        if running.attempt >= MAX_RETRIES:
-            self._end(running, "crashed", f"{message} {running.attempt + 1} times")
+        running.deaths += not event.moved
+        if running.deaths > MAX_RETRIES:
+            self._end(running, "crashed", f"{message} {running.deaths} times")
         else:
-            self._retry(running, f"{message}; it is tried again")
+            self._retry(running, f"{message}; it {'goes on elsewhere' if event.moved else 'is tried again'}")
 
     def _retry(self, running: _Running, message: str) -> None:
         """Try a trial once more in this run of the study; it goes on from its last checkpoint."""

@@ -23,7 +23,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
 from caltech_sweep.files import file_digest
-from caltech_sweep.heartbeat import EVERY, beat
+from caltech_sweep.heartbeat import EVERY, beat, leaving
 from caltech_sweep.machine import free_memory
 from caltech_sweep.metrics import objective
 from caltech_sweep.paths import expanded
@@ -361,7 +361,7 @@ class TrialCheckpoints:
     def _is_due(self, epoch: int) -> bool:
         """Tell whether the state after an epoch is worth saving, by how long that takes and what it spares."""
         cost = self._store.seconds_to_write(_guess(self._training))
-        if epoch in self._use.hold_at:
+        if epoch in self._use.hold_at or leaving.is_set():
             return True
         if self._is_needed(epoch):
             share = 1.0 if epoch in self._use.save_at else REPEAT_SHARE

@@ -105,6 +105,13 @@ def store_of(use: CacheOptions) -> Cache:
     return _open_mirrored(use.folder, use.budget, use.url) if use.url else open_store(use.folder, use.budget)
 
 
+def wait_until_sent(use: CacheOptions) -> None:
+    """Wait until all that this process has kept is at the address, where there is one."""
+    store = store_of(use)
+    if isinstance(store, MirroredCache):
+        store.flush()
+
+
 def check_address(url: str) -> None:
     """Raise UsageError for an address that cannot be read."""
     try:

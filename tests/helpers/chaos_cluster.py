@@ -1,11 +1,14 @@
-"""Kill nodes, workers and the coordinator of a study on a Ray cluster; its report stays that of one machine.
+"""Disturb a study on a Ray cluster, with its stores on servers; its report stays that of one machine.
 
     python tests/helpers/chaos_cluster.py --events 60 --seed 0
 
-The cluster is three raylets on this machine, each with a data folder of its own; training states go to a folder that
-all see. Each launch of the command meets up to two of these: a node that is killed without grace and replaced, a worker
-that gets SIGKILL, one that is stopped for a moment or past the time-out of a hang, and wakes. Then the coordinator gets
-SIGKILL, and the same command goes on. A study is finished undisturbed, its stores checked and its report compared.
+The cluster is a head without processors and three nodes, each in a network name space of its own with its own data
+folder; training states go to a folder that all see. Optuna's study is in PostgreSQL, as is what an MLflow server keeps.
+Each launch of the command meets some of these: a node or a worker gets SIGKILL; a worker is stopped for a moment, or
+past the time-out of a hang, and wakes; a node is stopped, or its network cut, until the cluster takes it for dead, and
+comes back; a node has notice that it will be taken away; the database or the tracking server is stopped for some
+seconds. Then the coordinator gets SIGKILL, and the same command goes on. A study is finished undisturbed, its stores
+checked and its report compared.
 """
 
 from __future__ import annotations
@@ -21,54 +24,167 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helpers import chaos
-from helpers.clusters import add_node, cluster_of
+from helpers.clusters import QUICK, FarNode, Network, cluster_of, network
+from helpers.servers import Postgres, answering, free_port, postgres
 
-KINDS = ("node", "worker", "moment", "hang")
+# A trial whose worker dies a third time in one run has failed, so each launch meets at most two that end a worker.
+DEADLY = ("node", "worker", "hang", "frozen", "cut")
+OTHERS = ("moment", "notice", "database", "tracking")
 HANG = 30  # seconds of silence, the least that --hang-timeout takes
 A_ROUND = 20  # events that one study meets at most
+HEALED = 90  # seconds after which a node that was taken for dead has ended its processes
 
 
-class Nodes:
-    """The nodes of a cluster, which are replaced when they are killed."""
+@dataclass
+class World:
+    """A cluster and servers, and what happens to them."""
 
-    def __init__(self, cluster: Any, folder: Path) -> None:
-        self.cluster, self.folder, self.made = cluster, folder, 0
+    cluster: Any
+    network: Network
+    database: Postgres
+    folder: Path
+    nodes: list[FarNode] = field(default_factory=list)
+    gone: list[FarNode] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _server: ExitStack = field(default_factory=ExitStack)
+    _serve: Callable[[], None] = lambda: None
 
-    def workers(self) -> list[int]:
-        """Return the ids of the processes that train."""
-        raylets = [str(node.all_processes["raylet"][0].process.pid) for node in self.cluster.worker_nodes]
-        found = subprocess.run(["pgrep", "-P", ",".join(raylets), "-f", "^ray::_Actor"], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+    def add_node(self) -> FarNode:
+        """Start one more node."""
+        self.nodes.append(self.network.join(self.cluster))
+        return self.nodes[-1]
 
-    def kill_one(self, chance: random.Random) -> None:
-        """Kill a node as a power cut does, and add another one."""
-        node = chance.choice(sorted(self.cluster.worker_nodes, key=lambda each: each.node_id))
-        self.cluster.remove_node(node, allow_graceful=False)
-        self.made += 1
-        add_node(self.cluster, self.folder / f"replacement-{self.made}")
+    def study(self, name: str, trials: int, epochs: int) -> chaos.Place:
+        """Return a new working folder whose stores are new databases, one of them behind a server."""
+        place = chaos.furnish(self.folder / name, chaos.INDEPENDENT, trials, epochs)
+        port, known, storage = (
+            free_port(),
+            self.database.create(f"mlflow_{name}"),
+            self.database.create(f"optuna_{name}"),
+        )
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--backend-store-uri"]
+        command += [known.replace("postgresql:", "postgresql+psycopg:"), "--artifacts-destination"]
+        command += [str(place.folder / "artifacts")]
 
+        def serve() -> None:
+            self._server.enter_context(answering(command, place.folder / "server.txt", port, cwd=place.folder))
 
-def disturb(kind: str, nodes: Nodes, chance: random.Random) -> bool:
-    """Do one thing to the cluster; return whether there was anything to do it to."""
-    if kind == "node":
-        nodes.kill_one(chance)
+        self._server.close()
+        self._serve = serve
+        serve()
+        return replace(place, tracking=f"http://127.0.0.1:{port}", storage=storage)
+
+    def disturb(self, kind: str, chance: random.Random) -> bool:
+        """Do one thing; return whether there was anything to do it to."""
+        return bool(getattr(self, f"_{kind}")(chance))
+
+    def _node(self, chance: random.Random) -> bool:
+        self._lose(chance, FarNode.end)
         return True
-    workers = nodes.workers()
-    if not workers:
-        return False
-    pid = chance.choice(sorted(workers))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL if kind == "worker" else signal.SIGSTOP)
-        if kind != "worker":
-            time.sleep(chance.uniform(0.1, 2) if kind == "moment" else HANG + 10)
-            os.kill(pid, signal.SIGCONT)
-    return True
+
+    def _frozen(self, chance: random.Random) -> bool:
+        def stop(node: FarNode) -> None:
+            node.send(signal.SIGSTOP)
+            node.wait(alive=False)
+            node.send(signal.SIGCONT)
+
+        self._lose(chance, stop)
+        return True
+
+    def _cut(self, chance: random.Random) -> bool:
+        def cut(node: FarNode) -> None:
+            node.cut()
+            node.wait(alive=False)
+            node.cut(healed=True)
+
+        self._lose(chance, cut)
+        return True
+
+    def _notice(self, chance: random.Random) -> bool:
+        self._lose(chance, lambda node: node.process.send_signal(signal.SIGTERM))
+        return True
+
+    def _lose(self, chance: random.Random, how: Callable[[FarNode], None]) -> None:
+        """Let a node go, which ends its processes by itself, and add another one."""
+        node = self.nodes.pop(chance.randrange(len(self.nodes)))
+        self.add_node()
+        how(node)
+        self.gone.append(node)
+
+    def bury(self) -> None:
+        """Wait until the processes of all nodes that have gone have ended."""
+        while self.gone:
+            node = self.gone.pop()
+            try:
+                node.process.wait(HEALED)
+            except subprocess.TimeoutExpired:
+                self.problems.append(f"node {node.address} goes on although the cluster takes it for dead")
+            node.end()
+
+    def _workers(self) -> list[int]:
+        return sorted(pid for node in self.nodes for pid in node.pids("^ray::_Actor"))
+
+    def _worker(self, chance: random.Random, wakes_after: float | None = None) -> bool:
+        workers = self._workers()
+        if not workers:
+            return False
+        pid = chance.choice(workers)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL if wakes_after is None else signal.SIGSTOP)
+            if wakes_after is not None:
+                time.sleep(wakes_after)
+                os.kill(pid, signal.SIGCONT)
+        return True
+
+    def _moment(self, chance: random.Random) -> bool:
+        return self._worker(chance, chance.uniform(0.1, 2))
+
+    def _hang(self, chance: random.Random) -> bool:
+        return self._worker(chance, HANG + 5)
+
+    def _database(self, chance: random.Random) -> bool:
+        self.database.stop()
+        time.sleep(chance.uniform(0.1, 6))
+        self.database.start()
+        return True
+
+    def _tracking(self, chance: random.Random) -> bool:
+        self._server.close()
+        time.sleep(chance.uniform(0.1, 3))
+        self._serve()
+        return True
+
+    def close(self) -> None:
+        """Stop the tracking server."""
+        self._server.close()
+
+
+@contextmanager
+def world(folder: Path, nodes: int) -> Iterator[World]:
+    """Yield a cluster with so many nodes, and servers; skips where a part of it is not to be had."""
+    with (
+        network(folder) as net,
+        postgres() as database,
+        cluster_of(folder / "head", 0, net.address, **QUICK) as cluster,
+    ):
+        made = World(cluster, net, database, folder)
+        try:
+            for node in [made.add_node() for _ in range(nodes)]:
+                node.wait(alive=True)
+            yield made
+        finally:
+            made.close()
+            for node in net.nodes:  # before the head, whose end they would wait for
+                node.end()
 
 
 def launch(place: chaos.Place, address: str) -> subprocess.Popen[bytes]:
@@ -96,37 +212,45 @@ def wait(process: subprocess.Popen[bytes], seconds: float, log: Path | None = No
         time.sleep(0.05)
 
 
-def one_round(
-    place: chaos.Place, nodes: Nodes, chance: random.Random, most: int, kinds: tuple[str, ...]
-) -> Counter[str]:
+def next_events(chance: random.Random, kinds: Sequence[str], most: int) -> list[str]:
+    """Draw what one launch meets."""
+    deadly, others = ([kind for kind in kinds if kind in group] for group in (DEADLY, OTHERS))
+    drawn = chance.sample(deadly, min(2, len(deadly))) + chance.sample(others, min(2, len(others)))
+    return chance.sample(drawn, min(len(drawn), most))
+
+
+def one_round(made: World, place: chaos.Place, chance: random.Random, most: int, kinds: Sequence[str]) -> Counter[str]:
     """Disturb a study until it is complete or has met so many events, then finish it; return the events."""
     events: Counter[str] = Counter()
     log = place.log
     log.touch()
     while sum(events.values()) < most:
-        process = launch(place, nodes.cluster.address)
+        process = launch(place, made.cluster.address)
         wait(process, 300, log, "started")
-        # A trial whose worker dies a third time in one run has failed.
-        for kind in chance.sample(kinds, k=min(2, len(kinds), most - sum(events.values()))):
-            wait(process, chance.uniform(1, 12))
-            if process.poll() is None and disturb(kind, nodes, chance):
+        for kind in next_events(chance, kinds, most - sum(events.values())):
+            wait(process, chance.uniform(0.5, 4))
+            if process.poll() is None and made.disturb(kind, chance):
                 events[kind] += 1
-        wait(process, chance.uniform(1, 20))
+        wait(process, chance.uniform(0.5, 4))
         if process.poll() is not None:
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         events["coordinator"] += 1
-    process = launch(place, nodes.cluster.address)
-    wait(process, 600)
     if process.poll() != 0:
-        raise SystemExit(f"the undisturbed command ended with {process.poll()}: {log.read_text()[-3000:]}")
+        process = launch(place, made.cluster.address)
+        wait(process, 600)
+    if process.poll() != 0:
+        os.killpg(process.pid, signal.SIGKILL)
+        made.problems.append(f"the command ended with {process.poll()}: {log.read_text()[-3000:]}")
     return events
 
 
-def problems_of(place: chaos.Place, trials: int, reference: str) -> list[str]:
+def problems_of(made: World, place: chaos.Place, trials: int, reference: str) -> list[str]:
     """Return a sentence for everything that is not as on one machine."""
-    found = chaos.check_stores(place, trials)
+    made.bury()
+    database = made.database.address(f"mlflow_{place.folder.name}")
+    found = [*made.problems, *chaos.check_stores(replace(place, tracking=database), trials)]
     if chaos.read_reports(place) != reference:
         found.append("the report differs from that of one machine")
     if "Traceback" in place.log.read_text():
@@ -152,15 +276,15 @@ def main() -> int:
     options = parser.parse_args()
     chance, total, problems = random.Random(options.seed), Counter[str](), list[str]()
     folder, start, rounds = Path(tempfile.mkdtemp(prefix="caltech-sweep-chaos-")), time.monotonic(), 0
-    reference = on_one_machine(folder / "reference", 12, 4)
-    with cluster_of(folder / "nodes", 3) as cluster:
-        nodes = Nodes(cluster, folder / "nodes")
+    reference = on_one_machine(folder / "reference", 12, 8)
+    with world(folder, 3) as made:
         while sum(total.values()) < options.events and not problems:
             rounds += 1
-            place = chaos.furnish(folder / f"round-{rounds}", chaos.INDEPENDENT, 12, 4)
-            total += one_round(place, nodes, chance, min(A_ROUND, options.events - sum(total.values())), KINDS)
-            problems += problems_of(place, 12, reference)
-            print(f"round {rounds}: {sum(total.values())} events so far", file=sys.stderr, flush=True)
+            place = made.study(f"round_{rounds}", 12, 8)
+            events = one_round(made, place, chance, min(A_ROUND, options.events - sum(total.values())), DEADLY + OTHERS)
+            total += events
+            problems += problems_of(made, place, 12, reference)
+            print(f"round {rounds}: {dict(events)}, {sum(total.values())} so far", file=sys.stderr, flush=True)
     minutes = (time.monotonic() - start) / 60
     print(f"{sum(total.values())} events (seed {options.seed}) in {rounds} studies, {minutes:.1f} minutes")
     print(", ".join(f"{kind} {count}" for kind, count in total.most_common()))

@@ -82,13 +82,15 @@ class WorkerDied:
     """The worker process of a job ended unexpectedly; the job may be tried again.
 
     ``hung`` is the number of seconds that it was silent for, where it was killed because of that. ``why`` says what
-    happened, where an executor knows it better than by an exit code.
+    happened, where an executor knows it better than by an exit code. ``moved`` is true of a job that stopped, its state
+    saved, since its machine will be taken away: that does not count as a death.
     """
 
     job: int
     exit_code: int | None
     hung: float | None = None
     why: str = ""
+    moved: bool = False
 
 
 Event = Epoch | Done | Stopped | Failed | WorkerDied

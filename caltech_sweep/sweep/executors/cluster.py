@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any
 from caltech_sweep import machine
 from caltech_sweep.errors import UsageError
 from caltech_sweep.files import locked_directory, remove_abandoned
+from caltech_sweep.sweep.executors.processes import _unstopped
 from caltech_sweep.text import counted, one_line
 
 try:
     import ray
+    import ray._private.state
     import ray._private.worker
     from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -51,25 +53,30 @@ class Demand:
         asked = (("CPU", self.cpus), ("GPU", self.gpus))
         return min((int(node.get(kind, 0.0) / each + 1e-9) for kind, each in asked if each), default=0)
 
-    def check(self) -> int:
-        """Return how many trials the cluster has room for; raise UsageError, saying what it has, where that is none."""
+    def room(self) -> tuple[int, str]:
+        """Return how many trials the cluster has room for, and, where that is none, a sentence about what it has."""
         known = nodes()
         if room := sum(map(self.fits, known.values())):
-            return room
+            return room, ""
         sizes = Counter((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in known.values())
         has = "; ".join(
             f"{counted(count, 'node')} with {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}"
             for (cpus, gpus), count in sorted(sizes.items())
         )
-        raise UsageError(
-            f"--cpus-per-trial, --gpus-per-trial: no node of the Ray cluster has the {self.cpus:g} CPUs and "
-            f"{self.gpus:g} GPUs of a trial; it has {has}"
+        return 0, (
+            f"no node of the Ray cluster has the {self.cpus:g} CPUs and {self.gpus:g} GPUs of a trial; it has {has}"
         )
 
 
+def leaving() -> set[str]:
+    """Return the ids of the nodes that the cluster has notice of that they will be taken away."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def nodes() -> dict[str, dict[str, float]]:
-    """Return the resources of every node that is alive, by its id."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    """Return the resources of every node that is alive and stays, by its id."""
+    known = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {node: known[node] for node in known.keys() - leaving()}
 
 
 @contextmanager
@@ -100,16 +107,26 @@ def connected(
         stack.callback(ray.shutdown)
         before = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
+            with _unstopped():  # nor is a private cluster, by what stops a whole group of processes
+                ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
         except Exception as error:  # of many kinds, most of them Ray's own
             raise refused(address, error) from error
         finally:
             signal.signal(signal.SIGTERM, before)  # Ray has one of its own
+        if address is None:
+            node: Any = ray._private.worker._global_node
+            kill = node.kill_all_processes
+            node.kill_all_processes = lambda **_: kill(check_alive=False)  # they wait for no SIGTERM
         demand = _demand(slots, cpus, gpus, threads)
-        room = demand.check()
+        room, lack = demand.room()
+        if lack and (address is None or slots is None):
+            hint = "" if address is None else "; if it grows on demand, name --slots, and trials wait for it"
+            raise UsageError(f"--cpus-per-trial, --gpus-per-trial: {lack}{hint}")
         if address is not None:
             _check_packages()
-        if slots is not None and room < slots:
+        if lack:
+            note(f"{lack}; trials wait until it has grown")
+        elif slots is not None and room < slots:
             note(f"the Ray cluster has room for {room} of {slots} slots now; the others start when it grows")
         yield demand, threads or max(1, int(demand.cpus))
 
@@ -140,25 +157,36 @@ def _demand(slots: int | None, cpus: float | None, gpus: float | None, threads: 
 PACKAGES = ("caltech-sweep", "torch", "torchvision", "pillow", "numpy")  # that decide the bits of a result
 
 
-def _packages() -> dict[str, str]:
+def packages() -> dict[str, str]:
+    """Return the versions of what decides the bits of a result here."""
     from importlib.metadata import version
 
     return {name: version(name) for name in PACKAGES}
 
 
+def other_packages(wanted: Mapping[str, str]) -> str:
+    """Return a sentence where this machine has other versions than are wanted."""
+    for name, version in packages().items():
+        if version != wanted[name]:
+            return (
+                f"the node {socket.gethostname()} has {name} {version}, and the coordinator {wanted[name]}; install "
+                "the same version on every machine"
+            )
+    return ""
+
+
 def _check_packages() -> None:
     """Raise UsageError for a node with other packages than this machine: its results might be others."""
     hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    asked = {}
+    asked, ours = {}, packages()
     for node, resources in nodes().items():
         if resources.get("CPU"):
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            task = ray.remote(_packages).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            asked[node] = task.remote()
-    ours = _packages()
+            task = ray.remote(other_packages).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked[node] = task.remote(ours)
     for node, answer in asked.items():
         try:
-            theirs: dict[str, str] = ray.get(answer, timeout=_PROBE_SECONDS)
+            problem: str = ray.get(answer, timeout=_PROBE_SECONDS)
         except RayTaskError as error:
             last = str(error).strip().splitlines()[-1]
             raise UsageError(
@@ -167,12 +195,8 @@ def _check_packages() -> None:
             ) from error
         except RayError:  # the node has died, or is dying: nothing will start there
             continue
-        for name, version in ours.items():
-            if theirs[name] != version:
-                raise UsageError(
-                    f"--executor ray: the node {hosts[node]} has {name} {theirs[name]}, and this machine {version}; "
-                    "install the same version on every machine"
-                )
+        if problem:
+            raise UsageError(f"--executor ray: {problem}")
 
 
 def _check_answers(address: str) -> None:

@@ -26,10 +26,11 @@ from caltech_sweep.data.registry import dataset_of, fetch_root
 from caltech_sweep.data.splits import Split, moved
 from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError
 from caltech_sweep.files import create_atomically, file_digest, locked
-from caltech_sweep.heartbeat import beat
+from caltech_sweep.heartbeat import beat, leaving
 from caltech_sweep.sweep.executors.base import Epochs, Job
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.training.cache import default_budget
+from caltech_sweep.training.mirror import wait_until_sent
 
 BLOCK = 16 << 20  # bytes that travel at once, or the first image that is larger
 _OWN = "~/.cache/caltech-sweep"  # where a node keeps things that names no other place
@@ -127,7 +128,11 @@ class Trainer:
             job = replace(job, stages=replace(job.stages, folder=folder, budget=budget))
         if job.weights_file is not None and job.weights_digest is not None:
             job = replace(job, weights_file=self._weights_file(job.weights_file, job.weights_digest))
-        return (yield from train(job, self._data))
+        try:
+            return (yield from train(job, self._data))
+        finally:
+            if leaving.is_set() and job.stages is not None:
+                wait_until_sent(job.stages)
 
     def _data(self, config: DatasetConfig) -> LoadedData:
         if self._loaded is None:

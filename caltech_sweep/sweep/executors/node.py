@@ -20,8 +20,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from caltech_sweep.files import file_digest, locked_directory, remove_abandoned
-from caltech_sweep.heartbeat import beating
-from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Job, Runner, Stopped, _advance, failure_of
+from caltech_sweep.heartbeat import beating, leaving
+from caltech_sweep.sweep.executors.base import (
+    Done,
+    Epoch,
+    Event,
+    Job,
+    Runner,
+    Stopped,
+    WorkerDied,
+    _advance,
+    failure_of,
+)
 from caltech_sweep.sweep.executors.worker import prepare
 from caltech_sweep.tracking.direct import Destination
 
@@ -139,16 +149,24 @@ class Slot:
         folder = self._folder / str(job.number)
         folder.mkdir()
         epochs = self._runner(replace(job, folder=folder))
-        going_on = True
+        going_on, wanted = True, True
         while going_on:
+            moving = leaving.is_set()  # before the epoch whose state is then saved
             with beating(lambda: self._happened.put(None)):
                 event = _advance(job.number, epochs)
                 told = Left(event, tuple(_files(folder))) if isinstance(event, Done) else event
             self._happened.put(told)
-            going_on = isinstance(event, Epoch) and (not job.wait_each_epoch or self._answers.get())
+            if going_on := isinstance(event, Epoch):
+                wanted = not job.wait_each_epoch or self._answers.get()
+                going_on = wanted and (event.last or not moving)
         if isinstance(event, Epoch):
             epochs.close()
-            self._happened.put(Stopped(job.number))
+            why = f"its node {socket.gethostname()} will be taken away"
+            self._happened.put(WorkerDied(job.number, None, why=why, moved=True) if wanted else Stopped(job.number))
+
+    def leave(self) -> None:
+        """Let the job end with its next epoch, and save its state: this machine will be taken away."""
+        leaving.set()
 
     def listen(self) -> list[Event | Left | None]:
         """Wait for something to happen, and return all that has; None is a heartbeat."""

@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from caltech_sweep.errors import UsageError
 from caltech_sweep.sweep.executors.base import (
     HANG_SECONDS,
     Epoch,
@@ -32,7 +33,7 @@ from caltech_sweep.sweep.executors.base import (
     WorkerDied,
     failure_of,
 )
-from caltech_sweep.sweep.executors.cluster import Demand, nodes
+from caltech_sweep.sweep.executors.cluster import Demand, leaving, nodes, other_packages, packages
 from caltech_sweep.sweep.executors.luggage import Files, Luggage
 from caltech_sweep.sweep.executors.node import Incoming, Left, Place, Sent, Slot
 from caltech_sweep.text import one_line
@@ -55,7 +56,10 @@ class _Started:
 class _Actor(Slot):
     """A slot that knows its node."""
 
-    def arrive(self) -> _Started:
+    def arrive(self, wanted: Mapping[str, str]) -> _Started:
+        """Start; raise UsageError where the packages are not those that are wanted: the node may have come later."""
+        if problem := other_packages(wanted):
+            raise UsageError(problem)
         return _Started(self.start(), ray.get_runtime_context().get_node_id())
 
 
@@ -93,6 +97,7 @@ class _Slot:
     checking: Future[set[str]] | None = None  # which of that is there
     checked_from: float = 0.0
     alone: bool = False  # it is for one job, which shares its device with no other
+    leaving: bool = False  # its node will be taken away
     last_seen: float = 0.0
     idle_since: float = 0.0
 
@@ -116,7 +121,7 @@ class RayExecutor:
     ) -> None:
         self._runner, self._demand, self._threads, self._device = ray.put(runner), demand, threads, device
         self._hang_seconds, self._clock = hang_seconds, clock
-        self._polled = clock()
+        self._polled, self._packages = clock(), packages()
         self._slots: list[_Slot] = []
         self._waiting: deque[Job] = deque()
         self._node_of: dict[int, str] = {}  # of every job, where it ran last
@@ -129,7 +134,17 @@ class RayExecutor:
         looked, found = self._nodes
         if self._clock() - looked > _LOOK_SECONDS:
             self._nodes = (self._clock(), found := nodes())
+            self._leave(leaving())
         return found
+
+    def _leave(self, going: set[str]) -> None:
+        """Give up the slots on nodes that will be taken away; their jobs stop with their next epoch."""
+        for slot in [slot for slot in self._slots if slot.node in going and not slot.leaving]:
+            slot.leaving = True
+            if slot.job is None:
+                self._drop(slot)
+            else:
+                slot.actor.leave.remote()
 
     def _most(self) -> int:
         if self._demand.slots is not None:
@@ -159,7 +174,7 @@ class RayExecutor:
             self._place_alone(job)
         reserved = self._reserved()
         jobs = [job for job in self._waiting if not job.alone]
-        ready = [s for s in self._slots if s.place is not None and s.job is None and not s.alone]
+        ready = [s for s in self._slots if s.place is not None and s.job is None and not (s.alone or s.leaving)]
         for job, slot in zip(jobs, (slot for slot in ready if slot.node not in reserved), strict=False):
             self._waiting.remove(job)
             self._run(slot, job)
@@ -197,7 +212,7 @@ class RayExecutor:
             )
             .remote(self._runner, self._threads)
         )
-        return _Slot(actor, actor.arrive.remote(), alone=alone)
+        return _Slot(actor, actor.arrive.remote(self._packages), alone=alone)
 
     def _run(self, slot: _Slot, job: Job) -> None:
         slot.job, slot.last_seen = job, self._clock()
@@ -216,6 +231,7 @@ class RayExecutor:
 
     def poll(self, timeout: float) -> list[Event]:
         """Return the events that have arrived; slots that hang are killed, those that are idle for long given back."""
+        self._alive()
         self._place()
         now = self._clock()
         for slot in self._slots:  # no poll listened since the last one
@@ -280,7 +296,7 @@ class RayExecutor:
         if slot.incoming is not None:
             slot.incoming.close()
         slot.job, slot.incoming, slot.left, slot.checking = None, None, None, None
-        if slot.alone:
+        if slot.alone or slot.leaving:
             self._drop(slot)
 
     def _begin(self, slot: _Slot, left: Left) -> list[Event]:
@@ -363,21 +379,23 @@ class RayExecutor:
                 self._waiting.remove(job)
         if job is None:
             return []
-        host = slot.place.host if slot.place is not None else "a node"
+        host = slot.place.host if slot.place is not None else ""
         if isinstance(error, OutOfMemoryError):
-            why = f"Ray ended its worker since {host} ran low on memory; lower batch_size, or raise --cpus-per-trial"
-            return [Failed(job.number, "out_of_memory", why)]
+            why = f"Ray ended its worker since {host or 'its node'} ran low on memory"
+            fix = "lower batch_size, or raise --cpus-per-trial"
+            return [Failed(job.number, "out_of_memory", f"{why}; {fix}")]
         return [WorkerDied(job.number, None, why=self._cause(slot, host, error))]
 
     def _cause(self, slot: _Slot, host: str, error: RayError) -> str:
+        node, on = f"its node {host}".strip(), f" on {host}" if host else ""
         if isinstance(error, RayTaskError) or slot.place is None and "creation task" in str(error):
-            return f"its worker on {host} could not start ({one_line(str(error).strip().splitlines()[-1], 200)})"
+            return f"its worker{on} could not start ({one_line(str(error).strip().splitlines()[-1], 200)})"
         if isinstance(error, RayActorError) and error.preempted:
-            return f"its node {host} was taken back"
+            return f"{node} was taken back"
         if isinstance(error, ActorUnavailableError):
-            return f"its node {host} does not answer"
-        gone = "its node has died" in str(error) or slot.node not in nodes()
-        return f"its node {host} left the cluster" if gone else f"its worker process on {host} ended"
+            return f"{node} does not answer"
+        gone = "its node has died" in str(error) or (slot.node and slot.node not in nodes())
+        return f"{node} left the cluster" if gone else f"its worker process{on} ended"
 
     def answer(self, job: int, go_on: bool) -> None:
         """Let the slot that waits go on or stop."""
