@@ -114,7 +114,7 @@ def check_study(stores: tuple[str, ...], name: str, epochs: int = EPOCHS) -> Non
 
 def test_of_two_coordinators_started_together_exactly_one_runs(place: Path, stores: tuple[str, ...]) -> None:
     """Also of those that are the first ones on a new database."""
-    for number in range(5):
+    for number in range(3):
         pair = [coordinate(place, stores, f"pair{number}", f"p{side}", epochs=4) for side in (0, 1)]
         codes = sorted(process.wait(180) for process in pair)
         said = [(place / f"p{side}" / "log.txt").read_text() for side in (0, 1)]
@@ -156,8 +156,8 @@ def test_who_is_blocked_in_a_write_for_longer_than_its_lease_keeps_its_study(
         engine = sa.create_engine(stores[1])
         with engine.begin() as connection:
             connection.execute(sa.text("LOCK TABLE metrics, runs, tags IN ACCESS EXCLUSIVE MODE"))
-            time.sleep(10)
-            assert first.poll() is None and "trial-002: started" not in (place / "first" / "log.txt").read_text()
+            time.sleep(7)  # two leases and more
+            assert first.poll() is None
             lease = Lease(sa.create_engine(stores[3], poolclass=sa.NullPool), "blocked")
             with pytest.raises(StoreError, match="is being run by process"):
                 lease.acquire()
