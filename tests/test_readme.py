@@ -55,7 +55,15 @@ def test_every_option_that_is_shown_exists() -> None:
 def test_every_option_that_any_document_names_exists() -> None:
     commands = [main, *main.commands.values(), main.commands["data"].commands["list"]]  # type: ignore[attr-defined]
     known = {name for command in commands for each in command.params for name in (*each.opts, *each.secondary_opts)}
-    others = {"--head", "--port", "--num-cpus", "--no-deps", "--help", "--stage-budget"}  # Ray's, pip's, an older name
+    others = {
+        "--head",
+        "--port",
+        "--block",
+        "--num-cpus",
+        "--no-deps",
+        "--help",
+        "--stage-budget",
+    }  # Ray's, pip's, an older name
     for document in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCUMENTS)):
         text = (ROOT / document).read_text(encoding="utf-8")
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | others, document

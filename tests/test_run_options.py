@@ -67,6 +67,11 @@ def name(place: Path) -> None:
     assert MlflowTracker().study("tiny") is None and len(trials("other")) == 1
 
 
+def namespace(place: Path) -> None:
+    run(*FIRST, "--namespace", "ana")
+    assert MlflowTracker().study("tiny") is None and len(trials("ana/tiny")) == 1
+
+
 def budget(place: Path) -> None:
     run(*RUN, "--set", "epochs=1", "--budget", "epochs=2", says="the study ends within its budget, with 2 of 2 epochs")
     assert [t.row for t in trials()] == ["First", "Views"]
@@ -238,6 +243,12 @@ def gpus_per_trial(place: Path) -> None:
     _of_a_cluster("--gpus-per-trial", "0.5", "-1")
 
 
+def upload_from_workers(place: Path) -> None:
+    assert "--upload-from-workers: is for --executor ray" in invoke(*FIRST, "--upload-from-workers").output
+    refused = invoke("run", "tiny", "--executor", "ray", "--upload-from-workers")
+    assert refused.exit_code == 2 and "are kept on this machine" in refused.output
+
+
 def verify(place: Path) -> None:
     """A file has changed and only its content tells: a start takes it as it was, and is refused once it is to look."""
     file = draw(place / "own", images=12) / "class 1" / "3.png"
@@ -253,7 +264,10 @@ def verify(place: Path) -> None:
 
 TESTS: dict[str, Callable[[Path], None]] = {
     **{"trials": trials_in_total},
-    **{f.__name__: f for f in (overrides, data, name, tracking_uri, storage, adopt, workers, per_device, device)},
+    **{
+        f.__name__: f
+        for f in (overrides, data, name, namespace, tracking_uri, storage, adopt, workers, per_device, device)
+    },
     **{f.__name__: f for f in (threads, rows, replicates, confirm, reuse, cache_size, hang_timeout, max_failures)},
     **{
         "in_process": in_process,
@@ -262,7 +276,7 @@ TESTS: dict[str, Callable[[Path], None]] = {
         "budget": budget,
         "verify": verify,
     },
-    **{f.__name__: f for f in (cache, executor, address, slots, cpus_per_trial, gpus_per_trial)},
+    **{f.__name__: f for f in (cache, executor, address, slots, cpus_per_trial, gpus_per_trial, upload_from_workers)},
 }
 # These start workers, or train much.
 SLOW = {"workers", "per_device", "hang_timeout", "resume_trials", "threads", "confirm", "reuse", "rows", "cache_size"}

@@ -15,6 +15,7 @@ TAKES_OTHER_TEXT = {
     "overrides",
     "data",
     "name",
+    "namespace",
     "device",
     "rows",
     "host",
