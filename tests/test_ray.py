@@ -253,6 +253,8 @@ def test_the_nodes_of_a_study_upload_each_file_once_and_nothing_comes_home(
         sent = Counter(path for method, path in gate.asked if method == "PUT")
         assert len([path for path in sent if path.endswith("best.safetensors")]) == 3 and set(sent.values()) == {1}
         assert all("artifacts.came_home" not in trial.tags for trial in trials_of("tiny"))
+        looked = cli("doctor", "--tracking-uri", gate.address)  # a server in this process changes the variable
+        assert looked.exit_code == 0 and "1 study examined: 0 found" in looked.output, looked.output
 
 
 def trials_of(study: str) -> list[TrialRecord]:

@@ -33,7 +33,7 @@ QUICK = {
 
 
 @contextmanager
-def cluster_of(folder: Path, nodes: int, address: str = "127.0.0.1", **system: Any) -> Iterator[Any]:
+def cluster_of(folder: Path, nodes: int, address: str | None = None, **system: Any) -> Iterator[Any]:
     """Yield a ``ray.cluster_utils.Cluster`` with so many nodes of one CPU; ``folder`` holds what they keep.
 
     Its head is at ``address``. Their processes can import the tests. ``system`` are settings of Ray itself.
@@ -48,7 +48,8 @@ def cluster_of(folder: Path, nodes: int, address: str = "127.0.0.1", **system: A
         patch.setenv("RAY_worker_niceness", "0")  # or workers starve next to other tests
         patch.setenv("PYTHONPATH", str(TESTS))
         patch.delenv("RAY_ADDRESS", raising=False)
-        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": address}
+        head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": False}
+        head |= {"node_ip_address": address} if address else {}
         head |= {"_system_config": system} if system else {}
         with same_handler():
             cluster = Cluster(initialize_head=True, head_node_args=head)
