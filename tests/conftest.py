@@ -16,6 +16,7 @@ from caltech_sweep.sweep.executors.processes import STOPPING, _mask
 from helpers.migrations import migrate_once
 from helpers.places import Cli, clone, furnish, invoke, ran
 
+ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 # One thread a process: the suite's tiny models gain nothing from more, and it shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A signal that a shell has the suite ignore, as nohup and "&" do, would be ignored by every process that it starts; one
@@ -39,7 +40,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_other_place(monkeypatch: pytest.MonkeyPatch, templates: Path) -> None:
     """Let no store or dataset outside a test's own folder be seen."""
     migrate_once(templates)
-    for name in ("MLFLOW_TRACKING_URI", "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "TORCH_HOME"):
+    for name in (*ADDRESSES, "CALTECH101_ROOT", "CALTECH_SWEEP_DATA", "CALTECH_SWEEP_NAMESPACE", "TORCH_HOME"):
         monkeypatch.setenv(name, "")  # or what a test leaves there would stay
         monkeypatch.delenv(name)
 

@@ -421,7 +421,9 @@ def test_training_predict_the_served_model_and_the_page_see_the_same_pixels(plac
     asked_by_name = open_model(f"{promoted.name}@{promoted.alias}", device="cpu")
     import mlflow.pyfunc  # after caltech_sweep.champion, which sets it up
 
-    mlflow.set_tracking_uri(f"sqlite:///{place / 'mlruns' / 'mlflow.db'}")  # MLflow keeps connections by address
+    address = f"sqlite:///{place / 'mlruns' / 'mlflow.db'}"
+    mlflow.set_tracking_uri(address)
+    mlflow.set_registry_uri(address)  # or that of an earlier test stays
     served = mlflow.pyfunc.load_model(f"models:/{promoted.name}/{promoted.version}").unwrap_python_model()
     config = datasets_of(study.definition, run, None)[0]
     thumbnail = find_thumbnails([config], run)

@@ -402,7 +402,9 @@ def test_shared_epochs_and_kept_outputs_change_no_bit(
     longer = replace(config, epochs=4)
     _, got = run(longer, data, CacheOptions(tmp_path, 10**9))
     assert_same(got, run(longer, data)[1])
-    assert got is not None and (got.epochs_reused == 3 or config.schedule in ("cosine", "linear", "one_cycle", "wsd"))
+    reused = 3 if config.freeze == "conv" else 1  # a large state is saved only where it spares more than it costs
+    assert got is not None
+    assert got.epochs_reused >= reused or config.schedule in ("cosine", "linear", "one_cycle", "wsd")
     kept = (
         config.freeze == "conv"
         and not (config.mixup or config.cutmix)
