@@ -178,8 +178,8 @@ def world(folder: Path, nodes: int) -> Iterator[World]:
     ):
         made = World(cluster, net, database, folder)
         try:
-            for node in [made.add_node() for _ in range(nodes)]:
-                node.wait(alive=True)
+            for _ in range(nodes):
+                made.add_node().wait(alive=True)  # one after the other: two at once may choose one name for a socket
             yield made
         finally:
             made.close()
