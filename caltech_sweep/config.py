@@ -208,7 +208,7 @@ class TrialConfig:
     def from_params(cls, params: Mapping[str, str]) -> TrialConfig:
         """Build a config from :meth:`to_params` output; what is missing, or of another version, has its default."""
         dataset = {key[8:]: value for key, value in params.items() if key.startswith("dataset.")}
-        return cls(dataset=DatasetConfig(**_parsed(dataset, DATASET_RULES)), **_parsed(params, TRIAL_RULES))
+        return cls(dataset=DatasetConfig(**parsed(dataset, DATASET_RULES)), **parsed(params, TRIAL_RULES))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
@@ -252,7 +252,8 @@ def _counted(config: TrialConfig | DatasetConfig, always: frozenset[str]) -> dic
     return values
 
 
-def _parsed(params: Mapping[str, str], rules: Mapping[str, Rule]) -> dict[str, Any]:
+def parsed(params: Mapping[str, str], rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Return the values of those settings whose texts are there and stand for a value that is accepted."""
     values = {}
     for name, rule in rules.items():
         with contextlib.suppress(KeyError, ValueError):

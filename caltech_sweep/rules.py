@@ -66,7 +66,7 @@ class Rule:
 
     def parse(self, text: str) -> Any:
         """Return the value that :func:`as_text` wrote; raise ValueError for a text of no value that is accepted."""
-        value = next((value for value in _readings(text) if self.accepts(value)), Rule)
+        value = next((value for value in _readings(text) if self.problem(value) is None), Rule)
         if value is Rule:
             raise ValueError(f"must be {self.words}, got {text!r}")
         return self.normal(value)

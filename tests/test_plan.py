@@ -27,7 +27,7 @@ from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_s
 from caltech_sweep.tracking.records import STORE_TAG
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.datasets import draw
-from helpers.places import Cli, invoke
+from helpers.places import Cli, invoke, sql
 
 FOLDER = ("--set", "dataset.name=folder", "--set", "dataset.classes=null", "--set", "dataset.images_per_class=null")
 REFUSALS = {
@@ -55,6 +55,13 @@ def counts(plan: str, group: str) -> tuple[str, str]:
     found = re.search(rf"^{group}: (.+) epochs requested, (.+) to train$", plan, re.M)
     assert found is not None, plan
     return found[1], found[2]
+
+
+@pytest.mark.parametrize("text", ["1e400", "99999999999999999999999", "", "[[[["])
+def test_a_setting_that_is_none_in_the_tracking_store_is_planned_as_the_study_says(copied: Path, text: str) -> None:
+    before = invoke("plan", "tiny").output
+    sql(copied, "mlflow.db", f"UPDATE params SET value = '{text}' WHERE key IN ('epochs', 'lr', 'step_size', 'gamma')")
+    assert invoke("plan", "tiny").output == before
 
 
 @pytest.mark.parametrize("case", REFUSALS)

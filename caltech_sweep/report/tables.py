@@ -45,7 +45,7 @@ from caltech_sweep.rules import as_text
 from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.reader import StoredStudy
-from caltech_sweep.tracking.records import NETWORK_INPUT, PAUSED_AT, StudyRecord, TrialRecord
+from caltech_sweep.tracking.records import NETWORK_INPUT, PAUSED_AT, StudyRecord, TrialRecord, whole
 
 REPORT = ("scratch", "transfer", "freeze", "augment", "tencrop", "resnet")  # the published tables, in their order
 ESSENTIAL = ("arch", "weights", "optimizer", "lr", "epochs", "batch_size")  # that are said where they do not vary, too
@@ -483,7 +483,7 @@ def _paused(study: StoredStudy) -> list[str]:
     for (number, _), attempts in sorted(trials.items()):
         run = pick(attempts)
         if run.state == "paused":
-            places[int(run.tags.get(PAUSED_AT, 0)), int(run.params.get("epochs", 0))].append(number)
+            places[whole(run.tags.get(PAUSED_AT, 0)), whole(run.params.get("epochs", 0))].append(number)
     if not places:
         return []
     count = sum(map(len, places.values()))

@@ -16,7 +16,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.metrics import SPENT_EPOCHS, SPENT_SECONDS
 from caltech_sweep.sweep.executors.base import Epoch
 from caltech_sweep.text import counted
-from caltech_sweep.tracking.records import TrialRecord
+from caltech_sweep.tracking.records import TrialRecord, whole
 
 
 @dataclass
@@ -35,7 +35,7 @@ def spent_by(records: Iterable[TrialRecord]) -> Spent:
     """Return what some runs have spent; a complete one of a version that did not record it, by its other records."""
     total = Spent()
     for record in records:
-        total.epochs += int(record.metrics.get(SPENT_EPOCHS, record.tags.get("reuse.epochs_trained", 0)))
+        total.epochs += whole(record.metrics.get(SPENT_EPOCHS, record.tags.get("reuse.epochs_trained", 0)))
         total.seconds += record.metrics.get(SPENT_SECONDS, 0.0)
     return total
 

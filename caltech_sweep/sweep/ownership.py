@@ -36,6 +36,7 @@ from caltech_sweep.tracking.records import (
     InitialWeights,
     StudyRecord,
     TrialRecord,
+    whole,
     worth,
 )
 from caltech_sweep.tracking.writer import MlflowTracker
@@ -235,7 +236,7 @@ def _gap() -> optuna.trial.FrozenTrial:
 def _rebuilt(definition: StudyDefinition, run: TrialRecord, tracker: MlflowTracker) -> optuna.trial.FrozenTrial:
     """Return the trial that a run belongs to, as the study store that was lost had it."""
     config = _config_of(definition, run.params)
-    attributes: dict[str, Any] = {key: int(run.tags[key]) for key in (*REPEAT_TAGS, "family") if key in run.tags}
+    attributes: dict[str, Any] = {key: whole(run.tags[key]) for key in (*REPEAT_TAGS, "family") if key in run.tags}
     attributes.update({SUGGESTED_BY: run.tags[SUGGESTED_BY]} if SUGGESTED_BY in run.tags else {})
     attributes.update({"row": run.row} if run.row is not None else {})
     attributes.update(fingerprint=run.fingerprint, config=json.loads(json.dumps(config.to_dict())))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from rich import filesize
 
-from caltech_sweep.config import TrialConfig, as_stored
+from caltech_sweep.config import TRIAL_RULES, TrialConfig, as_stored, parsed
 from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
@@ -247,14 +247,8 @@ def _schedule(config: TrialConfig) -> tuple[int, float, int]:
 
 def _as_trained(definition: StudyDefinition, record: TrialRecord) -> TrialConfig:
     """Return a config with the schedule of a sampled trial, which its run knows as text."""
-    config, params = definition.config({}), record.params
-    return replace(
-        config,
-        lr=float(params.get("lr", config.lr)),
-        step_size=int(params.get("step_size", config.step_size)),
-        gamma=float(params.get("gamma", config.gamma)),
-        epochs=int(params.get("epochs", config.epochs)),
-    )
+    rules = {name: TRIAL_RULES[name] for name in ("lr", "step_size", "gamma", "epochs")}
+    return replace(definition.config({}), **parsed(record.params, rules))
 
 
 def _begun(definition: StudyDefinition, family: Sequence[TrialRecord]) -> tuple[int, Span]:

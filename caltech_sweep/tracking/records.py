@@ -21,6 +21,14 @@ MISSING_TAG = "artifacts.missing"  # of a trial: as JSON, each artifact that was
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
 
 
+def whole(value: object) -> int:
+    """Return a whole number of a store, whose tags and metrics others may have changed; 0 where it holds none."""
+    try:
+        return int(float(str(value)))
+    except (ValueError, OverflowError):
+        return 0
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a trial ended, in the terms of both stores."""

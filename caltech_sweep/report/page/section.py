@@ -28,7 +28,7 @@ from caltech_sweep.report.statistics import ALPHA
 from caltech_sweep.text import counted
 from caltech_sweep.tracking.history import Histories, Moment
 from caltech_sweep.tracking.reader import Reader, StoredStudy
-from caltech_sweep.tracking.records import PAUSED_AT, SUGGESTED_BY, TrialRecord
+from caltech_sweep.tracking.records import PAUSED_AT, SUGGESTED_BY, TrialRecord, whole
 
 PAIRS = 15
 THUMBNAILS = 18
@@ -231,7 +231,7 @@ def _origins(trials: Sequence[TrialRecord]) -> str:
 def _paused_places(trials: Sequence[TrialRecord]) -> str:
     """Say where trials are paused."""
     places = Counter(
-        (int(trial.tags.get(PAUSED_AT, 0)), trial.params.get("epochs", "?"))
+        (whole(trial.tags.get(PAUSED_AT, 0)), trial.params.get("epochs", "?"))
         for trial in trials
         if trial.state == "paused"
     )
