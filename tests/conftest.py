@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from caltech_sweep.sweep.executors.processes import STOPPING, _mask
+from caltech_sweep.sweep.executors.processes import STOPPING, change_mask
 from helpers.migrations import migrate_once
 from helpers.places import Cli, clone, furnish, invoke, ran
 
@@ -47,7 +47,7 @@ def no_other_place(monkeypatch: pytest.MonkeyPatch, templates: Path) -> None:
 
 def signals() -> tuple[object, ...]:
     """Return what this process does with the signals that stop a run: processes that it starts inherit a part of it."""
-    return _mask("SIG_BLOCK", ()), *map(signal.getsignal, STOPPING)
+    return change_mask("SIG_BLOCK", ()), *map(signal.getsignal, STOPPING)
 
 
 @pytest.fixture(autouse=True)

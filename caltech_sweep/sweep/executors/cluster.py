@@ -19,7 +19,7 @@ from typing import Any
 from caltech_sweep import machine
 from caltech_sweep.errors import UsageError
 from caltech_sweep.files import locked_directory, remove_abandoned
-from caltech_sweep.sweep.executors.processes import _unstopped
+from caltech_sweep.sweep.executors.processes import unstopped
 from caltech_sweep.text import counted, one_line
 
 try:
@@ -107,7 +107,7 @@ def connected(
         stack.callback(ray.shutdown)
         before = signal.getsignal(signal.SIGTERM)
         try:
-            with _unstopped():  # nor is a private cluster, by what stops a whole group of processes
+            with unstopped():  # nor is a private cluster, by what stops a whole group of processes
                 ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
         except Exception as error:  # of many kinds, most of them Ray's own
             raise refused(address, error) from error

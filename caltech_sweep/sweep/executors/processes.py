@@ -29,7 +29,7 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _mask(how: str, numbers: Iterable[int]) -> Iterable[int]:
+def change_mask(how: str, numbers: Iterable[int]) -> Iterable[int]:
     """Change which signals wait for this thread; return those that did. Windows has no such thing."""
     if sys.platform == "win32":
         return ()
@@ -37,22 +37,22 @@ def _mask(how: str, numbers: Iterable[int]) -> Iterable[int]:
 
 
 @contextmanager
-def _unstopped() -> Iterator[None]:
+def unstopped() -> Iterator[None]:
     """Let a process that is started meanwhile not be stopped before it has decided what stops it."""
     if sys.platform != "win32":
         resource_tracker.ensure_running()  # its start would take the signals up again
-    before = _mask("SIG_BLOCK", STOPPING)
+    before = change_mask("SIG_BLOCK", STOPPING)
     try:
         yield
     finally:
-        _mask("SIG_SETMASK", before)
+        change_mask("SIG_SETMASK", before)
 
 
 def _work(connection: Connection, runner: Runner, threads: int | None, prepare: Callable[[], None]) -> None:
     """Serve jobs until the coordinator closes the connection or dies."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    _mask("SIG_UNBLOCK", STOPPING)
+    change_mask("SIG_UNBLOCK", STOPPING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if threads is not None:
         import torch
@@ -127,7 +127,7 @@ class ProcessExecutor:
         ours, theirs = self._context.Pipe()
         arguments = (theirs, self._runner, self._threads, self._prepare)
         process = self._context.Process(target=_work, args=arguments, daemon=True)
-        with _unstopped():
+        with unstopped():
             process.start()
         theirs.close()
         return _Worker(process, ours, device)
