@@ -16,7 +16,17 @@ from caltech_sweep.errors import LostStudyError, StoreError
 from caltech_sweep.metrics import BEST_ACCURACY, TEST_ACCURACY
 from caltech_sweep.stores import reason
 from caltech_sweep.sweep.budget import Ledger
-from caltech_sweep.sweep.executors.base import Done, Epoch, Event, Executor, Failed, Job, Stopped, WorkerDied
+from caltech_sweep.sweep.executors.base import (
+    MAX_FAILURES,
+    Done,
+    Epoch,
+    Event,
+    Executor,
+    Failed,
+    Job,
+    Stopped,
+    WorkerDied,
+)
 from caltech_sweep.sweep.optuna_store import STORE_ERRORS
 from caltech_sweep.sweep.progress import Progress
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
@@ -63,7 +73,7 @@ class Summary:
 class Limits:
     """When a run ends before its study is complete."""
 
-    failures_in_a_row: int = 5
+    failures_in_a_row: int = MAX_FAILURES
 
 
 def _broken(metrics: Mapping[str, float], when: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from caltech_sweep import machine
 from caltech_sweep.stores import Address
-from caltech_sweep.sweep.executors.base import HANG_SECONDS, Executor
+from caltech_sweep.sweep.executors.base import HANG_SECONDS, MAX_FAILURES, Executor
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.sweep.executors.worker import prepare, train
@@ -35,7 +35,7 @@ class RunOptions:
     confirm: int = 0  # so many of the best sampled trials are repeated on fresh seeds
     reuse: bool = True  # share training states and frozen features between trials, and go on from them
     hang_timeout: float = HANG_SECONDS  # seconds without a sign after which a worker is killed
-    max_failures: int = 5  # failed trials in a row that stop the study
+    max_failures: int = MAX_FAILURES  # failed trials in a row that stop the study
     local_stores: Path | None = None  # keep the stores here while the study runs, and copy them after each trial
     verify: bool = False  # read all images and the whole image cache again, whatever their times say
     cache_size: float | None = None  # GB of these; None: 20 GB, or a tenth of the free disk if that is less

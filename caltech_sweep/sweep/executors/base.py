@@ -20,6 +20,7 @@ from caltech_sweep.tracking.direct import Destination
 from caltech_sweep.training.keys import CacheOptions
 
 HANG_SECONDS = 600.0  # of silence after which a worker is killed; every step of a training gives a sign
+MAX_FAILURES = 5  # failed trials in a row that stop a study, unless it is told otherwise
 
 
 @dataclass(frozen=True)
