@@ -71,4 +71,4 @@ docs: $(SETUP) ## write the pages that are made from the code
 docs-check: $(SETUP)
 	@$(BIN)/python docs/build.py --check
 
-check: lint types docs-check test ## what CI runs; SLOW=1 .ci/run runs the slow tests, too
+check: lint types docs-check test ## what CI runs before the slow tests

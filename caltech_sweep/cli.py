@@ -36,6 +36,7 @@ _OF_A_DISK = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space, or name another place"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "check that its disk or server works, then run the command again"),
     errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ENOTDIR: "a part of its path is a file; move that away, or name another place",
     errno.ELOOP: "remove the links that lead in a circle",
 }
 

@@ -119,6 +119,12 @@ def label_of(name: str) -> str:
     return METRICS[name].label or name.replace("_", " ")
 
 
+def is_share(name: str) -> bool:
+    """Tell whether a metric, by the name under which it is logged, lies between 0 and 1."""
+    metric = METRICS.get(name.rpartition("/")[2].removeprefix("val_"))
+    return metric is not None and metric.share
+
+
 def finite(metrics: Mapping[str, float], name: str) -> float | None:
     """Return a metric, or None when it is missing or not finite."""
     value = metrics.get(name)

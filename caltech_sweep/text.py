@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,10 +38,20 @@ def quoted(value: object, longest: int = 80) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:30]} is not a finite number")
+    return number
+
+
 def parse_json(text: str) -> Any:
-    """Return what JSON of others says; raise ValueError for what is none, or is nested too deep to be read."""
+    """Return what JSON of others says; raise ValueError for what is none, or is nested too deep to be read.
+
+    NaN and numbers that are too large to be finite are no JSON, though Python reads them.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 

@@ -174,6 +174,80 @@ def test_what_is_hurt_is_named_then_fixed_and_found_no_more(
     assert report.count('"state": "complete"') == 3 and '"state": "running"' not in report
 
 
+def rewritten(place: Path, text: str) -> None:
+    for file in (place / "mlruns" / "artifacts").rglob("study.json"):
+        file.write_text(file.read_text().replace("0.05", text))
+
+
+def replaced_artifacts(place: Path) -> None:
+    folder = place / "mlruns" / "artifacts"
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+
+
+TWO = "value = {} WHERE key IN ('test/accuracy', 'best/val_accuracy')"
+NO_WRITING_OF_OURS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    # what was done to the stores, what the doctor says of it, what a run says
+    "an accuracy above one": (
+        lambda place: sql(
+            place, "mlflow.db", *(f"UPDATE {t} SET {TWO.format(2)}" for t in ("metrics", "latest_metrics"))
+        ),
+        "its run First is diverged: the next run trains it again",
+        "study tiny: 3 complete",
+    ),
+    "an accuracy of 1e308": (
+        lambda place: sql(
+            place, "mlflow.db", *(f"UPDATE {t} SET {TWO.format('1e308')}" for t in ("metrics", "latest_metrics"))
+        ),
+        "its run First is diverged: the next run trains it again",
+        "study tiny: 3 complete",
+    ),
+    "settings that are a number": (
+        lambda place: sql(
+            place, "optuna.db", "UPDATE trial_user_attributes SET value_json = '1e400' WHERE key = 'config'"
+        ),
+        "is damaged (inf in place of settings): put back a copy of that store",
+        "is damaged (inf in place of settings): put back a copy of that store",
+    ),
+    "an identity that is a number": (
+        lambda place: sql(
+            place, "optuna.db", "UPDATE study_user_attributes SET value_json = '1' WHERE key = 'identity'"
+        ),
+        "is damaged (1 in place of settings): put back a copy of that store",
+        "is damaged (1 in place of settings): put back a copy of that store",
+    ),
+    "attributes that are cut off": (
+        lambda place: sql(place, "optuna.db", "UPDATE trial_user_attributes SET value_json = '{'"),
+        "optuna.db cannot be opened: Expecting property name",
+        "optuna.db cannot be opened: Expecting property name",
+    ),
+    "a distribution that is cut off": (
+        lambda place: sql(place, "optuna.db", "UPDATE trial_params SET distribution_json = '{'"),
+        "is damaged (Expecting property name",
+        "is damaged (Expecting property name",
+    ),
+    "a study file with NaN": (lambda place: rewritten(place, "NaN"), "0 found", "study tiny: nothing to do"),
+    "a study file with infinity": (lambda place: rewritten(place, "1e400"), "0 found", "study tiny: nothing to do"),
+    "artifacts that are a file": (
+        replaced_artifacts,
+        "its artifacts are not in ",
+        "a part of its path is a file; move that away",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_WRITING_OF_OURS)
+def test_stores_that_hold_what_nobody_writes_are_a_sentence_to_every_command(copied: Path, case: str) -> None:
+    hurt, examined, run = NO_WRITING_OF_OURS[case]
+    hurt(copied)
+    for command in (("report",), ("report", "--all", "--format", "csv"), ("report", "--format", "html"), ("status",)):
+        assert invoke(*command).exit_code in (0, 2)
+    json.loads(invoke("report", "--format", "json").stdout)
+    invoke("plan", "tiny")
+    assert examined in invoke("doctor").output
+    assert run in invoke("run", *RUN[1:]).output
+
+
 def test_a_moved_store_finds_its_artifacts_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = copied.parent / "a place with & and more"
     copied.rename(moved)

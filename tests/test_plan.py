@@ -64,6 +64,28 @@ def test_a_setting_that_is_none_in_the_tracking_store_is_planned_as_the_study_sa
     assert invoke("plan", "tiny").output == before
 
 
+def test_the_time_of_a_plan_is_that_of_trials_of_the_same_kind(copied: Path) -> None:
+    seconds = {"First": 1, "Views": 3, "trial-002": 8}
+    for name, value in seconds.items():
+        run = f"(SELECT run_uuid FROM runs WHERE name = '{name}')"
+        for table in ("metrics", "latest_metrics"):
+            sql(
+                copied,
+                "mlflow.db",
+                f"UPDATE {table} SET value = {value} WHERE key = 'epoch_seconds' AND run_uuid = {run}",
+            )
+    file = copied / "sweeps" / "tiny.yaml"
+    file.write_text(f"{file.read_text()}  - name: Frozen\n    set: {{lr: 0.3, freeze: conv}}\n")
+    plan = invoke("plan", "tiny").stdout
+    assert "\ntime: unknown until one epoch of this study has been measured\n" in plan
+    file.write_text(f"{file.read_text()}  - name: Fast\n    set: {{lr: 0.2}}\n")
+    plan = invoke("plan", "tiny").stdout
+    assert (
+        "\ntime: about 6 s on one worker, at 3.0 s an epoch (median of 3 measured trials); that is without Frozen, "
+        in plan
+    )
+
+
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_plan_refuses_what_a_run_refuses_with_the_same_sentence(place: Path, case: str) -> None:
     draw(place / "few", images=2)

@@ -23,7 +23,7 @@ from caltech_sweep.errors import ArtifactError, HeldStudyError, StoreError, Usag
 from caltech_sweep.stores import Address, Store, study_store, tracking_store
 from caltech_sweep.study.site import select
 from caltech_sweep.sweep.lease import Held, fencing, holding
-from caltech_sweep.sweep.optuna_store import engine_of, open_storage, stored_studies
+from caltech_sweep.sweep.optuna_store import check_readable, engine_of, open_storage, stored_studies
 from caltech_sweep.sweep.ownership import foreign_studies
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.reconcile import Finding, give_up, key_of, survey
@@ -76,6 +76,13 @@ def examine(
         if chosen in foreign:
             say(f"{chosen}: {foreign[chosen]}")
             diagnosis.skipped += 1
+            continue
+        try:
+            if chosen in known:
+                check_readable(known[chosen], store)
+        except StoreError as error:
+            say(str(error))
+            diagnosis.found += 1
             continue
         with ExitStack() as stack:
             try:

@@ -14,8 +14,8 @@ from optuna.storages._rdb.models import TrialModel
 
 from caltech_sweep.addresses import STUDIES
 from caltech_sweep.config import TrialConfig, as_stored
-from caltech_sweep.errors import UsageError
-from caltech_sweep.stores import Address, Store, await_server, study_store, tune_sqlite
+from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.stores import Address, Store, await_server, reason, study_store, tune_sqlite
 from caltech_sweep.study.components import make_pruner
 from caltech_sweep.study.definition import StudyDefinition, identity_difference
 from caltech_sweep.study.file import weights_key
@@ -68,12 +68,30 @@ def open_study(
             load_if_exists=True,
             pruner=make_pruner(definition.pruner),
         )
+        check_readable(study, store)
     for key, value in (attributes or {}).items():
         study.set_user_attr(key, value)
     check_identity(study, definition.name, identity, weights, note)
     if STORE_TAG not in study.user_attrs:
         study.set_user_attr(STORE_TAG, uuid.uuid4().hex)
     return study
+
+
+def check_readable(study: optuna.Study, store: Store) -> None:
+    """Raise StoreError where what a store has of a study is not what was written there."""
+    try:
+        kept = [study.user_attrs.get("identity")]
+        kept += [trial.user_attrs.get("config") for trial in study.get_trials(deepcopy=False)]
+        problem = next(
+            (f"{value!r:.50} in place of settings" for value in kept if not isinstance(value, dict | None)), ""
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # of Optuna's readers
+        problem = reason(error)
+    if problem:
+        raise StoreError(
+            f"study {study.study_name!r} in the {store.kind.name} {store.shown} is damaged ({problem}): put back a "
+            "copy of that store, or name a new one with --storage and rebuild the study there with `run --adopt`"
+        )
 
 
 def engine_of(study: optuna.Study) -> sa.Engine | None:
@@ -228,7 +246,10 @@ def _read_study(name: str, store: Store) -> optuna.Study | None:
         if not sa.inspect(store.engine()).has_table(TrialModel.__tablename__):  # Optuna would make its tables
             return None
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return stored_studies(RDBStorage(store.uri, store.looking())).get(name)
+        study = stored_studies(RDBStorage(store.uri, store.looking())).get(name)
+        if study is not None:
+            check_readable(study, store)
+        return study
 
 
 def other_identity(name: str, differences: Sequence[str]) -> UsageError:

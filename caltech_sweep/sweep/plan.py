@@ -40,7 +40,7 @@ from caltech_sweep.sweep.preflight import (
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
-from caltech_sweep.text import duration
+from caltech_sweep.text import counted, duration
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
 from caltech_sweep.tracking.records import RESULTS, UNFINISHED, InitialWeights, StudyRecord, TrialRecord
 
@@ -67,6 +67,7 @@ class Planned:
     state: str
     asked: Span  # epochs of all its trials
     new_epochs: Span  # those of them that are left to train
+    kinds: tuple[TrialConfig, ...]  # a trial of each kind whose epochs may take longer or shorter than another's
 
     def cells(self) -> tuple[str, ...]:
         """Return the columns as text."""
@@ -81,6 +82,7 @@ class Planned:
 
 
 HEADER = ("trial", "epochs", "images/trial", "parameters trained", "epochs to train", "state")
+_KIND = ("arch", "freeze", "unfreeze_epoch")  # what an epoch's time depends on most
 _MOST_VALUES = 4096  # of an integer's range that are looked at one by one
 
 
@@ -196,6 +198,7 @@ def _planned_rows(
                     else ", ".join(f"{n} {state}" for state, n in counts.items()),
                     (config.epochs * len(seeds[row.name]),) * 2,
                     (left[row.name] if config.patience is None else 0, left[row.name]),
+                    (config,),
                 )
             )
     return planned
@@ -312,11 +315,12 @@ def _planned_sampled(
     least = 0 if _may_be_less(definition) else min(left)
     epochs = [config.epochs for family in families for config in family]
     span = (min(epochs), max(epochs))
+    kinds = list(variants(definition, (*_KIND, "outputs"), rows=False))
     return Planned(
         f"sampled x {total * size}",
         span,
         _sampled_images(definition, data, span) if data else None,
-        _trained(list(variants(definition, ("arch", "freeze", "unfreeze_epoch", "outputs"), rows=False)), data),
+        _trained(kinds, data),
         (f"{done} of {total * size} done" + (f", {paused} paused" if paused else "")) if done + paused else "to sample",
         _total([*((count * (1 + folds),) * 2 for count, _ in begun), _times(missing * (1 + folds), asked)]),
         _total(
@@ -327,6 +331,7 @@ def _planned_sampled(
                 (missing * (least + folds * min(asked)), missing * (max(left) + folds * max(asked))),
             ]
         ),
+        tuple(kinds),
     )
 
 
@@ -344,14 +349,36 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _time(records: Sequence[TrialRecord], epochs: Span) -> str:
-    measured = [r.metrics["epoch_seconds"] for r in records if math.isfinite(r.metrics.get("epoch_seconds", math.nan))]
-    if not measured:
+def _kind(params: Mapping[str, str]) -> tuple[str | None, ...]:
+    return tuple(params.get(name) for name in _KIND)
+
+
+def _time(groups: Sequence[Planned], records: Sequence[TrialRecord]) -> str:
+    """Say how long the epochs that are left take, those of each group by trials of its kind that were measured."""
+    measured = {r.run_id: (_kind(r.params), r.metrics.get("epoch_seconds", math.nan)) for r in records}
+    seen: set[str] = set()
+    each, spans, unknown = list[float](), list[tuple[float, float]](), list[str]()
+    for group in groups:
+        if not group.new_epochs[1]:
+            continue
+        kinds = {_kind(config.to_params()) for config in group.kinds}
+        known = {run: took for run, (kind, took) in measured.items() if kind in kinds and math.isfinite(took)}
+        if not known:
+            unknown.append(group.name)
+            continue
+        seen |= known.keys()
+        each.append(statistics.median(known.values()))
+        spans.append((each[-1] * group.new_epochs[0], each[-1] * group.new_epochs[1]))
+    if not spans:
         return "time: unknown until one epoch of this study has been measured"
-    each = statistics.median(measured)
-    low, high = (duration(each * count) for count in epochs)
-    span = low if low == high else f"{low} to {high}" if epochs[0] else f"up to {high}"
-    return f"time: about {span} on one worker, at {each:.1f} s an epoch (median of {len(measured)} measured trials)"
+    least = sum(low for low, _ in spans)
+    low, high = duration(least), duration(sum(high for _, high in spans))
+    span = low if low == high else f"{low} to {high}" if least else f"up to {high}"
+    an_epoch = " to ".join(dict.fromkeys(f"{took:.1f}" for took in (min(each), max(each))))
+    text = (
+        f"time: about {span} on one worker, at {an_epoch} s an epoch (median of {counted(len(seen), 'measured trial')})"
+    )
+    return text + (f"; that is without {', '.join(unknown)}, of whose kind no trial was measured" if unknown else "")
 
 
 def _about_data(definition: StudyDefinition, data: LoadedData | None) -> str:
@@ -393,7 +420,7 @@ def _text(
             lines.append(f"{name}: {_between(asked)} epochs requested, {_between(left)} to train")
     left = _total([group.new_epochs for group in groups])
     lines += outlook(definition, records, _total([row.new_epochs for row in rows])[1])
-    lines.append(_time(records, left) if left[1] else "nothing to train")
+    lines.append(_time(groups, records) if left[1] else "nothing to train")
     return "\n".join(lines)
 
 

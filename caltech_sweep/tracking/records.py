@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from caltech_sweep.metrics import DEFAULT_OBJECTIVE, TRAIN_LOSS, Objective, objective
+from caltech_sweep.metrics import DEFAULT_OBJECTIVE, TRAIN_LOSS, Objective, is_share, objective
 from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.text import parse_json
 
@@ -60,9 +60,9 @@ _LARGEST = 1e308  # MLflow's databases keep infinity as the largest number that 
 
 
 def not_a_number(metrics: Mapping[str, float]) -> str | None:
-    """Return "NAME is VALUE" of the first of a trial's own metrics that is NaN or infinite, or None."""
+    """Return "NAME is VALUE" of the first of a trial's own metrics that is NaN, infinite or no share, or None."""
     for name, value in metrics.items():
-        if not math.isfinite(value) or abs(value) > _LARGEST:
+        if not math.isfinite(value) or abs(value) > _LARGEST or (is_share(name) and not 0 <= value <= 1):
             return f"{name} is {value}"
     return None
 
