@@ -125,6 +125,7 @@ PRIVATE = {
     r"\._thread_local\b|study\._storage\b|\._study_id\b|optuna\.\w*\._|optuna\.storages\._rdb": {
         "sweep/optuna_store.py",
         "sweep/optuna_trials.py",
+        "sweep/owned_storage.py",
         "sweep/ownership.py",
     },
     r"mlflow\.store|mlflow\.tracking\._|_tracking_client|mlflow\.utils\.(validation|uri|file_utils)|MlflowClient\(": {

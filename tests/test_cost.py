@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy as sa
 
@@ -57,23 +58,25 @@ def test_the_study_store_hears_of_an_epoch_within_the_seconds_that_it_may_wait(
 ) -> None:
     monkeypatch.setattr(queue, "REPORT_SECONDS", seconds)
     definition = cost_study(1, 3, MEDIAN)
-    study = open_study(definition, f"sqlite:///{tmp_path / 'optuna.db'}", definition.identity())
+    address = f"sqlite:///{tmp_path / 'optuna.db'}"
+    study = open_study(definition, address, definition.identity())
+    stored = optuna.load_study(study_name=definition.name, storage=address)
     seen: list[dict[int, float]] = []
 
     class Watching(ScriptedExecutor):
         def submit(self, job: Job) -> None:
-            seen.append(study.trials[0].intermediate_values)
+            seen.append(stored.trials[0].intermediate_values)
             super().submit(job)
 
         def answer(self, job: int, go_on: bool) -> None:
-            seen.append(study.trials[0].intermediate_values)
+            seen.append(stored.trials[0].intermediate_values)
             super().answer(job, go_on)
 
     scripted_coordinator(
         definition, Watching(), MlflowTracker(str(tmp_path / "mlflow.db"), create=True), tmp_path, study
     ).run()
     assert [len(values) for values in seen] == ([0, 1, 2, 3] if seconds < 0 else [0, 0, 0, 0])
-    assert study.trials[0].intermediate_values == {1: 0.5, 2: 0.5, 3: 0.5}
+    assert stored.trials[0].intermediate_values == {1: 0.5, 2: 0.5, 3: 0.5}
 
 
 @pytest.mark.parametrize(("slots", "most"), [(1, 0.03), (50, 0.15)])

@@ -19,6 +19,7 @@ from caltech_sweep.stores import Address, Store, await_server, reason, study_sto
 from caltech_sweep.study.components import make_pruner
 from caltech_sweep.study.definition import StudyDefinition, identity_difference
 from caltech_sweep.study.file import weights_key
+from caltech_sweep.sweep.owned_storage import OwnedStorage
 from caltech_sweep.tracking.records import STORE_TAG, InitialWeights
 
 PATIENCE = 600  # seconds that a write waits for a database that is held or away; workers train on meanwhile
@@ -61,8 +62,9 @@ def open_study(
     store = study_store(storage)
     with store.opening(), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        opened = _open_storage(store)
         study = optuna.create_study(
-            storage=_open_storage(store),
+            storage=OwnedStorage(opened) if isinstance(opened, RDBStorage) else opened,
             study_name=definition.name,
             direction=definition.objective.direction,
             load_if_exists=True,
@@ -97,7 +99,7 @@ def check_readable(study: optuna.Study, store: Store) -> None:
 def engine_of(study: optuna.Study) -> sa.Engine | None:
     """Return the database that a study lies in, or None of one in memory."""
     storage = getattr(study._storage, "_backend", study._storage)  # Optuna wraps it in a cache
-    return storage.engine if isinstance(storage, RDBStorage) else None
+    return storage.engine if isinstance(storage, (RDBStorage, OwnedStorage)) else None
 
 
 def await_outages(study: optuna.Study, note: Callable[[str], None]) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel
+from optuna.storages._rdb.models import TrialModel
 from optuna.trial import FrozenTrial, TrialState
 
 from caltech_sweep.sweep.optuna_store import engine_of
+from caltech_sweep.sweep.owned_storage import OwnedStorage
 from caltech_sweep.tracking.records import OUTCOMES
 
 # Attributes of a trial, both epochs: the last rung that it has reached, and the last one that it was let through.
@@ -228,18 +229,12 @@ def note_epoch(trial: optuna.Trial, epoch: int, value: float) -> None:
 
 def report(study: optuna.Study, epochs: Iterable[tuple[optuna.Trial, int, float]]) -> None:
     """Tell the store of epochs that it has not heard of, all in one transaction."""
-    engine, model = engine_of(study), TrialIntermediateValueModel
-    if engine is None:
-        for trial, epoch, value in epochs:
-            study._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
+    values = [(trial._trial_id, epoch, value) for trial, epoch, value in epochs]
+    if isinstance(study._storage, OwnedStorage):
+        study._storage.add_intermediate_values(values)
         return
-    rows = []
-    for trial, epoch, value in epochs:
-        stored, kind = model.intermediate_value_to_stored_repr(value)
-        own = {"intermediate_value": stored, "intermediate_value_type": kind}
-        rows.append({"trial_id": trial._trial_id, "step": epoch, **own})
-    with engine.begin() as connection:
-        connection.execute(sa.insert(model.__table__), rows)
+    for trial_id, epoch, value in values:
+        study._storage.set_trial_intermediate_value(trial_id, epoch, value)
 
 
 class _Known:
@@ -325,5 +320,7 @@ def invalidate_trial(study: optuna.Study, trial_id: int) -> None:
             connection.execute(sa.update(table).where(table.c.trial_id == trial_id).values(state=TrialState.FAIL))
     else:
         study._storage._get_trial(trial_id).state = TrialState.FAIL  # type: ignore[attr-defined]
+    if isinstance(study._storage, OwnedStorage):
+        study._storage.forget()
     getattr(study._storage, "_studies", {}).pop(study._study_id, None)  # what Optuna keeps of trials that ended
     _refresh(study)

@@ -307,15 +307,11 @@ def _planned_sampled(
     left = [sum(new_epochs(family)) for family in families]
     missing = max(0, total - len(groups))
     folds = definition.folds - 1  # further trainings of each; those of a trial that was pruned are counted, too
-    later = sum(
-        TrialConfig.from_params(record.params).epochs
-        for record in records
-        if "fold_of" in record.tags and record.state in RESULTS
-    )
+    repeats = [record for record in records if "fold_of" in record.tags and record.state in RESULTS]
+    later = sum(TrialConfig.from_params(record.params).epochs for record in repeats)
     least = 0 if _may_be_less(definition) else min(left)
-    epochs = [config.epochs for family in families for config in family]
-    span = (min(epochs), max(epochs))
-    kinds = list(variants(definition, (*_KIND, "outputs"), rows=False))
+    epochs = sorted(config.epochs for family in families for config in family)
+    span, kinds = (epochs[0], epochs[-1]), tuple(variants(definition, (*_KIND, "outputs"), rows=False))
     return Planned(
         f"sampled x {total * size}",
         span,
@@ -331,7 +327,7 @@ def _planned_sampled(
                 (missing * (least + folds * min(asked)), missing * (max(left) + folds * max(asked))),
             ]
         ),
-        tuple(kinds),
+        kinds,
     )
 
 

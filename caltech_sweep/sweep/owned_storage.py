@@ -1,0 +1,191 @@
+"""Optuna's storage for the one process that may write to it: what is known is not read again.
+
+Optuna's own cache keeps trials that have ended and reads all others at each question, since other processes may change
+them. A study's coordinator is the only one that changes it (:mod:`caltech_sweep.sweep.lease`), and with 200 trials that
+run these reads would be most of what it does.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages._rdb.models import TrialIntermediateValueModel
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+
+class OwnedStorage(BaseStorage):
+    """A database of Optuna's, with its trials in memory as this process has read or written them.
+
+    What other processes write meanwhile is not seen. After an error everything is read again.
+    """
+
+    def __init__(self, database: RDBStorage) -> None:
+        self.engine, self._database = database.engine, database
+        self._cached = get_storage(database)  # with what Optuna itself keeps
+        self._trials: dict[int, dict[int, FrozenTrial]] = {}  # by the study's id, by their own, in order of number
+        self._study_of: dict[int, int] = {}  # the study's id by the trial's
+
+    def forget(self) -> None:
+        """Read everything again, after the database was changed in another way."""
+        self._trials.clear()
+        self._study_of.clear()
+        self._cached = get_storage(self._database)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # nobody knows what of it was written
+            self.forget()
+            raise
+
+    def _known(self, study_id: int) -> dict[int, FrozenTrial]:
+        if study_id not in self._trials:
+            trials = self._cached.get_all_trials(study_id, deepcopy=False)
+            self._trials[study_id] = {trial._trial_id: trial for trial in trials}
+            self._study_of.update((trial._trial_id, study_id) for trial in trials)
+        return self._trials[study_id]
+
+    def _change(self, trial_id: int, **fields: Any) -> None:
+        """Give a trial other fields; one that was handed out before stays as it is."""
+        study_id = self._study_of.get(trial_id)
+        if study_id is not None:
+            changed = copy.copy(self._trials[study_id][trial_id])
+            for name, value in fields.items():
+                setattr(changed, name, value)
+            self._trials[study_id][trial_id] = changed
+
+    # -- trials --
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        known = self._known(study_id)
+        with self._writing():
+            trial_id = self._cached.create_new_trial(study_id, template_trial)
+            trial = self._cached.get_trial(trial_id)
+        if trial.number == len(known):
+            known[trial_id], self._study_of[trial_id] = trial, study_id
+        else:  # somebody else has added some
+            self.forget()
+        return trial_id
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        study_id = self._study_of.get(trial_id)
+        if study_id is None:
+            return self._cached.get_trial(trial_id)
+        trial = copy.copy(self._trials[study_id][trial_id])
+        for name in ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values"):
+            setattr(trial, name, dict(getattr(trial, name)))  # ``optuna.Trial`` changes these of its own
+        return trial
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = [trial for trial in self._known(study_id).values() if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        return self._cached.get_trial_id_from_study_id_trial_number(study_id, trial_number)
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        with self._writing():
+            self._cached.set_trial_param(trial_id, param_name, param_value_internal, distribution)
+        trial = self.get_trial(trial_id)
+        if param_name in trial.params:  # Optuna keeps what it was
+            return
+        value = distribution.to_external_repr(float(param_value_internal))
+        self._change(
+            trial_id,
+            params={**trial.params, param_name: value},
+            distributions={**trial.distributions, param_name: distribution},
+        )
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        with self._writing():
+            done = self._cached.set_trial_state_values(trial_id, state, values)
+        if done:
+            times = {"datetime_start": datetime.now()} if state == TrialState.RUNNING else {}
+            times |= {"datetime_complete": datetime.now()} if state.is_finished() else {}
+            numbers = {} if values is None else {"values": [float(value) for value in values]}
+            self._change(trial_id, state=state, **times, **numbers)
+        return done
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        with self._writing():
+            self._cached.set_trial_intermediate_value(trial_id, step, intermediate_value)
+        self._note(trial_id, step, intermediate_value)
+
+    def add_intermediate_values(self, values: Iterable[tuple[int, int, float]]) -> None:
+        """Add values of (trial's id, step, value), none of which is there yet, in one transaction."""
+        model, values = TrialIntermediateValueModel, list(values)
+        rows = []
+        for trial_id, step, value in values:
+            stored, kind = model.intermediate_value_to_stored_repr(value)
+            own = {"intermediate_value": stored, "intermediate_value_type": kind}
+            rows.append({"trial_id": trial_id, "step": step, **own})
+        with self._writing(), self.engine.begin() as connection:
+            connection.execute(sa.insert(model.__table__), rows)
+        for trial_id, step, value in values:
+            self._note(trial_id, step, value)
+
+    def _note(self, trial_id: int, step: int, value: float) -> None:
+        known = self.get_trial(trial_id).intermediate_values
+        self._change(trial_id, intermediate_values={**known, step: float(value)})
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        with self._writing():
+            self._cached.set_trial_user_attr(trial_id, key, value)
+        self._change(trial_id, user_attrs={**self.get_trial(trial_id).user_attrs, key: _as_stored(value)})
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        with self._writing():
+            self._cached.set_trial_system_attr(trial_id, key, value)
+        self._change(trial_id, system_attrs={**self.get_trial(trial_id).system_attrs, key: _as_stored(value)})
+
+    # -- studies, of which nothing is kept --
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        return self._cached.create_new_study(directions, study_name)
+
+    def delete_study(self, study_id: int) -> None:
+        self._cached.delete_study(study_id)
+        self.forget()
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._cached.set_study_user_attr(study_id, key, value)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._cached.set_study_system_attr(study_id, key, value)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        return self._cached.get_study_id_from_name(study_name)
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        return self._cached.get_study_name_from_id(study_id)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        return self._cached.get_study_directions(study_id)
+
+    def get_study_user_attrs(self, study_id: int) -> Mapping[str, Any]:  # type: ignore[override]
+        return self._cached.get_study_user_attrs(study_id)
+
+    def get_study_system_attrs(self, study_id: int) -> Mapping[str, Any]:  # type: ignore[override]
+        return self._cached.get_study_system_attrs(study_id)
+
+    def get_all_studies(self) -> list[Any]:
+        return self._cached.get_all_studies()
+
+
+def _as_stored(value: Any) -> Any:
+    """Return a value as it is read back: of a tuple a list."""
+    return json.loads(json.dumps(value))
