@@ -1,6 +1,6 @@
 """The rows of the shipped tables by a plain script and by caltech-sweep, from the start of a process to its end.
 
-    CALTECH101_ROOT=... python benchmarks/sweep.py [--tables transfer scratch freeze] [--all] [--images 5] [--scale 5]
+    CALTECH101_ROOT=... python benchmarks/sweep.py [--tables transfer] [--rows NAME] [--all] [--images 5] [--scale 5]
 
 The plain script is what an engineer writes with torchvision, a DataLoader with workers, Optuna and MLflow, with their
 defaults: it decodes each image in each epoch, logs each epoch, keeps the best weights, tests once, and logs weights,
@@ -239,7 +239,7 @@ def specify(table: str, options: argparse.Namespace) -> dict[str, Any]:
     images = {
         part: [(str(item.path.resolve()), item.label) for item in split.part(part)] for part in ("train", "val", "test")
     }
-    rows = rows_of(table, options.scale)
+    rows = [row for row in rows_of(table, options.scale) if not options.rows or row["name"] in options.rows]
     return {"rows": rows, "dataset": dataset, "classes": options.classes, "images": images, "batch": options.batch}
 
 
@@ -247,6 +247,7 @@ def main() -> None:
     """Run both sides of each table in turn, and print a row of ratios for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=("transfer", "scratch", "freeze"))
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the tables")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, help="only these")
     parser.add_argument("--all", action="store_true", help="every column for every table")
     parser.add_argument("--classes", type=int, default=10)
