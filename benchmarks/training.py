@@ -32,22 +32,21 @@ from caltech_sweep.training.models import build_model
 def bare(config: TrialConfig, training: Training, batches: int, fused: bool) -> Callable[[], None]:
     """Return an epoch of the bare loop."""
     device, size = training.device, config.batch_size
-    half, layout = config.precision == "bfloat16", torch.channels_last
     model = build_model(config, len(training.data.split.classes)).to(device).train()
     if config.channels_last:
-        model = model.to(memory_format=layout)
+        model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=fused
     )
     crops = training.data.center_crops("train", config.dataset.crop, range(size * batches))
     images = (crops.contiguous().to(device).float() / 255 - 0.5) / 0.5
     if config.channels_last:
-        images = images.contiguous(memory_format=layout)
+        images = images.contiguous(memory_format=torch.channels_last)
     labels = training.data.labels("train")[: size * batches].to(device)
 
     def epoch() -> None:
         for start in range(0, size * batches, size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 logits = model(images[start : start + size])
             loss = F.cross_entropy(logits.float(), labels[start : start + size])
             optimizer.zero_grad(set_to_none=True)
@@ -75,10 +74,8 @@ def serve(side: str, options: argparse.Namespace, connection: Connection) -> Non
     name = "caltech101" if os.environ.get("CALTECH101_ROOT") else "shapes"
     dataset = DatasetConfig(name=name, images_per_class=options.images_per_class)
     precision = options.precision or ("float32" if device.type == "cpu" else "bfloat16")
-    half = precision == "bfloat16"
-    config = TrialConfig(
-        dataset=dataset, batch_size=options.batch_size, lr=0.001, precision=precision, channels_last=half
-    )
+    layout = {"precision": precision, "channels_last": precision == "bfloat16"}
+    config = TrialConfig(dataset=dataset, batch_size=options.batch_size, lr=0.001, **layout)
     data = load_dataset(dataset)
     training = Training(config, data, build_model(config, len(data.split.classes)), device)
     batches = len(data.split.train) // options.batch_size
@@ -100,7 +97,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of both sides; bfloat16 on a GPU")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), help="of both sides; by default float32, and bfloat16 on a GPU"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="count processors' time, where others use them, too")
     options = parser.parse_args()
     context, connections = multiprocessing.get_context("spawn"), {}

@@ -248,6 +248,15 @@ def test_stores_that_hold_what_nobody_writes_are_a_sentence_to_every_command(cop
     assert run in invoke("run", *RUN[1:]).output
 
 
+def test_a_study_whose_store_is_damaged_is_rebuilt_in_a_new_one(copied: Path) -> None:
+    hurt, _, said = NO_WRITING_OF_OURS["settings that are a number"]
+    hurt(copied)
+    assert said in invoke(*RUN).output
+    rebuilt = invoke(*RUN, "--storage", "sqlite:///new.db", "--adopt")
+    assert rebuilt.exit_code == 0 and "study tiny: nothing to do" in rebuilt.output
+    assert invoke("doctor", "tiny", "--storage", "sqlite:///new.db").output == "1 study examined: 0 found, 0 fixed\n"
+
+
 def test_a_moved_store_finds_its_artifacts_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = copied.parent / "a place with & and more"
     copied.rename(moved)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -55,14 +56,20 @@ class OwnedStorage(BaseStorage):
             self._study_of.update((trial._trial_id, study_id) for trial in trials)
         return self._trials[study_id]
 
-    def _change(self, trial_id: int, **fields: Any) -> None:
-        """Give a trial other fields; one that was handed out before stays as it is."""
+    def _changed(self, trial_id: int) -> FrozenTrial | None:
+        """Return what is known of a trial, to be changed; what was handed out of it before stays as it is."""
         study_id = self._study_of.get(trial_id)
-        if study_id is not None:
-            changed = copy.copy(self._trials[study_id][trial_id])
-            for name, value in fields.items():
-                setattr(changed, name, value)
-            self._trials[study_id][trial_id] = changed
+        if study_id is None:
+            return None
+        trial = copy.copy(self._trials[study_id][trial_id])
+        self._trials[study_id][trial_id] = trial
+        return trial
+
+    def _add(self, trial_id: int, field: str, more: Mapping[Any, Any]) -> None:
+        """Add to a mapping of a trial that is known."""
+        trial = self._changed(trial_id)
+        if trial is not None:
+            setattr(trial, field, {**getattr(trial, field), **more})
 
     # -- trials --
 
@@ -100,57 +107,54 @@ class OwnedStorage(BaseStorage):
     ) -> None:
         with self._writing():
             self._cached.set_trial_param(trial_id, param_name, param_value_internal, distribution)
-        trial = self.get_trial(trial_id)
-        if param_name in trial.params:  # Optuna keeps what it was
-            return
-        value = distribution.to_external_repr(float(param_value_internal))
-        self._change(
-            trial_id,
-            params={**trial.params, param_name: value},
-            distributions={**trial.distributions, param_name: distribution},
-        )
+        trial = self._changed(trial_id)
+        if trial is not None and param_name not in trial.params:  # else Optuna keeps what it was
+            value = distribution.to_external_repr(float(param_value_internal))
+            trial.params = {**trial.params, param_name: value}
+            trial.distributions = {**trial.distributions, param_name: distribution}
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         with self._writing():
             done = self._cached.set_trial_state_values(trial_id, state, values)
-        if done:
-            times = {"datetime_start": datetime.now()} if state == TrialState.RUNNING else {}
-            times |= {"datetime_complete": datetime.now()} if state.is_finished() else {}
-            numbers = {} if values is None else {"values": [float(value) for value in values]}
-            self._change(trial_id, state=state, **times, **numbers)
+        trial = self._changed(trial_id) if done else None
+        if trial is not None:
+            trial.state = state
+            if values is not None:
+                trial.values = [float(value) for value in values]
+            if state == TrialState.RUNNING:
+                trial.datetime_start = datetime.now()
+            if state.is_finished():
+                trial.datetime_complete = datetime.now()
         return done
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         with self._writing():
             self._cached.set_trial_intermediate_value(trial_id, step, intermediate_value)
-        self._note(trial_id, step, intermediate_value)
+        self._add(trial_id, "intermediate_values", {step: float(intermediate_value)})
 
     def add_intermediate_values(self, values: Iterable[tuple[int, int, float]]) -> None:
         """Add values of (trial's id, step, value), none of which is there yet, in one transaction."""
-        model, values = TrialIntermediateValueModel, list(values)
-        rows = []
+        model = TrialIntermediateValueModel
+        rows, added = [], defaultdict[int, dict[int, float]](dict)
         for trial_id, step, value in values:
+            added[trial_id][step] = float(value)
             stored, kind = model.intermediate_value_to_stored_repr(value)
             own = {"intermediate_value": stored, "intermediate_value_type": kind}
             rows.append({"trial_id": trial_id, "step": step, **own})
         with self._writing(), self.engine.begin() as connection:
             connection.execute(sa.insert(model.__table__), rows)
-        for trial_id, step, value in values:
-            self._note(trial_id, step, value)
-
-    def _note(self, trial_id: int, step: int, value: float) -> None:
-        known = self.get_trial(trial_id).intermediate_values
-        self._change(trial_id, intermediate_values={**known, step: float(value)})
+        for trial_id, more in added.items():
+            self._add(trial_id, "intermediate_values", more)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         with self._writing():
             self._cached.set_trial_user_attr(trial_id, key, value)
-        self._change(trial_id, user_attrs={**self.get_trial(trial_id).user_attrs, key: _as_stored(value)})
+        self._add(trial_id, "user_attrs", {key: _as_stored(value)})
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         with self._writing():
             self._cached.set_trial_system_attr(trial_id, key, value)
-        self._change(trial_id, system_attrs={**self.get_trial(trial_id).system_attrs, key: _as_stored(value)})
+        self._add(trial_id, "system_attrs", {key: _as_stored(value)})
 
     # -- studies, of which nothing is kept --
 

@@ -19,6 +19,7 @@ from caltech_sweep.data import inspect_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.splits import SPLITS
 from caltech_sweep.errors import CaltechSweepError, UsageError
+from caltech_sweep.metrics import EPOCH_SECONDS
 from caltech_sweep.stores import Store
 from caltech_sweep.study.definition import Dimension, Range, Row, StudyDefinition, variants
 from caltech_sweep.study.grid import EXHAUSTIVE, grid_size
@@ -345,20 +346,24 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _kind(params: Mapping[str, str]) -> tuple[str | None, ...]:
-    return tuple(params.get(name) for name in _KIND)
+def _kind(config: TrialConfig) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in _KIND)
 
 
 def _time(groups: Sequence[Planned], records: Sequence[TrialRecord]) -> str:
     """Say how long the epochs that are left take, those of each group by trials of its kind that were measured."""
-    measured = {r.run_id: (_kind(r.params), r.metrics.get("epoch_seconds", math.nan)) for r in records}
+    measured = {
+        record.run_id: (_kind(TrialConfig.from_params(record.params)), took)
+        for record in records
+        if math.isfinite(took := record.metrics.get(EPOCH_SECONDS, math.nan))
+    }
     seen: set[str] = set()
     each, spans, unknown = list[float](), list[tuple[float, float]](), list[str]()
     for group in groups:
         if not group.new_epochs[1]:
             continue
-        kinds = {_kind(config.to_params()) for config in group.kinds}
-        known = {run: took for run, (kind, took) in measured.items() if kind in kinds and math.isfinite(took)}
+        kinds = set(map(_kind, group.kinds))
+        known = {run: took for run, (kind, took) in measured.items() if kind in kinds}
         if not known:
             unknown.append(group.name)
             continue
