@@ -1,12 +1,12 @@
-"""Everything that is to be measured the day there is a GPU, in one command, beside a bare torch loop.
+"""Everything that is to be measured on a GPU, in one command, beside a bare torch loop.
 
-    CALTECH101_ROOT=... python benchmarks/gpu.py [--device cuda] [--out gpu.md]
+    CALTECH101_ROOT=... python benchmarks/gpu.py [--device cuda] [--out gpu.md] [--tables loops twice]
     python benchmarks/gpu.py --device cpu --small        # some minutes: shows that all of it works
 
-Four tables: the training loop beside a bare one (``benchmarks/training.py``); the rows of the table "scratch" as they
-are shipped, in float32, and with two trials at a time on the device; how far two runs of one row differ, which are the
-same bit for bit on a CPU only; and what saving a training state after every epoch costs. ``--small`` takes few images
-and epochs. Without CALTECH101_ROOT the images are drawn.
+Four tables: the training loop of some networks beside a bare one (``benchmarks/training.py``); the rows of the table
+"scratch" as they are shipped, in float32, and with two trials or as many as fit at a time on the device; how far two
+runs of one row differ, which are the same bit for bit on a CPU only; and what saving a training state after every epoch
+costs. ``--small`` takes few images and epochs. Without CALTECH101_ROOT the images are drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
-from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import load_study
 from caltech_sweep.training.device import pick_device
 from caltech_sweep.training.keys import CacheOptions
@@ -35,6 +34,13 @@ from caltech_sweep.training.trial import TrialOutcome, run_trial
 
 HERE = Path(__file__).resolve().parent
 STUDY = HERE.parent / "sweeps" / "scratch.yaml"
+LOOPS = (("alexnet", 64), ("alexnet", 256), ("mobilenet_v3_small", 64), ("resnet50", 64))
+WAYS = {
+    "shipped": [],
+    "float32": ["--set", "precision=float32"],
+    "two-at-a-time": ["--per-device", "2"],
+    "as-many-as-fit": ["--per-device", "auto"],
+}
 SMALL = {"dataset.images_per_class": 8, "epochs": 2, "step_size": 1, "batch_size": 16}
 
 
@@ -58,42 +64,32 @@ def command(arguments: Sequence[str], folder: Path) -> tuple[float, str]:
 
 def loops(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     """Yield the table of the training loop."""
-    yield "| batch | side | images/s | of the bare loop's time |\n| --- | --- | --- | --- |"
-    for batch, images in ((4, 1), (8, 1)) if options.small else ((64, 30), (256, 30)):
-        sizes = [
-            "--batch-size",
-            str(batch),
-            "--images-per-class",
-            str(images),
-            "--rounds",
-            "2" if options.small else "5",
-        ]
+    yield "| network | batch | side | images/s | of the bare loop's time |\n| --- | --- | --- | --- | --- |"
+    for arch, batch in (("alexnet", 4), ("alexnet", 8)) if options.small else LOOPS:
+        few = ["--images-per-class", "1", "--rounds", "2"]
+        sizes = ["--arch", arch, "--batch-size", str(batch)]
+        sizes += few if options.small else ["--images-per-class", "1000", "--rounds", "5"]
         said = command([str(HERE / "training.py"), "--device", options.device, *sizes], folder)[1]
         for line in said.splitlines():
             side, found, rest = line.rpartition(" images/s, ")
             if found:
                 name, speed = side.rsplit(maxsplit=1)
-                yield f"| {batch} | {name.strip()} | {speed} | {rest.split()[0]} |"
+                yield f"| {arch} | {batch} | {name.strip()} | {speed} | {rest.split()[0]} |"
 
 
 def studies(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     """Yield the table of whole runs of a study, and its report."""
-    ways: dict[str, list[str]] = {
-        "shipped": [],
-        "float32": ["--set", "precision=float32"],
-        "two-at-a-time": ["--per-device", "2"],
-    }
     yield "| run of all rows of scratch | seconds | of the first |\n| --- | --- | --- |"
     first = 0.0
     own = [part for value in settings(options) for part in ("--set", value)]
     rows = ["--row", "First model", "--row", "Second model"] if options.small else []
     common = ["--trials", "5", "--no-reuse", "--device", options.device, *rows, *own]
-    for name, arguments in ways.items():
-        call = ["-m", "caltech_sweep", "run", str(STUDY), "--name", name, *common, *arguments]
+    for name in options.ways:
+        call = ["-m", "caltech_sweep", "run", str(STUDY), "--name", name, *common, *WAYS[name]]
         seconds, _ = command(call, folder)
         first = first or seconds
         yield f"| {name} | {seconds:.1f} | {seconds / first:.3f} |"
-    yield "\n" + command(["-m", "caltech_sweep", "report", *ways], folder)[1]
+    yield "\n" + command(["-m", "caltech_sweep", "report", *options.ways], folder)[1]
 
 
 def trained(config: TrialConfig, data: LoadedData, device: torch.device, use: CacheOptions | None) -> TrialOutcome:
@@ -107,8 +103,9 @@ def trained(config: TrialConfig, data: LoadedData, device: torch.device, use: Ca
             return outcome
 
 
-def twice(definition: StudyDefinition, options: argparse.Namespace, folder: Path) -> Iterator[str]:
+def twice(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     """Yield the table of two runs of one row, and that of its saved states."""
+    definition = load_study(str(STUDY), settings(options))
     device, config = pick_device(options.device), definition.row_config(definition.rows[0])
     data = load_dataset(config.dataset)
     times, outcomes = [], []
@@ -130,6 +127,9 @@ def twice(definition: StudyDefinition, options: argparse.Namespace, folder: Path
     yield f"| share of the training | {held / times[2]:.4f}, to be below 0.02 |"
 
 
+TABLES = {"loops": loops, "studies": studies, "twice": twice}
+
+
 def machine(device: str) -> str:
     """Return the device and the versions that were measured."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{os.cpu_count()} cores"
@@ -143,15 +143,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="few images and epochs")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="only these")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="only these, of studies")
     parser.add_argument("--out", type=Path, help="write to a file as well")
     options = parser.parse_args()
-    definition = load_study(str(STUDY), settings(options))
     with tempfile.TemporaryDirectory() as name:
         folder, lines = Path(name), [machine(options.device)]
         os.environ["CALTECH_SWEEP_DATA"] = str(folder / "data")
         print(lines[0])
-        for table in (loops(options, folder), studies(options, folder), twice(definition, options, folder)):
-            for line in itertools.chain(table, [""]):
+        for table in options.tables:
+            for line in itertools.chain(TABLES[table](options, folder), [""]):
                 print(line, flush=True)
                 lines.append(line)
     if options.out:

@@ -169,6 +169,15 @@ class _Number(click.FloatRange):
         return number
 
 
+class _PerDevice(click.ParamType[int | None]):
+    """A number of workers, or None for ``auto``."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value == "auto" else click.IntRange(1, 1000).convert(value, param, ctx)
+
+
 def _tracking(context: click.Context, option: click.Parameter, address: str | None) -> Store:
     from caltech_sweep.stores import VARIABLE, tracking_store
 
@@ -280,7 +289,12 @@ def main() -> None:
     help="Take the study over from another study store, such as a lost one: rebuild it from its runs.",
 )
 @click.option("--workers", type=click.IntRange(1, 1000), help="Worker processes (default: one per GPU, or one).")
-@click.option("--per-device", type=click.IntRange(1, 1000), default=1, help="Workers that share a GPU.")
+@click.option(
+    "--per-device",
+    type=_PerDevice(),
+    default=1,
+    help="Workers that share a GPU; auto: as many as its memory has room for after the first epoch, up to four.",
+)
 @device_option
 @threads_option
 @row_option

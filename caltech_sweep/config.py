@@ -141,6 +141,9 @@ class TrialConfig:
     seed: int = setting(0, integer(0, LARGEST_SEED))
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where it is faster")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "where faster"), "memory layout of images")
+    cuda_graphs: bool | None = setting(
+        None, optional(BOOLEAN, "where it is safe"), "launch the steps on a GPU as one each; changes no result"
+    )
     label_smoothing: float = setting(0.0, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of the targets")
     mixup: float = setting(0.0, NOT_NEGATIVE, "alpha of mixup; 0: none")
     cutmix: float = setting(0.0, NOT_NEGATIVE, "alpha of cutmix; 0: none; with mixup, each batch has one of the two")

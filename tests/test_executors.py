@@ -40,7 +40,8 @@ def runner(job: Job) -> Epochs:
             while not (job.folder / "end").exists():
                 heartbeat.beat()
                 time.sleep(0.01)
-        yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10})
+        memory = (job.config.batch_size, 1000) if job.config.seed == 9 else None
+        yield Epoch(job.number, epoch, {"val/accuracy": epoch / 10}, memory=memory)
         if job.config.seed == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         if job.config.seed == 4:
@@ -248,6 +249,24 @@ def test_workers_persist_and_work_at_once(tmp_path: Path) -> None:
             executor.submit(job(tmp_path, number))
         second = {event.tags["pid"] for event in drain(executor, 2) if isinstance(event, Done)}
         assert first == second == {str(pid) for pid in executor.pids}
+    finally:
+        executor.close()
+
+
+@pytest.mark.parametrize(("held", "at_most", "workers"), [(300, 8, 4), (300, 2, 2), (901, 8, 1), (300, 1, 1)])
+def test_workers_become_as_many_as_a_gpu_has_room_for(tmp_path: Path, held: int, at_most: int, workers: int) -> None:
+    executor = ProcessExecutor(runner, 1, ["gpu"], threads=None, at_most=at_most)
+    config = TrialConfig(seed=9, epochs=2, batch_size=held)  # which stands for the bytes that a trial holds
+    try:
+        for number in range(2):  # measured once
+            executor.submit(Job(number, config, tmp_path))
+            drain(executor)
+            assert executor.free() == len(executor.pids) == workers
+        for number in range(workers):
+            executor.submit(Job(number, TrialConfig(epochs=1), tmp_path))
+        done = [event for event in drain(executor, workers) if isinstance(event, Done)]
+        assert len({event.tags["pid"] for event in done}) == workers
+        assert (tmp_path / "device.txt").read_text() == "gpu"
     finally:
         executor.close()
 

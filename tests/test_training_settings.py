@@ -251,6 +251,7 @@ PLAIN: dict[str, Any] = {
 RARE: dict[str, Any] = {
     "outputs": 4, "momentum": 0.5, "weight_decay": 0.01, "drop_last": True, "batch_size": 4, "normalize": "imagenet",
     "test_batch_size": 3, "test_views": "tencrop", "seed": 7, "precision": "bfloat16", "channels_last": True,
+    "cuda_graphs": False,
     "patience": 3, "min_delta": 0.1, "warmup_epochs": 1, "layer_decay": 0.7, "lr": 0.03,
 }  # fmt: skip
 FROZEN: tuple[dict[str, Any], ...] = (

@@ -15,6 +15,7 @@ from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.sweep.executors.worker import prepare, train
 
+MOST_ON_A_GPU = 4  # workers; more of them only wait for each other
 OF_RAY = ("address", "cpus_per_trial", "gpus_per_trial", "slots", "upload_from_workers")  # options of that executor
 
 
@@ -25,7 +26,7 @@ class RunOptions:
     tracking_uri: Address = None
     storage: Address = None
     workers: int | None = None  # processes; one a GPU, one on the CPU
-    per_device: int = 1  # workers sharing a GPU
+    per_device: int | None = 1  # workers sharing a GPU; None: as many as its memory has room for
     device: str | None = None
     threads: int | None = None  # of torch in each worker; all cores
     in_process: bool = False
@@ -57,10 +58,11 @@ def make_executor(options: RunOptions) -> Executor:
     if options.in_process:
         torch.set_num_threads(threads)
         return InProcessExecutor(train, devices[0])
-    workers = options.workers or len(devices) * options.per_device
+    workers = options.workers or len(devices) * (options.per_device or 1)
+    at_most = 1 if options.per_device or options.workers else min(MOST_ON_A_GPU, machine.cores() // len(devices))
     if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare)
+    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare, at_most=at_most)
 
 
 @contextmanager

@@ -90,13 +90,16 @@ def draw(config: Augmented, epoch: int, count: int) -> Draws:
 
 
 def apply(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Return augmented (N, 3, H, W) float images in [0, 1]; a sample without an op keeps its exact pixels."""
+    """Return augmented (N, 3, H, W) float images in [0, 1]; a sample without an op keeps its exact pixels.
+
+    What is drawn stays on the processor, and which samples it is about is decided there: a GPU need not be waited for.
+    """
     images = images.clone()
     for op, (chosen, params) in draws.by_op.items():
         change = AUGMENTATIONS[op].apply
         if change is not None and chosen.any():
-            here, values = chosen.to(images.device), params[chosen].to(images.device)
-            images[here] = change(images[here], values)
+            here = chosen.nonzero().squeeze(1).to(images.device, non_blocking=True)
+            images.index_copy_(0, here, change(images.index_select(0, here), params[chosen]))
     return images
 
 

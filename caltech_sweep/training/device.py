@@ -25,6 +25,7 @@ from caltech_sweep.training.networks import is_in, source_of
 TRAINING_VERSION = 1
 DEPTHWISE_SHARE = 0.02  # of a backbone's weights
 SMALLEST_CROP = 48  # pixels a side; below, a processor is no faster with bfloat16 or with its channels last
+CONTEXT_BYTES = 10**9  # of a GPU, which a process takes besides its tensors: CUDA's context and its libraries
 BFLOAT16_UNITS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # what /proc/cpuinfo calls them, the last on Arm
 
 
@@ -80,6 +81,20 @@ def uses_channels_last(config: TrialConfig, device: torch.device) -> bool:
     if device.type != "cpu":
         return device.type == "cuda"
     return config.dataset.crop >= SMALLEST_CROP and config.precision != "float32" and has_bfloat16(device)
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Return how many bytes of a GPU this process has held at most, and how many are free; None on a processor."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES, torch.cuda.mem_get_info(device)[0]
+
+
+def uses_graphs(config: TrialConfig, device: torch.device) -> bool:
+    """Return whether steps are replayed as CUDA graphs; None means where the network's code is known to allow it."""
+    if device.type != "cuda":
+        return False
+    return source_of(config.arch).replayable if config.cuda_graphs is None else config.cuda_graphs
 
 
 def numerics(config: TrialConfig, device: torch.device) -> dict[str, Any]:

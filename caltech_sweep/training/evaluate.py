@@ -57,7 +57,8 @@ def evaluate(
     """Evaluate ``model``, put into eval mode, on every image.
 
     ``views`` maps an index (n,) to V inputs of each image, (n, V, ...); ``forward`` maps (n, ...) inputs to logits.
-    Raises NotFiniteError when any logit is NaN or infinite.
+    Raises NotFiniteError when any logit is NaN or infinite. What is found stays on the device until the end, since
+    reading it waits for a GPU.
     """
     model.eval()
     predictions, confidences, losses, ranks, finite = [], [], [], [], []
@@ -72,16 +73,16 @@ def evaluate(
         if number > 1:
             mean = log_probabilities.exp().mean(1).clamp_min(1e-38).log()
         target = labels[index].to(mean.device)
-        losses.append(F.nll_loss(mean, target, reduction="sum").double().cpu())
+        losses.append(F.nll_loss(mean, target, reduction="sum").double())
         own = mean.gather(1, target[:, None])
-        ranks.append((mean > own).sum(1).cpu())
+        ranks.append((mean > own).sum(1))
         confidence, prediction = mean.exp().max(-1)
-        predictions.append(prediction.cpu())
-        confidences.append(confidence.cpu())
+        predictions.append(prediction)
+        confidences.append(confidence)
     if not torch.stack(finite).all():
         raise NotFiniteError("the network's outputs became NaN or infinite; try a lower learning rate")
-    predicted = torch.cat(predictions)
-    loss = float(sum(losses)) / len(labels)
-    outputs = Outputs(labels.numpy(), predicted.numpy(), loss, torch.cat(ranks).numpy())
+    predicted = torch.cat(predictions).cpu()
+    loss = sum(torch.stack(losses).tolist()) / len(labels)
+    outputs = Outputs(labels.numpy(), predicted.numpy(), loss, torch.cat(ranks).cpu().numpy())
     scores = {name: metric.compute(outputs) for name, metric in METRICS.items()}
-    return Evaluation(scores, predicted, torch.cat(confidences))
+    return Evaluation(scores, predicted, torch.cat(confidences).cpu())

@@ -137,11 +137,13 @@ class FrozenFeatures:
         plain = tables[()]
         if plain is None or any(table is None for table in tables.values()):
             return self._compute(part, index, draws)
-        rows = plain.index_select(0, index.to(plain.device))
+        rows = plain.index_select(0, index.to(plain.device, non_blocking=True))
         for variant, table in tables.items():
             if variant and table is not None:
-                place = torch.stack([chosen == (op in variant) for op, (chosen, _) in ops.items()]).all(0)
-                rows[place.to(rows.device)] = table[index[place].to(table.device)].to(rows.device)
+                chosen = torch.stack([chosen == (op in variant) for op, (chosen, _) in ops.items()]).all(0)
+                place = chosen.nonzero().squeeze(1)  # found on the processor: a GPU need not be waited for
+                changed = table.index_select(0, index[place].to(table.device, non_blocking=True))
+                rows.index_copy_(0, place.to(rows.device, non_blocking=True), changed.to(rows.device))
         return rows.to(self._device())
 
     def _device(self) -> torch.device:

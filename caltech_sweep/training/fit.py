@@ -22,13 +22,15 @@ from caltech_sweep.heartbeat import beat
 from caltech_sweep.seeds import derive_seed
 from caltech_sweep.training import augment
 from caltech_sweep.training.cache import Cache
-from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last
+from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last, uses_graphs
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
+from caltech_sweep.training.graph import Passes, ReplayedPasses
 from caltech_sweep.training.loss import class_weights, epoch_order, loss_share, mixed, mixes
 from caltech_sweep.training.models import frozen_parameters, thaw, train_mode
 from caltech_sweep.training.networks import mean_and_std, normalization, source_of
 from caltech_sweep.training.optimizer import make_optimizer, parameter_groups, set_rate
+from caltech_sweep.training.resident import resident_crops
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
@@ -100,7 +102,6 @@ class Training:
         mean, std = mean_and_std(normalization(config))
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
-        self._resident: dict[str, torch.Tensor] = {}
         self._labels = self.data.labels("train")
         self._outputs = config.outputs or len(self.data.split.classes)
         weights = class_weights(config, self._labels, self._outputs)
@@ -111,6 +112,13 @@ class Training:
                 "is set, so no step would be trained; lower batch_size or set drop_last to false"
             )
         self._features = self._frozen_features()
+        self._passes = self._make_passes()
+
+    def _make_passes(self) -> Passes:
+        """Return the passes of a step, as they are or replayed; those that are replayed train the same layers ever."""
+        if not uses_graphs(self.config, self.device):
+            return self._all_parts
+        return ReplayedPasses(self._all_parts, self.model.parameters(), self.config.batch_size)
 
     def thaw(self) -> None:
         """Train the frozen layers, too, from the next epoch on."""
@@ -119,6 +127,7 @@ class Training:
                 self.optimizer.add_param_group(group)
             self.keep_best(self.best_weights)
             self.thawed = True
+            self._passes = self._make_passes()
 
     def keep_best(self, state: Mapping[str, torch.Tensor]) -> None:
         """Keep weights by value; those of frozen layers, which do not change, are the network's own."""
@@ -165,19 +174,14 @@ class Training:
     def _crops(self, part: str, index: torch.Tensor) -> torch.Tensor:
         """Return (n, 3, H, W) uint8 crops, out of the shared cache or, where they fit, of the GPU's memory."""
         crop = self.config.dataset.crop
-        if self.device.type != "cuda":
-            return self.data.center_crops(part, crop, index.tolist())
-        if part not in self._resident:
-            count = len(self.data.split.part(part))
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if count * 3 * crop * crop > free // 4:
-                return self.data.center_crops(part, crop, index.tolist())
-            self._resident[part] = self.data.center_crops(part, crop).to(self.device)
-        return self._resident[part][index.to(self.device)]
+        kept = resident_crops(self.data, part, crop, self.device)
+        if kept is not None:
+            return kept[index.to(self.device, non_blocking=True)]
+        return self.data.center_crops(part, crop, index.tolist(), pinned=self.device.type == "cuda")
 
     def _floats(self, images: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Map (N, 3, H, W) uint8 to normalised float images on the device."""
-        floats = images.to(self.device).float().div_(255)
+        floats = images.to(self.device, non_blocking=True).float().div_(255)
         if draws is not None:
             floats = augment.apply(floats, draws)
         return floats.sub_(self._mean).div_(self._std).contiguous(memory_format=self._format)
@@ -233,14 +237,12 @@ class Training:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
         self._seed(derive_seed(self.config.seed, "dropout", epoch, number))
         inputs = self._inputs("train", index, draws)
-        labels = self._labels[index].to(self.device)
+        labels = self._labels[index].to(self.device, non_blocking=True)
         targets = labels
         if mixes(self.config):
             inputs, targets = mixed(self.config, epoch, number, inputs, labels, self._outputs)
         self.optimizer.zero_grad(set_to_none=True)
-        found = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for part in torch.arange(len(index)).chunk(self.config.accumulate):
-            found += self._accumulate(inputs, labels, targets, part)
+        found = self._passes(inputs, labels, targets)
         if self.config.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()
@@ -274,20 +276,26 @@ class Training:
             for name, value in own.items():
                 state[name].copy_(value)
 
+    def _all_parts(self, inputs: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Add the gradient of a batch, part by part; return its mean loss and its right predictions."""
+        found = torch.zeros(2, dtype=torch.float64, device=self.device)
+        parts = (given.chunk(self.config.accumulate) for given in (inputs, labels, targets))
+        for some, right, chosen in zip(*parts, strict=True):
+            found += self._accumulate(some, right, chosen, targets)
+        return found
+
     def _accumulate(
-        self, inputs: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor, part: torch.Tensor
+        self, inputs: torch.Tensor, labels: torch.Tensor, chosen: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Add the gradient of a ``part`` of a batch; return its share of the mean loss, and its right predictions."""
-        whole = len(part) == len(inputs)
-        chosen = targets if whole else targets[part]
+        """Add the gradient of a part of a batch whose ``targets`` are these; return its share of both."""
         with self._autocast():
-            logits = self._network(inputs if whole else inputs[part])
+            logits = self._network(inputs)
         smoothing = self.config.label_smoothing
         loss = F.cross_entropy(logits.float(), chosen, self._weights, label_smoothing=smoothing)
-        if not whole:
+        if len(chosen) < len(targets):
             loss = loss * loss_share(targets, chosen, self._weights)
         loss.backward()
-        correct = (logits.detach().argmax(1) == (labels if whole else labels[part])).sum()
+        correct = (logits.detach().argmax(1) == labels).sum()
         return torch.stack([loss.detach().double(), correct.double()])
 
     def train_epoch(self, epoch: int) -> tuple[float, float, int]:

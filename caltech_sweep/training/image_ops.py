@@ -26,6 +26,11 @@ def _each(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, 1, 1, 1)
 
 
+def _near(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Return values where the images are; a GPU is not waited for."""
+    return values.to(images.device, non_blocking=True)
+
+
 def hflip(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """Mirror left and right."""
     return images.flip(-1)
@@ -37,8 +42,8 @@ def vflip(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
-    weights = images.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
+    weights = _near(torch.tensor([0.2989, 0.587, 0.114], dtype=images.dtype), images)
+    return (images * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -60,7 +65,7 @@ def saturation(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Adjust brightness, contrast and saturation, in that order, by (m, 3) factors."""
-    for adjust, factor in zip((brightness, contrast, saturation), factors.unbind(1), strict=True):
+    for adjust, factor in zip((brightness, contrast, saturation), _near(factors, images).unbind(1), strict=True):
         images = adjust(images, factor)
     return images
 
@@ -101,7 +106,7 @@ def _taken_from(images: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
     """Turn each image counter-clockwise about its centre by (m,) or (m, 1) degrees, nearest pixel, black outside."""
-    radians = degrees.double() * (math.pi / 180)
+    radians = _near(degrees, images).double() * (math.pi / 180)
     c, s = radians.cos().view(-1, 1, 1), radians.sin().view(-1, 1, 1)
     x, y = _centred(images)
     return _taken_from(images, x * c - y * s, x * s + y * c)
@@ -143,8 +148,10 @@ def trivial_augment(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     images = images.clone()
     for step in params.unflatten(1, (-1, 2)).unbind(1):
         for place in step[:, 0].unique().int().tolist():
-            here = step[:, 0] == place
-            images[here] = _AUTO[AUTO_OPS[place]](images[here], step[here, 1])
+            chosen = step[:, 0] == place
+            here = _near(chosen.nonzero().squeeze(1), images)
+            changed = _AUTO[AUTO_OPS[place]](images.index_select(0, here), _near(step[chosen, 1], images))
+            images.index_copy_(0, here, changed)
     return images
 
 
@@ -175,7 +182,7 @@ def erase(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         place = torch.arange(length, device=images.device) - start[:, None]
         return (place >= 0) & (place < size[:, None])
 
-    top, left, height, width = boxes(images, params)
+    top, left, height, width = (_near(values, images) for values in boxes(images, params))
     rows, columns = inside(top, height, images.shape[-2]), inside(left, width, images.shape[-1])
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], ERASED)
 
@@ -186,7 +193,7 @@ def gaussian_blur(images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     width = int(params[0, 1])
     reach = (width - 1) / (2 * math.sqrt(2))
     places = torch.linspace(-reach, reach, width, dtype=images.dtype, device=images.device)
-    kernels = (-((places / params[:, :1]) ** 2)).softmax(1).repeat_interleave(channels, 0)
+    kernels = (-((places / _near(params[:, :1], images)) ** 2)).softmax(1).repeat_interleave(channels, 0)
     planes = F.pad(images, [width // 2] * 4, mode="reflect").flatten(0, 1)[None]
     planes = F.conv2d(planes, kernels.view(-1, 1, width, 1), groups=count * channels)
     planes = F.conv2d(planes, kernels.view(-1, 1, 1, width), groups=count * channels)

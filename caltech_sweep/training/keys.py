@@ -25,6 +25,7 @@ SPLIT_BEFORE = ("alexnet", "mobilenet_v3", "resnet", "resnext", "vgg", "wide_res
 _DIGITS = 32  # of a key
 _TEST_ONLY = ("test_views", "test_batch_size")  # validation has a batch size of its own
 _ENDING = ("patience", "min_delta")  # they end a training, and change no epoch before its end
+_SPEED_ONLY = ("cuda_graphs",)  # they change no result
 _BY_NAME = ("dataset", "weights", "outputs", "precision", "channels_last")  # what they stand for decides
 
 
@@ -53,7 +54,7 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     A setting that nothing reads, such as the angle of a rotation that is not used, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
-    idle = {*epoch_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_BY_NAME}
+    idle = {*epoch_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_SPEED_ONLY, *_BY_NAME}
     if config.optimizer != "sgd":
         idle.add("momentum")
     counted = config.counted()

@@ -48,6 +48,8 @@ NORMALIZE: Mapping[str, tuple[Statistics, Statistics]] = {  # mean and standard 
 class NetworkSource(ABC):
     """A family of networks. ``arch`` is always the whole setting, prefix included; ModelError is the only error."""
 
+    replayable = True  # whether their code does the same in every step, so that a CUDA graph may repeat it
+
     @abstractmethod
     def check(self, arch: str) -> None:
         """Raise ModelError, with a suggestion, unless there is a network of this name."""
@@ -389,6 +391,8 @@ class OwnNetworks(NetworkSource):
     The module may lie in the working folder. All of its source that is not installed as a package counts: that of the
     module's own package, and of what these import in the working folder.
     """
+
+    replayable = False  # not known of other people's code
 
     def check(self, arch: str) -> None:
         self._factory(arch)

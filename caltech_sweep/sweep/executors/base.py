@@ -49,6 +49,7 @@ class Epoch:
     reused: bool = False  # not trained by this job
     last: bool = False  # the job trains no more: all epochs are done, or it stops early
     saving: int = 0  # of how many epochs, this one and those before, nobody can use the states yet
+    memory: tuple[int, int] | None = None  # bytes of its GPU that the worker has held at most, and that are free
     host: str = ""  # the machine that has trained it, where that may be another one than the coordinator's
 
 

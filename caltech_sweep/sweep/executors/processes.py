@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from caltech_sweep.heartbeat import beating
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, Epoch, Event, Job, Runner, Stopped, WorkerDied, _advance
 
+ROOM = 0.9  # of a GPU's free memory that more workers may take
+
 # What stops a run. A terminal, a shell or a batch system sends it to the whole group; only the coordinator decides.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -101,7 +103,8 @@ class ProcessExecutor:
     one of ``devices``, in turn. ``threads`` is torch's thread count in every worker: it is part of what decides the
     last bit of a weight on the CPU, so it must not depend on how many workers there are. A worker that sends nothing
     for ``hang_seconds`` is killed; only time in which this executor is polled counts. ``prepare`` is what each does
-    before its first job.
+    before its first job. After the first epoch on a GPU its workers become as many as its memory has room for, by
+    what that epoch took, but no more than ``at_most``.
     """
 
     def __init__(
@@ -113,13 +116,15 @@ class ProcessExecutor:
         hang_seconds: float = HANG_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         prepare: Callable[[], None] = _nothing,
+        at_most: int = 1,
     ) -> None:
         self._runner, self._threads, self._prepare = runner, threads, prepare
         self._hang_seconds, self._clock = hang_seconds, clock
-        self._polled = clock()
+        self._polled, self._at_most = clock(), at_most
         self._context = multiprocessing.get_context("spawn")
         chosen: list[str | None] = list(devices) if devices else [None]
         self._workers = [self._start(chosen[i % len(chosen)]) for i in range(workers)]
+        self._measured: set[str | None] = set()  # devices whose memory is divided
         self._device_of: dict[int, str | None] = {}  # of every job, where it ran last
         self._held: list[Job] = []  # jobs to run alone, until the others on their device have ended
 
@@ -200,9 +205,21 @@ class ProcessExecutor:
             event = WorkerDied(worker.job, worker.process.exitcode, hung)
             self._workers[index] = self._replace(worker)
             return event
-        if event is not None and not isinstance(event, Epoch):
+        if isinstance(event, Epoch):
+            self._divide(worker.device, event.memory)
+        elif event is not None:
             worker.job = None
         return event
+
+    def _divide(self, device: str | None, memory: tuple[int, int] | None) -> None:
+        """Start as many more workers on a device as its free memory has room for."""
+        if memory is None or device in self._measured:
+            return
+        self._measured.add(device)
+        held, free = memory
+        there = sum(worker.device == device for worker in self._workers)
+        for _ in range(min(int(free * ROOM) // held, self._at_most - there)):
+            self._workers.append(self._start(device))
 
     def _replace(self, worker: _Worker) -> _Worker:
         worker.connection.close()

@@ -28,7 +28,7 @@ def prepare() -> None:
 
 def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = _dataset) -> Generator[Epoch, None, Done]:
     """Run one job, yielding an event an epoch; ``load`` returns its images."""
-    from caltech_sweep.training.device import environment, pick_device
+    from caltech_sweep.training.device import environment, gpu_memory, pick_device
     from caltech_sweep.training.networks import input_note
     from caltech_sweep.training.results import write_artifacts
     from caltech_sweep.training.trial import run_trial
@@ -46,7 +46,8 @@ def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = _dataset) -> G
             break
         scores.append(result.val.scores[objective(job.config.objective).name])
         last = last_epoch(job.config, scores) is not None
-        yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last, result.saving)
+        memory = None if result.reused else gpu_memory(device)
+        yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last, result.saving, memory)
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
     known = environment(device, job.config)
     tags = {f"environment.{key}": str(value) for key, value in known.items() if value is not None}
