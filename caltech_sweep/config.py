@@ -42,6 +42,7 @@ from caltech_sweep.rules import (
     setting,
     some_of,
 )
+from caltech_sweep.training import augment, schedule
 from caltech_sweep.training.augment import AUGMENTATIONS
 from caltech_sweep.training.schedule import SCHEDULES
 
@@ -262,6 +263,12 @@ def parsed(params: Mapping[str, str], rules: Mapping[str, Rule]) -> dict[str, An
         with contextlib.suppress(KeyError, ValueError):
             values[name] = rule.parse(params[name])
     return values
+
+
+def unread_settings(settings: Mapping[str, Any]) -> set[str]:
+    """Return what nothing reads in a training with these settings, such as the drops of a rate that has none."""
+    idle = augment.idle_settings(settings.get("augment", ())) | schedule.idle_settings(settings.get("schedule", "step"))
+    return idle if settings.get("optimizer", "sgd") == "sgd" else idle | {"momentum"}
 
 
 TRIAL_FIELDS = {f.name: f for f in fields(TrialConfig)}

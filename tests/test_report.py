@@ -474,6 +474,30 @@ def test_columns_are_what_rows_and_space_vary_and_what_is_constant_stands_above(
     assert "Best Epoch: the epoch with the highest validation accuracy, whose weights are tested." in text
 
 
+def test_a_setting_is_shown_only_of_trainings_that_read_it(own: Writer) -> None:
+    rows = (
+        Row("Steps", {"step_size": 3, "momentum": 0.5, "rotation_degrees": 10.0, "augment": ("rotation",)}),
+        Row("Cosine", {"schedule": "cosine", "optimizer": "adamw", "augment": ()}),
+    )
+    study = replace(VARIED, space={"step_size": Choices((2, 4))}, rows=rows)
+    own.study(study)
+    for number, row in enumerate(rows):
+        own.trial(study.name, study.row_config(row), number, "complete", (0.8, 240, 3), row=row.name)
+    own.trial(study.name, study.sampled_config({"step_size": 4}), 2, "complete", (0.7, 200, 2))
+    (table,) = load_tables([study.name], 1, own.tracker.uri)
+    header, cells = grid(table)
+    shown = [dict(zip(header, (cell.text for cell in line), strict=False)) for line in cells]
+    columns = ("STEP SIZE", "SCHEDULE", "OPTIMIZER", "AUGMENT")
+    assert [tuple(row[name] for name in columns) for row in shown] == [
+        ("3", "step", "sgd", "rotation"),
+        ("–", "cosine", "adamw", "none"),
+        ("4", "step", "sgd", "none"),
+    ]
+    assert shown[1].get("MOMENTUM") == "–" and "ROTATION DEGREES" not in header  # one row alone reads it
+    (document,) = json.loads(build_report([study.name], "json", 1, own.tracker.uri))
+    assert document["rows"][1]["step_size"] is None and document["rows"][0]["step_size"] == 3
+
+
 def test_a_study_names_the_settings_and_measures_of_its_columns(own: Writer) -> None:
     write_varied(own, columns=("epochs", "weight_decay", "test/macro_accuracy", "val/top5_accuracy"))
     (table,) = load_tables(["varied"], 1, own.tracker.uri)

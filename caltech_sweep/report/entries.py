@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from caltech_sweep.config import TRIAL_RULES, TrialConfig
+from caltech_sweep.config import TRIAL_RULES, TrialConfig, unread_settings
 from caltech_sweep.metrics import finite
 from caltech_sweep.report.model import Kind
 from caltech_sweep.study.definition import Row, StudyDefinition
@@ -51,8 +51,13 @@ def _value(name: str, text: str) -> tuple[Any, ...]:
 
 
 def _settings(run: TrialRecord) -> dict[str, Any]:
-    """Return those settings of a run that it recorded."""
-    return {name: value for name, text in run.params.items() for value in _value(name, text)}
+    """Return those settings of a run that it recorded and that its training read."""
+    return _read({name: value for name, text in run.params.items() for value in _value(name, text)})
+
+
+def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    unread = unread_settings(settings)
+    return {name: value for name, value in settings.items() if name not in unread}
 
 
 def pick(runs: Iterable[TrialRecord]) -> TrialRecord:
@@ -100,7 +105,7 @@ def _row_entry(row: Row, runs: Sequence[TrialRecord], definition: StudyDefinitio
     entry = Entry(
         "row",
         row.name,
-        config.to_dict() if config else _settings(picked[0]),
+        _read(config.to_dict()) if config else _settings(picked[0]),
         "missing",
         reason="an older version of this row is not shown" if runs and not picked else "",
         reference=row.reference,

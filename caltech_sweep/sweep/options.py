@@ -60,6 +60,8 @@ def make_executor(options: RunOptions) -> Executor:
         return InProcessExecutor(train, devices[0])
     workers = options.workers or len(devices) * (options.per_device or 1)
     at_most = 1 if options.per_device or options.workers else min(MOST_ON_A_GPU, machine.cores() // len(devices))
+    if options.threads is None and devices[0].startswith("cuda"):  # on a processor they decide the last bit of a weight
+        threads = max(1, threads // max(workers, at_most * len(devices)))
     if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare, at_most=at_most)

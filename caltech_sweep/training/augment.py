@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -266,7 +266,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def idle_settings(config: Augmented) -> set[str]:
-    """Return the settings of augmentations that none of a trial's own reads."""
+def idle_settings(augment: Iterable[str]) -> set[str]:
+    """Return the settings of augmentations that none of these reads."""
     known = {name for op in AUGMENTATIONS.values() for name in op.settings}
-    return known.difference(*(AUGMENTATIONS[op].settings for op in config.augment))
+    return known.difference(*(AUGMENTATIONS[op].settings for op in augment))

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig, as_stored
-from caltech_sweep.training.augment import idle_settings
+from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig, as_stored, unread_settings
 from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.schedule import NOMINAL_STEPS, EpochRates, learning_rates, schedule_settings
 
@@ -54,9 +53,7 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     A setting that nothing reads, such as the angle of a rotation that is not used, is left out. A field that a
     later version adds counts where it is not at its default, until it is named here.
     """
-    idle = {*epoch_settings(), *idle_settings(config), *_TEST_ONLY, *_ENDING, *_SPEED_ONLY, *_BY_NAME}
-    if config.optimizer != "sgd":
-        idle.add("momentum")
+    idle = {*epoch_settings(), *unread_settings(vars(config)), *_TEST_ONLY, *_ENDING, *_SPEED_ONLY, *_BY_NAME}
     counted = config.counted()
     values = {name: value for name, value in counted.items() if name not in idle}
     values.update({f"dataset.{k}": v for k, v in counted["dataset"].items() if k not in FIRST_DATASET_FIELDS})

@@ -113,6 +113,11 @@ def schedule_settings() -> frozenset[str]:
     return _ALWAYS.union(*(schedule.settings for schedule in SCHEDULES.values()))
 
 
+def idle_settings(schedule: str) -> set[str]:
+    """Return the settings of schedules that this one does not read."""
+    return set(schedule_settings() - _ALWAYS - {"lr", *SCHEDULES[schedule].settings})
+
+
 def epoch_rates(config: Scheduled, epoch: int, steps: int = NOMINAL_STEPS) -> EpochRates:
     """Return the learning rates of a 1-based epoch of so many steps; one rate where it does not change within it.
 

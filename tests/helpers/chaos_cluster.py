@@ -243,7 +243,16 @@ def one_round(made: World, place: chaos.Place, chance: random.Random, most: int,
     if process.poll() != 0:
         os.killpg(process.pid, signal.SIGKILL)
         made.problems.append(f"the command ended with {process.poll()}: {log.read_text()[-3000:]}")
+    elif "bring them there with: caltech-sweep replay" in "".join(log.read_text().splitlines()[-5:]):
+        bring_there(place)
     return events
+
+
+def bring_there(place: chaos.Place) -> None:
+    """Do what the command says where a study ends while the tracking server is away."""
+    with place.log.open("ab") as out:
+        words = chaos.command("replay", "--storage", str(place.storage))
+        subprocess.run(words, cwd=place.folder, env=place.environment(), stdout=out, stderr=out, check=False)
 
 
 def problems_of(made: World, place: chaos.Place, trials: int, reference: str) -> list[str]:
