@@ -12,10 +12,23 @@ from typing import Any
 
 from caltech_sweep.machine import rewrites_lines
 
+_NAMED = 12  # rows, or trials, that a sentence names
+
 
 def counted(number: int, one: str, many: str = "") -> str:
     """Return "1 study" or "3 studies"; ``many`` is for plurals that are not made with an s."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a phrase: a, b and c."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def first_of(names: Sequence[object]) -> str:
+    """Return the first of some names as a phrase, and how many more there are."""
+    left = len(names) - _NAMED
+    return listed([*map(str, names[:_NAMED]), *([f"{left} more"] if left > 0 else [])])
 
 
 def readable(name: str) -> str:

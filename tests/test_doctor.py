@@ -40,6 +40,25 @@ def contents(place: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("0", "trial 0 waits with settings that its row no longer has: it failed"),
+        ("0, 1", "trials 0 and 1 wait with settings that their rows no longer have: they failed"),
+    ],
+)
+def test_trials_that_wait_for_rows_that_have_changed_are_told_in_one_line(copied: Path, rows: str, said: str) -> None:
+    run_ids = [trial.run_id for trial in trials()[: len(rows.split(", "))]]
+    sql(copied, "optuna.db", f"UPDATE trials SET state = 'WAITING' WHERE number IN ({rows})")
+    for run_id in run_ids:
+        MlflowTracker().discard(run_id)
+    study = copied / "sweeps" / "tiny.yaml"
+    study.write_text(study.read_text().replace("epochs: 2}", "epochs: 2, gamma: 0.5}"))
+    result = invoke(*RUN)
+    assert said in result.output and result.exit_code == 0, result.output
+    assert result.output.count("no longer ha") == 1 and "study tiny: 2 complete" in result.output
+
+
 def test_a_healthy_store_is_left_alone(copied: Path) -> None:
     before = contents(copied)
     result = invoke("doctor")

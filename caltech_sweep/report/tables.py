@@ -43,14 +43,13 @@ from caltech_sweep.report.statistics import (
 )
 from caltech_sweep.rules import as_text
 from caltech_sweep.study.definition import Choices, Dimension, Range, StudyDefinition
-from caltech_sweep.text import counted
+from caltech_sweep.text import counted, first_of, listed
 from caltech_sweep.tracking.reader import StoredStudy
 from caltech_sweep.tracking.records import NETWORK_INPUT, PAUSED_AT, StudyRecord, TrialRecord, whole
 
 REPORT = ("scratch", "transfer", "freeze", "augment", "tencrop", "resnet")  # the published tables, in their order
 ESSENTIAL = ("arch", "weights", "optimizer", "lr", "epochs", "batch_size")  # that are said where they do not vary, too
 DEVICES = {"cpu": "processors", "cuda": "GPUs"}
-_NAMED = 12  # rows, or paused trials of one epoch, that a footnote names
 _MAJORITY = "majority class"  # ends the remark of a row that is held against it
 
 ReadText = Callable[[TrialRecord, str], str]
@@ -311,12 +310,7 @@ def _differs(entry: Entry, key: str, value: Any) -> bool:
 
 def _override(key: str, value: Any, entries: Sequence[Entry]) -> str:
     others = [entry.name for entry in entries if _differs(entry, key, value)]
-    return f"{key} = {setting_text(value)}" + (f" (not so in {_listed(others)})" if others else "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return names as a phrase: a, b and c."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"{key} = {setting_text(value)}" + (f" (not so in {listed(others)})" if others else "")
 
 
 def _notes(record: StudyRecord, entries: Sequence[Entry], constant: Mapping[str, Any]) -> tuple[str, ...]:
@@ -374,7 +368,7 @@ def _views(rows: Sequence[TableRow], entries: Sequence[Entry]) -> list[str]:
     if not one:
         return ["Test accuracy is over ten views of each image (TenCrop)."]
     views = "is over ten views of each image (TenCrop), of the others over the centre crop"
-    return [f"The test accuracy of {_listed(ten)} {views}."]
+    return [f"The test accuracy of {listed(ten)} {views}."]
 
 
 def _computed_in(run: TrialRecord) -> str | None:
@@ -393,7 +387,7 @@ def _computed(entries: Sequence[Entry], table: Table) -> list[str]:
             kinds.setdefault(kind, {})[entry.name] = None
     if len(kinds) < 2 or "precision" in table.varied:
         return []
-    said = "; ".join(f"{_listed(list(names))} in {kind}" for kind, names in kinds.items())
+    said = "; ".join(f"{listed(list(names))} in {kind}" for kind, names in kinds.items())
     return [f"Not all trainings were computed alike, which may matter as much as a seed does: {said}."]
 
 
@@ -413,7 +407,7 @@ def _epochs(rows: Sequence[TableRow], table: Table) -> list[str]:
 
 def _of(names: Sequence[str], rows: Sequence[TableRow]) -> str:
     """Return " of NAMES" where these are not all rows."""
-    return f" of {_some(names)}" if len(names) < len(rows) else ""
+    return f" of {first_of(names)}" if len(names) < len(rows) else ""
 
 
 def _brackets(rows: Sequence[TableRow], table: Table, folds: int) -> list[str]:
@@ -432,7 +426,7 @@ def _brackets(rows: Sequence[TableRow], table: Table, folds: int) -> list[str]:
         notes.append(f"Brackets{_of(one, scored)}: 95% Wilson interval, n = {counts} images.")
     if many:
         which = "seeds" if folds == 1 else f"trainings on {folds} folds of the training and validation images"
-        those = f"{_some(many)}," if len(many) < len(scored) else "Rows"
+        those = f"{first_of(many)}," if len(many) < len(scored) else "Rows"
         notes.append(f"{those} with n {which}: mean ± standard deviation, brackets the 95% t interval of the mean.")
     return notes
 
@@ -468,7 +462,7 @@ def _majorities(rows: Sequence[TableRow], predictions: Sequence[Predictions | No
         if own and (row.majority or any(remark.endswith(_MAJORITY) for remark in row.remarks)):
             found.setdefault(own.majority, []).append(row.name)
     return [
-        f"Majority class{f' of {_listed(names)}' if len(found) > 1 else ''}: always answering {name!r} is right for "
+        f"Majority class{f' of {listed(names)}' if len(found) > 1 else ''}: always answering {name!r} is right for "
         f"{share:.3f} of the test images."
         for (name, share), names in found.items()
     ]
@@ -488,19 +482,13 @@ def _paused(study: StoredStudy) -> list[str]:
         return []
     count = sum(map(len, places.values()))
     groups = [
-        f"{counted(len(numbers), 'trial')} at epoch {epoch} of {epochs} ({_some(numbers)})"
+        f"{counted(len(numbers), 'trial')} at epoch {epoch} of {epochs} ({first_of(numbers)})"
         for (epoch, epochs), numbers in sorted(places.items())
     ]
     return [
-        f"Paused: {_listed(groups)}. {'It has' if count == 1 else 'They have'} no results yet; caltech-sweep run "
+        f"Paused: {listed(groups)}. {'It has' if count == 1 else 'They have'} no results yet; caltech-sweep run "
         f"{study.record.name} --resume-trial N runs trial N to its end."
     ]
-
-
-def _some(names: Sequence[object]) -> str:
-    """Return the first of some names as a phrase, and how many more there are."""
-    left = len(names) - _NAMED
-    return _listed([*map(str, names[:_NAMED]), *([f"{left} more"] if left > 0 else [])])
 
 
 def _references(row: TableRow) -> tuple[Reference | None, Reference | None]:

@@ -411,7 +411,8 @@ def _text(
 ) -> str:
     groups = [*rows, *([sampled] if sampled else [])]
     count = sampled.name.removeprefix("sampled x ") if sampled else "0"
-    lines = [f"{definition.title} ({definition.name}): {len(rows)} rows, {count} sampled trials", *about]
+    size = f"{counted(len(rows), 'row')}, {counted(int(count), 'sampled trial')}"
+    lines = [f"{definition.title} ({definition.name}): {size}", *about]
     if definition.overrides:
         lines.append("overrides: " + ", ".join(f"{key}={value}" for key, value in definition.overrides.items()))
     lines += ["", *_table([HEADER, *(group.cells() for group in groups)]), ""]

@@ -5,7 +5,7 @@ The rule that makes this decidable: a trial's end is written to MLflow first and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from caltech_sweep.sweep.optuna_trials import (
     mark_waiting,
     requeue,
 )
+from caltech_sweep.text import first_of
 from caltech_sweep.tracking.records import OUTCOMES, PAUSED_AT, UNFINISHED, Tracker, TrialRecord
 
 
@@ -69,15 +70,11 @@ def survey(
     Trials that have ``ended`` in the study store, or are paused in it, are compared with their runs, too.
     """
     trials = study.get_trials(deepcopy=False)
+    yield from _outdated(study, [t for t in trials if t.state == TrialState.WAITING and not is_current(t)])
     paused = {key_of(trial): trial.user_attrs[RUNG] for trial in trials if is_paused(trial)}
     for trial in trials:
         if trial.state == TrialState.RUNNING:
             yield Finding(*_running_trial(study, trial, records.get(key_of(trial)), is_current(trial)))
-        elif trial.state == TrialState.WAITING and not is_current(trial):
-            yield Finding(
-                f"trial {trial.number} waits with settings that its row no longer has: it failed",
-                partial(drop_waiting, study, trial),
-            )
         elif ended and is_paused(trial):
             yield from _compare_paused(tracker, study, trial, records.get(key_of(trial)))
         elif ended:
@@ -91,6 +88,20 @@ def survey(
                 f"run {record.name} is shown as running, but no process is running it: {outcome}",
                 partial(tracker.finish_trial, record.run_id, outcome, {}, tags, None),
             )
+
+
+def _outdated(study: optuna.Study, trials: Sequence[FrozenTrial]) -> Iterator[Finding]:
+    """Yield what becomes of trials that wait for a row which has changed: one finding for all of them."""
+
+    def drop() -> None:
+        for trial in trials:
+            drop_waiting(study, trial)
+
+    if len(trials) == 1:
+        yield Finding(f"trial {trials[0].number} waits with settings that its row no longer has: it failed", drop)
+    elif trials:
+        numbers = first_of([trial.number for trial in trials])
+        yield Finding(f"trials {numbers} wait with settings that their rows no longer have: they failed", drop)
 
 
 def _compare(tracker: Tracker, study: optuna.Study, trial: FrozenTrial, run: TrialRecord | None) -> Iterator[Finding]:
