@@ -53,7 +53,7 @@ def test_trials_that_wait_for_rows_that_have_changed_are_told_in_one_line(copied
     for run_id in run_ids:
         MlflowTracker().discard(run_id)
     study = copied / "sweeps" / "tiny.yaml"
-    study.write_text(study.read_text().replace("epochs: 2}", "epochs: 2, gamma: 0.5}"))
+    study.write_text(study.read_text().replace("{lr: 0.0", "{lr: 0.06"))
     result = invoke(*RUN)
     assert said in result.output and result.exit_code == 0, result.output
     assert result.output.count("no longer ha") == 1 and "study tiny: 2 complete" in result.output
