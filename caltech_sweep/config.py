@@ -42,9 +42,8 @@ from caltech_sweep.rules import (
     setting,
     some_of,
 )
-from caltech_sweep.training import augment, schedule
-from caltech_sweep.training.augment import AUGMENTATIONS
-from caltech_sweep.training.schedule import SCHEDULES
+from caltech_sweep.training.augment import AUGMENTATIONS, not_augmenting
+from caltech_sweep.training.schedule import SCHEDULES, not_scheduling
 
 OPTIMIZER_CHOICES = ("sgd", "adam", "adamw")
 
@@ -267,8 +266,8 @@ def parsed(params: Mapping[str, str], rules: Mapping[str, Rule]) -> dict[str, An
 
 def unread_settings(settings: Mapping[str, Any]) -> set[str]:
     """Return what nothing reads in a training with these settings, such as the drops of a rate that has none."""
-    idle = augment.idle_settings(settings.get("augment", ())) | schedule.idle_settings(settings.get("schedule", "step"))
-    return idle if settings.get("optimizer", "sgd") == "sgd" else idle | {"momentum"}
+    unread = not_augmenting(settings.get("augment", ())) | not_scheduling(settings.get("schedule", "step"))
+    return unread if settings.get("optimizer", "sgd") == "sgd" else unread | {"momentum"}
 
 
 TRIAL_FIELDS = {f.name: f for f in fields(TrialConfig)}

@@ -198,6 +198,7 @@ def values_of(name: str, field: object) -> st.SearchStrategy:
     special = {
         "weights": st.sampled_from(["none", "imagenet", "pretrained", "file:a+b.pt", "run:12", "study:none"]),
         "channels_last": st.one_of(st.none(), st.booleans()),
+        "cuda_graphs": st.one_of(st.none(), st.booleans()),
         "augment": st.sets(st.sampled_from(list(AUGMENTATIONS))).map(tuple),
         "milestones": st.sampled_from([(), (3,), (1, 20)]),
         "arch": st.sampled_from(["alexnet", "1", "resnet18", "timm/hf-hub:a/b", "a.b:c"]),

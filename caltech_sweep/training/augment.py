@@ -266,7 +266,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def idle_settings(augment: Iterable[str]) -> set[str]:
+def not_augmenting(augment: Iterable[str]) -> set[str]:
     """Return the settings of augmentations that none of these reads."""
     known = {name for op in AUGMENTATIONS.values() for name in op.settings}
     return known.difference(*(AUGMENTATIONS[op].settings for op in augment))

@@ -113,7 +113,7 @@ def schedule_settings() -> frozenset[str]:
     return _ALWAYS.union(*(schedule.settings for schedule in SCHEDULES.values()))
 
 
-def idle_settings(schedule: str) -> set[str]:
+def not_scheduling(schedule: str) -> set[str]:
     """Return the settings of schedules that this one does not read."""
     return set(schedule_settings() - _ALWAYS - {"lr", *SCHEDULES[schedule].settings})
 
