@@ -8,6 +8,7 @@
     ├── StoreError             a tracking or study store that cannot be read or written
     │   ├── HeldStudyError     a study that another process is running
     │   └── ArtifactError      a file of a run that is missing or damaged
+    ├── ClusterError           a Ray cluster that was lost while a study ran on it
     ├── ForeignStudyError      a study in the tracking store that another study store runs
     ├── LostStudyError         a study that another process has taken over while this one ran it
     └── TrialError             one trial failed; the study continues
@@ -46,6 +47,10 @@ class ModelError(CaltechSweepError):
 
 class StoreError(CaltechSweepError):
     """A tracking or study store that cannot be read or written."""
+
+
+class ClusterError(CaltechSweepError):
+    """A Ray cluster that was lost while a study ran on it."""
 
 
 class HeldStudyError(StoreError):

@@ -21,6 +21,7 @@ from caltech_sweep.errors import OutOfMemoryError
 from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Failed, Job, WorkerDied
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
+from helpers import chaos, chaos_cluster
 from helpers.clusters import QUICK, FarNode, Network, add_node, cluster_of, network, reports
 from helpers.places import Cli
 from helpers.servers import gated_mlflow
@@ -242,7 +243,7 @@ def test_artifacts_that_a_node_sends_by_itself_do_not_come_home_and_the_others_d
 
 
 def test_the_nodes_of_a_study_upload_each_file_once_and_nothing_comes_home(
-    cluster: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, cli: Cli, tmp_path: Path, finished_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = tmp_path.parent / f"{tmp_path.name}-server"
     server.mkdir()
@@ -255,6 +256,10 @@ def test_the_nodes_of_a_study_upload_each_file_once_and_nothing_comes_home(
         assert all("artifacts.came_home" not in trial.tags for trial in trials_of("tiny"))
         looked = cli("doctor", "--tracking-uri", gate.address)  # a server in this process changes the variable
         assert looked.exit_code == 0 and "1 study examined: 0 found" in looked.output, looked.output
+        ours = chaos.read_reports(chaos.Place(Path.cwd(), gate.address), chaos.report_in_process, "tiny")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(finished_place)
+    assert ours == reports("tiny")
 
 
 def trials_of(study: str) -> list[TrialRecord]:
@@ -400,6 +405,34 @@ def test_a_trial_whose_node_will_be_taken_away_saves_its_state_and_goes_on_elsew
         assert len(again) == 100 and again[-1].epoch == 100
         node.process.wait(60)
         executor.close()
+
+
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["this machine is the head", "another machine is"])
+def test_without_the_head_node_the_command_ends_with_a_sentence_and_goes_on_with_another_cluster(
+    all_of_it: bool, tmp_path: Path
+) -> None:
+    epochs = 12 if all_of_it else 30  # so that it is not through before the head is missed
+    reference = chaos_cluster.on_one_machine(tmp_path / "one", 4, epochs)
+    place = chaos.furnish(tmp_path / "lost", chaos.INDEPENDENT, 4, epochs)
+    place.log.touch()
+    with cluster_of(tmp_path / "first", 1, **QUICK) as cluster:
+        process = chaos_cluster.launch(place, cluster.address)
+        chaos_cluster.wait(process, 120, place.log, "epoch 3/")
+        cluster.head_node.kill_gcs_server(check_alive=False)
+        if all_of_it:
+            cluster.head_node.kill_raylet(check_alive=False)
+        try:
+            assert process.wait(50) == 2  # sooner than Ray ends it, without a word
+        finally:
+            process.kill()
+    said = place.log.read_text()
+    why = "this machine's node of it has ended" if all_of_it else "its head node has not answered for 15 s"
+    assert f"Error: the Ray cluster is lost ({why}); start Ray again, then run the same command" in said
+    assert "interrupted, waits for the next run of this study" in said and "Traceback" not in said
+    with cluster_of(tmp_path / "second", 1, **QUICK) as cluster:
+        again = chaos_cluster.launch(place, cluster.address)
+        assert again.wait(240) == 0, place.log.read_text()
+    assert chaos.read_reports(place) == reference
 
 
 def standing(head: Any, net: Network) -> FarNode:

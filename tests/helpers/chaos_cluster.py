@@ -114,8 +114,9 @@ class World:
         return True
 
     def _lose(self, chance: random.Random, how: Callable[[FarNode], None]) -> None:
-        """Let a node go, which ends its processes by itself, and add another one."""
+        """Let a node that has joined go, which ends its processes by itself, and add another one."""
         node = self.nodes.pop(chance.randrange(len(self.nodes)))
+        node.wait(alive=True)  # one that joins once its network is back would stay, as it should
         self.add_node()
         how(node)
         self.gone.append(node)

@@ -11,7 +11,7 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ except ImportError as error:
 _FOLDER = "cs-ray-"  # of a private cluster; short, since the names of its sockets may have 107 characters
 _STORE_BYTES = 256 << 20  # shared memory of a private cluster, for what travels
 _ANSWER_SECONDS = 5.0  # that a cluster has to take a connection
+_HEAD_ANSWER_SECONDS = 1.0  # that its head has, while a study runs
 _PROBE_SECONDS = 90.0  # that a node has to start a process and answer
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
@@ -129,6 +130,15 @@ def connected(
         elif slots is not None and room < slots:
             note(f"the Ray cluster has room for {room} of {slots} slots now; the others start when it grows")
         yield demand, threads or max(1, int(demand.cpus))
+
+
+def head_answers() -> bool:
+    """Return whether the head node of the cluster takes a connection."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    with suppress(OSError):
+        socket.create_connection((host.strip("[]"), int(port)), _HEAD_ANSWER_SECONDS).close()
+        return True
+    return False
 
 
 def _private(stack: ExitStack, cpus: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from caltech_sweep.errors import UsageError
+from caltech_sweep.errors import ClusterError, UsageError
 from caltech_sweep.sweep.executors.base import (
     HANG_SECONDS,
     Epoch,
@@ -33,7 +33,7 @@ from caltech_sweep.sweep.executors.base import (
     WorkerDied,
     failure_of,
 )
-from caltech_sweep.sweep.executors.cluster import Demand, leaving, nodes, other_packages, packages
+from caltech_sweep.sweep.executors.cluster import Demand, head_answers, leaving, nodes, other_packages, packages
 from caltech_sweep.sweep.executors.luggage import Files, Luggage
 from caltech_sweep.sweep.executors.node import Incoming, Left, Place, Sent, Slot
 from caltech_sweep.text import one_line
@@ -41,6 +41,7 @@ from caltech_sweep.tracking.background import Background
 from caltech_sweep.tracking.records import CAME_HOME, not_a_number
 
 IDLE_SECONDS = 30.0  # after which a slot without a job is given back to the cluster
+_HEAD_SECONDS = 15.0  # without the head of the cluster, after which a study ends; Ray ends the process after 60
 _LOOK_SECONDS = 2.0  # between two looks at which nodes there are
 _SEND_SECONDS = 120.0  # at most, that a node may take to send artifacts by itself, and so may the check of them
 _CHECK_SECONDS = 0.1  # between two looks at checks that go on
@@ -127,15 +128,36 @@ class RayExecutor:
         self._node_of: dict[int, str] = {}  # of every job, where it ran last
         self._checks = Background("artifacts")
         self._nodes: tuple[float, dict[str, dict[str, float]]] = (-math.inf, {})
+        self._headless_from: float | None = None  # when the head of the cluster did not answer any more
 
     # -- how many, and where -----------------------------------------------------------------------------------------
 
     def _alive(self) -> dict[str, dict[str, float]]:
         looked, found = self._nodes
         if self._clock() - looked > _LOOK_SECONDS:
-            self._nodes = (self._clock(), found := nodes())
-            self._leave(leaving())
+            if self._has_head():
+                found = nodes()
+                self._leave(leaving())
+            self._nodes = (self._clock(), found)
         return found
+
+    def _has_head(self) -> bool:
+        """Return whether the cluster's head answers; raise ClusterError once it has not for ``_HEAD_SECONDS``."""
+        if head_answers():
+            self._headless_from = None
+            return True
+        if self._headless_from is None:
+            self._headless_from = self._clock()
+        elif self._clock() - self._headless_from > _HEAD_SECONDS:
+            raise self._gone(f"its head node has not answered for {_HEAD_SECONDS:g} s")
+        return False
+
+    def _gone(self, why: str) -> ClusterError:
+        self._slots.clear()  # which end by themselves; no cluster is there to be asked
+        return ClusterError(
+            f"the Ray cluster is lost ({why}); start Ray again, then run the same command: it goes on with what is "
+            "missing"
+        )
 
     def _leave(self, going: set[str]) -> None:
         """Give up the slots on nodes that will be taken away; their jobs stop with their next epoch."""
@@ -255,9 +277,12 @@ class RayExecutor:
         if not awaited:
             time.sleep(min(timeout, 0.1))
             return []
-        ready, _ = ray.wait(list(awaited), timeout=timeout)
-        if ready:
-            ready, _ = ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
+        try:
+            ready, _ = ray.wait(list(awaited), timeout=timeout)
+            if ready:
+                ready, _ = ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
+        except OSError as error:  # a broken pipe to this machine's own node
+            raise self._gone("this machine's node of it has ended") from error
         return [awaited[each] for each in ready]
 
     def _receive(self, slot: _Slot) -> list[Event]:
@@ -394,7 +419,7 @@ class RayExecutor:
             return f"{node} was taken back"
         if isinstance(error, ActorUnavailableError):
             return f"{node} does not answer"
-        gone = "its node has died" in str(error) or (slot.node and slot.node not in nodes())
+        gone = "its node has died" in str(error) or (slot.node and head_answers() and slot.node not in nodes())
         return f"{node} left the cluster" if gone else f"its worker process{on} ended"
 
     def answer(self, job: int, go_on: bool) -> None:
