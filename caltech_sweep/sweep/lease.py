@@ -29,7 +29,7 @@ from caltech_sweep.stores import Store, reason, study_lock
 
 LEASE_SECONDS = 120.0  # after which a study whose process gives no sign may be run by another
 _MARGIN = 0.25  # of the lease, kept for a write that is on its way
-_PATIENCE = 600.0  # seconds that a write waits for a database that does not say who holds the study
+_PATIENCE = 900.0  # seconds that a write waits for a database that does not say who holds the study
 _RETRY_SECONDS = 1.0
 _LOCK_SECONDS = 10  # that taking a lease waits for a transaction of its holder
 
@@ -176,7 +176,7 @@ class Lease:
     def check(self) -> None:
         """Raise LostStudyError when another process has the study; asks the database when the lease may have ended.
 
-        Raises StoreError when the database does not answer for ten minutes.
+        Raises StoreError when the database does not answer for a quarter of an hour.
         """
         if self._lost:
             raise LostStudyError(self._lost)

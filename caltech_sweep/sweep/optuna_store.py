@@ -22,7 +22,7 @@ from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.owned_storage import OwnedStorage
 from caltech_sweep.tracking.records import STORE_TAG, InitialWeights
 
-PATIENCE = 600  # seconds that a write waits for a database that is held or away; workers train on meanwhile
+PATIENCE = 900  # seconds that a write waits for a database that is held or away; workers train on meanwhile
 MEMORY = Store("memory", STUDIES)  # ends with the process, for tests
 
 SEARCH = ("sampler", "pruner", "early_stopping")  # parts of a study's identity that may change while it goes on
