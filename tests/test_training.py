@@ -1,5 +1,7 @@
 """Training against torch and torchvision: augmentation, schedule, freezing, determinism, evaluation."""
 
+import gc
+import weakref
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,6 +18,7 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, DivergedError, ModelError
 from caltech_sweep.training import augment
 from caltech_sweep.training.device import has_bfloat16, pick_device, uses_bfloat16, uses_channels_last
+from caltech_sweep.training.fit import Training, fit
 from caltech_sweep.training.models import build_model, train_mode
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
@@ -255,3 +258,19 @@ def test_a_tiny_set_is_learnt_by_heart_and_tencrop_is_evaluated(data: LoadedData
     assert epochs[-1].train_accuracy > 0.85
     assert outcome.test_tencrop is not None
     assert set(outcome.metrics()) >= {"best/val_accuracy", "test/accuracy", "test_tencrop/accuracy"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze": "conv"}, {"freeze": "conv", "unfreeze_epoch": 2}])
+def test_a_training_is_gone_when_nobody_has_it(changes: dict, data: LoadedData) -> None:
+    """Its memory, on a GPU too, is the next trial's at once, not after some garbage collection."""
+    config = replace(CONFIG, **changes)
+    gc.collect()
+    gc.disable()
+    try:
+        training = Training(config, data, build_model(config, 4), torch.device("cpu"))
+        list(fit(training))
+        gone = weakref.ref(training)
+        del training
+        assert gone() is None
+    finally:
+        gc.enable()

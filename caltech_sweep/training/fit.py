@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from caltech_sweep.training.cache import Cache
 from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels_last, uses_graphs
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
-from caltech_sweep.training.graph import Passes, ReplayedPasses
+from caltech_sweep.training.graph import ReplayedPasses
 from caltech_sweep.training.loss import class_weights, epoch_order, loss_share, mixed, mixes
 from caltech_sweep.training.models import frozen_parameters, thaw, train_mode
 from caltech_sweep.training.networks import mean_and_std, normalization, source_of
@@ -34,6 +36,7 @@ from caltech_sweep.training.resident import resident_crops
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _CHECK_EVERY = 16  # steps between looks at the losses
 _VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
 
@@ -62,6 +65,13 @@ class EpochResult:
             metrics.EPOCH_SECONDS: self.seconds,
             metrics.SPEED: self.images / self.seconds,
         }
+
+
+def _there(method: WeakMethod[_Method]) -> _Method:
+    """Return a method of an object that is still there."""
+    found = method()
+    assert found is not None
+    return found
 
 
 def steps_of(config: TrialConfig, images: int) -> int:
@@ -112,13 +122,13 @@ class Training:
                 "is set, so no step would be trained; lower batch_size or set drop_last to false"
             )
         self._features = self._frozen_features()
-        self._passes = self._make_passes()
+        self._replayed = self._to_replay()
 
-    def _make_passes(self) -> Passes:
-        """Return the passes of a step, as they are or replayed; those that are replayed train the same layers ever."""
+    def _to_replay(self) -> ReplayedPasses | None:
+        """Return what replays the passes of a step, as long as these train the same layers; None where nothing does."""
         if not uses_graphs(self.config, self.device):
-            return self._all_parts
-        return ReplayedPasses(self._all_parts, self.model.parameters(), self.config.batch_size)
+            return None
+        return ReplayedPasses(self.model.parameters(), self.config.batch_size)
 
     def thaw(self) -> None:
         """Train the frozen layers, too, from the next epoch on."""
@@ -127,7 +137,7 @@ class Training:
                 self.optimizer.add_param_group(group)
             self.keep_best(self.best_weights)
             self.thawed = True
-            self._passes = self._make_passes()
+            self._replayed = self._to_replay()
 
     def keep_best(self, state: Mapping[str, torch.Tensor]) -> None:
         """Keep weights by value; those of frozen layers, which do not change, are the network's own."""
@@ -159,7 +169,16 @@ class Training:
             **source_of(config.arch).version(config.arch),
         }
         counts = {part: len(self.data.split.part(part)) for part in SPLITS}
-        return FrozenFeatures(split, self._images, counts, self._autocast, self.store, known)
+        # Weakly, since what keeps a training in a circle keeps its memory after its end.
+        images, autocast = WeakMethod(self._images), WeakMethod(self._autocast)
+        return FrozenFeatures(
+            split,
+            lambda *asked: _there(images)(*asked),
+            counts,
+            lambda: _there(autocast)(),
+            self.store,
+            known,
+        )
 
     def _images(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return normalised (n, 3, H, W) float crops on the device, augmented as ``draws`` says."""
@@ -242,7 +261,10 @@ class Training:
         if mixes(self.config):
             inputs, targets = mixed(self.config, epoch, number, inputs, labels, self._outputs)
         self.optimizer.zero_grad(set_to_none=True)
-        found = self._passes(inputs, labels, targets)
+        if self._replayed is None:
+            found = self._all_parts(inputs, labels, targets)
+        else:
+            found = self._replayed(self._all_parts, inputs, labels, targets)
         if self.config.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()

@@ -22,56 +22,62 @@ _EAGER_STEPS = 4  # of a training, before its passes are recorded: libraries cho
 
 
 class ReplayedPasses:
-    """``passes`` as a CUDA graph, once that is worth recording.
+    """The passes of a training as a CUDA graph, once that is worth recording.
 
-    ``passes`` maps inputs (n, ...), labels (n,) and targets to a tensor, and leaves the gradients of ``parameters``,
-    which it finds to be None. Only full batches are replayed, those of ``size`` images.
+    Only full batches are replayed, those of ``size`` images. The passes are given with each call, and are the same
+    ones: kept here, they would keep their training, and its memory, after its end.
     """
 
-    def __init__(self, passes: Passes, parameters: Iterable[nn.Parameter], size: int) -> None:
-        self._passes, self._parameters, self._size = passes, list(parameters), size
+    def __init__(self, parameters: Iterable[nn.Parameter], size: int) -> None:
+        self._parameters, self._size = list(parameters), size
         self._steps, self._suitable = 0, True
         self._graph: torch.cuda.CUDAGraph | None = None
         self._held: list[torch.Tensor] = []
         self._found = torch.empty(0)
         self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
 
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return what ``passes`` does."""
+    def __call__(
+        self, passes: Passes, inputs: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what ``passes`` does.
+
+        It maps inputs (n, ...), labels (n,) and targets to a tensor, and leaves the gradients of the parameters, which
+        it finds to be None.
+        """
         given = [inputs, labels, targets]
         if len(inputs) != self._size or not self._suitable:
-            return self._passes(*given)
+            return passes(*given)
         self._steps += 1
         if self._steps < _EAGER_STEPS:
-            return self._passes(*given)
+            return passes(*given)
         if self._steps == _EAGER_STEPS:
-            return self._watched(given)
+            return self._watched(passes, given)
         if self._graph is None:
-            self._record(given)
+            self._record(passes, given)
         return self._replay(given)
 
-    def _watched(self, given: list[torch.Tensor]) -> torch.Tensor:
+    def _watched(self, passes: Passes, given: list[torch.Tensor]) -> torch.Tensor:
         """Run the passes, and see whether they do what a graph would not repeat."""
         before, mode = _drawn_so_far(), torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                found = self._passes(*given)
+                found = passes(*given)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         waits = any("called a synchronizing" in str(warning.message) for warning in said)
         self._suitable = not waits and _drawn_so_far() == before
         return found
 
-    def _record(self, given: list[torch.Tensor]) -> None:
+    def _record(self, passes: Passes, given: list[torch.Tensor]) -> None:
         inputs, labels, targets = given
         self._held = [inputs.clone(), labels.clone()]
         self._held.append(self._held[1] if targets is labels else targets.clone())
         graph = torch.cuda.CUDAGraph()
         # States are saved by another thread meanwhile, which may use the GPU as it likes.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._found = self._passes(*self._held)
+            self._found = passes(*self._held)
         self._gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
         self._graph = graph
 
