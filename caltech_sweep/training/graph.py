@@ -75,9 +75,11 @@ class ReplayedPasses:
         self._held = [inputs.clone(), labels.clone()]
         self._held.append(self._held[1] if targets is labels else targets.clone())
         graph = torch.cuda.CUDAGraph()
-        # States are saved by another thread meanwhile, which may use the GPU as it likes.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._found = passes(*self._held)
+        with torch.cuda.device(inputs.device):  # of several, not always the current one
+            stream = torch.cuda.Stream()
+            # States are saved by another thread meanwhile, which may use the GPU as it likes.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._found = passes(*self._held)
         self._gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
         self._graph = graph
 
