@@ -557,7 +557,7 @@ import sys
 from pathlib import Path
 from caltech_sweep.training.cache import Cache
 store, seed = Cache(Path(sys.argv[1]), 6000), int(sys.argv[2])
-for number in range(60):
+for number in range(200):
     name, other = f"stage-{(number * 7 + seed) % 9}", f"stage-{(number + seed) % 9}"
     content = name.encode() * 100
     store.write(name, {"is": name}, len(content), lambda path: path.write_bytes(content) and None)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import time
 import uuid
 import zlib
@@ -114,7 +115,7 @@ class Cache:
 
     def _verified(self, place: Path) -> dict[str, Any] | None:
         """Return the header of an entry, or None where a checksum is wrong."""
-        if (place / HEADER).exists() and not self._here(place.name):
+        if not stat.S_ISREG((place / HEADER).stat().st_mode):  # asked once: it may be dropped at any moment
             return None  # a pipe or the like, which would never end
         checksum, _, text = (place / HEADER).read_bytes().partition(b"\n")
         if checksum != b"%08x" % zlib.crc32(text):
