@@ -218,7 +218,7 @@ device_option = click.option(
     "--device", help="Device for all trials, such as cpu or cuda:1 (default: all GPUs, else the CPU)."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, 10_000), help="Torch threads of each worker; default all cores."
+    "--threads", type=click.IntRange(1, 10_000), help="Torch threads of each worker; default all cores, on GPUs shared."
 )
 row_option = click.option("--row", "rows", multiple=True, metavar="NAME", help="Run only this row; may be repeated.")
 resume_option = click.option(

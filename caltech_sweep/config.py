@@ -142,7 +142,7 @@ class TrialConfig:
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where it is faster")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "where faster"), "memory layout of images")
     cuda_graphs: bool | None = setting(
-        None, optional(BOOLEAN, "where it is safe"), "launch the steps on a GPU as one each; changes no result"
+        None, optional(BOOLEAN, "where it is safe"), "launch the passes of a step on a GPU at once; changes no result"
     )
     label_smoothing: float = setting(0.0, number("of at least 0 and below 1", lambda v: 0 <= v < 1), "of the targets")
     mixup: float = setting(0.0, NOT_NEGATIVE, "alpha of mixup; 0: none")

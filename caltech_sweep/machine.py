@@ -41,6 +41,15 @@ def threads() -> int:
     return int(given) if given.isdecimal() and int(given) > 0 else cores()
 
 
+def threads_each(workers: int, on_gpus: bool) -> int:
+    """Return how many threads each of some workers computes with.
+
+    Those that train on processors have all, however many they are, since that decides the last bit of a weight; on
+    GPUs it does not, and they share the processors.
+    """
+    return max(1, threads() // workers) if on_gpus else threads()
+
+
 @cache
 def keeps_freed_memory() -> bool:
     """Let this process keep the memory that it frees, where its C library can (glibc's mallopt); tell whether it does.

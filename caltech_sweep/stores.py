@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 VARIABLE = "MLFLOW_TRACKING_URI"
+PATIENCE = 900  # seconds that a running study waits for its database: ten minutes without one are survived
 _RETRY_SECONDS = 1.0
 # What a database or a system itself said, in a longer story.
 _SAID = re.compile(

@@ -272,6 +272,12 @@ def test_workers_take_the_threads_that_the_environment_names(monkeypatch: pytest
         torch.set_num_threads(before)
 
 
+def test_workers_share_the_threads_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    assert [machine.threads_each(workers, on_gpus=True) for workers in (1, 3, 4, 32)] == [16, 5, 4, 1]
+    assert machine.threads_each(4, on_gpus=False) == 16  # more workers change no weight
+
+
 def in_a_terminal(code: str, **environment: str) -> str:
     """Run code in a new process that has a real terminal, and return what it shows there."""
     process, terminal = pty.fork()

@@ -29,7 +29,6 @@ from caltech_sweep.stores import Store, reason, study_lock
 
 LEASE_SECONDS = 120.0  # after which a study whose process gives no sign may be run by another
 _MARGIN = 0.25  # of the lease, kept for a write that is on its way
-_PATIENCE = 900.0  # seconds that a write waits for a database that does not say who holds the study
 _RETRY_SECONDS = 1.0
 _LOCK_SECONDS = 10  # that taking a lease waits for a transaction of its holder
 
@@ -180,7 +179,7 @@ class Lease:
         """
         if self._lost:
             raise LostStudyError(self._lost)
-        give_up = time.monotonic() + _PATIENCE
+        give_up = time.monotonic() + stores.PATIENCE
         sure = self.seconds * (1 - _MARGIN)
         while max(now - then for now, then in zip(self._clocks(), self._renewed, strict=True)) > sure:
             try:

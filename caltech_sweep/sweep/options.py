@@ -15,7 +15,7 @@ from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.sweep.executors.worker import prepare, train
 
-MOST_ON_A_GPU = 4  # workers; more of them only wait for each other
+MOST_ON_A_GPU = 4  # workers; how many are worth it was not measured
 OF_RAY = ("address", "cpus_per_trial", "gpus_per_trial", "slots", "upload_from_workers")  # options of that executor
 
 
@@ -54,14 +54,14 @@ def make_executor(options: RunOptions) -> Executor:
     import torch
 
     devices = [options.device] if options.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    threads = options.threads or machine.threads()
     if options.in_process:
+        threads = options.threads or machine.threads()
         torch.set_num_threads(threads)
         return InProcessExecutor(train, devices[0])
     workers = options.workers or len(devices) * (options.per_device or 1)
     at_most = 1 if options.per_device or options.workers else min(MOST_ON_A_GPU, machine.cores() // len(devices))
-    if options.threads is None and devices[0].startswith("cuda"):  # on a processor they decide the last bit of a weight
-        threads = max(1, threads // max(workers, at_most * len(devices)))
+    most = max(workers, at_most * len(devices))
+    threads = options.threads or machine.threads_each(most, devices[0].startswith("cuda"))
     if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare, at_most=at_most)

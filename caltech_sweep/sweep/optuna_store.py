@@ -15,14 +15,13 @@ from optuna.storages._rdb.models import TrialModel
 from caltech_sweep.addresses import STUDIES
 from caltech_sweep.config import TrialConfig, as_stored
 from caltech_sweep.errors import StoreError, UsageError
-from caltech_sweep.stores import Address, Store, await_server, reason, study_store, tune_sqlite
+from caltech_sweep.stores import PATIENCE, Address, Store, await_server, reason, study_store, tune_sqlite
 from caltech_sweep.study.components import make_pruner
 from caltech_sweep.study.definition import StudyDefinition, identity_difference
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.owned_storage import OwnedStorage
 from caltech_sweep.tracking.records import STORE_TAG, InitialWeights
 
-PATIENCE = 900  # seconds that a write waits for a database that is held or away; workers train on meanwhile
 MEMORY = Store("memory", STUDIES)  # ends with the process, for tests
 
 SEARCH = ("sampler", "pruner", "early_stopping")  # parts of a study's identity that may change while it goes on

@@ -30,7 +30,8 @@ class Found:
 def look_around(tracking: Store, storage: Store, workers: int | None, threads: int | None) -> list[Found]:
     """Return what a run with so many workers and threads finds here; None leaves them to the machine."""
     gpus = [torch.device(f"cuda:{number}") for number in range(torch.cuda.device_count())]
-    count, each = workers or len(gpus) or 1, threads or machine.threads()
+    count = workers or len(gpus) or 1
+    each = threads or machine.threads_each(count, bool(gpus))
     return [
         _processors(),
         _load(),

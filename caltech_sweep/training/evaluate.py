@@ -72,7 +72,7 @@ def evaluate(
         mean = log_probabilities[:, 0]
         if number > 1:
             mean = log_probabilities.exp().mean(1).clamp_min(1e-38).log()
-        target = labels[index].to(mean.device)
+        target = labels[index].to(mean.device, non_blocking=True)
         losses.append(F.nll_loss(mean, target, reduction="sum").double())
         own = mean.gather(1, target[:, None])
         ranks.append((mean > own).sum(1))

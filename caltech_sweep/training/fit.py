@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,6 @@ from caltech_sweep.training.resident import resident_crops
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.stopping import last_epoch
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 _CHECK_EVERY = 16  # steps between looks at the losses
 _VAL_BATCH = 64  # at most; not test_batch_size, so that trials that differ only in their test share their training
 
@@ -65,13 +63,6 @@ class EpochResult:
             metrics.EPOCH_SECONDS: self.seconds,
             metrics.SPEED: self.images / self.seconds,
         }
-
-
-def _there(method: WeakMethod[_Method]) -> _Method:
-    """Return a method of an object that is still there."""
-    found = method()
-    assert found is not None
-    return found
 
 
 def steps_of(config: TrialConfig, images: int) -> int:
@@ -169,16 +160,9 @@ class Training:
             **source_of(config.arch).version(config.arch),
         }
         counts = {part: len(self.data.split.part(part)) for part in SPLITS}
-        # Weakly, since what keeps a training in a circle keeps its memory after its end.
-        images, autocast = WeakMethod(self._images), WeakMethod(self._autocast)
-        return FrozenFeatures(
-            split,
-            lambda *asked: _there(images)(*asked),
-            counts,
-            lambda: _there(autocast)(),
-            self.store,
-            known,
-        )
+        me = weakref.proxy(self)  # what keeps a training in a circle keeps its memory after its end
+        images, autocast = (lambda *asked: me._images(*asked)), (lambda: me._autocast())
+        return FrozenFeatures(split, images, counts, autocast, self.store, known)
 
     def _images(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
         """Return normalised (n, 3, H, W) float crops on the device, augmented as ``draws`` says."""

@@ -1,6 +1,6 @@
 """Disturb a study on a Ray cluster, with its stores on servers; its report stays that of one machine.
 
-    python tests/helpers/chaos_cluster.py --events 60 --seed 0
+    python tests/helpers/chaos_cluster.py --events 60 --seed 0 [--outage 605]
 
 The cluster is a head without processors and three nodes, each in a network name space of its own with its own data
 folder; training states go to a folder that all see. Optuna's study is in PostgreSQL, as is what an MLflow server keeps.
@@ -164,6 +164,14 @@ class World:
         self._serve()
         return True
 
+    def without_both(self, do: Callable[[], None]) -> None:
+        """Do something while the database and the tracking server are stopped."""
+        self._server.close()
+        self.database.stop()
+        do()
+        self.database.start()
+        self._serve()
+
     def close(self) -> None:
         """Stop the tracking server."""
         self._server.close()
@@ -241,19 +249,30 @@ def one_round(made: World, place: chaos.Place, chance: random.Random, most: int,
     if process.poll() != 0:
         process = launch(place, made.cluster.address)
         wait(process, 600)
-    if process.poll() != 0:
-        os.killpg(process.pid, signal.SIGKILL)
-        made.problems.append(f"the command ended with {process.poll()}: {log.read_text()[-3000:]}")
-    elif "bring them there with: caltech-sweep replay" in "".join(log.read_text().splitlines()[-5:]):
-        bring_there(place)
+    end(made, place, process)
     return events
 
 
-def bring_there(place: chaos.Place) -> None:
-    """Do what the command says where a study ends while the tracking server is away."""
-    with place.log.open("ab") as out:
-        words = chaos.command("replay", "--storage", str(place.storage))
-        subprocess.run(words, cwd=place.folder, env=place.environment(), stdout=out, stderr=out, check=False)
+def end(made: World, place: chaos.Place, process: subprocess.Popen[bytes]) -> None:
+    """Note a command that has not ended well; do what it says where the tracking server was away at its end."""
+    said = place.log.read_text()
+    if process.poll() != 0:
+        os.killpg(process.pid, signal.SIGKILL)
+        made.problems.append(f"the command ended with {process.poll()}: {said[-3000:]}")
+    elif "bring them there with: caltech-sweep replay" in "".join(said.splitlines()[-5:]):
+        with place.log.open("ab") as out:
+            words = chaos.command("replay", "--storage", str(place.storage))
+            subprocess.run(words, cwd=place.folder, env=place.environment(), stdout=out, stderr=out, check=False)
+
+
+def without_servers(made: World, place: chaos.Place, seconds: float) -> None:
+    """Run a study whose database and tracking server are both stopped for so long once its first trial has ended."""
+    place.log.touch()
+    process = launch(place, made.cluster.address)
+    wait(process, 300, place.log, ": complete")
+    made.without_both(lambda: wait(process, seconds))
+    wait(process, 600)
+    end(made, place, process)
 
 
 def problems_of(made: World, place: chaos.Place, trials: int, reference: str) -> list[str]:
@@ -283,11 +302,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--outage", type=float, default=0, help="seconds without servers in a study before all others")
     options = parser.parse_args()
     chance, total, problems = random.Random(options.seed), Counter[str](), list[str]()
     folder, start, rounds = Path(tempfile.mkdtemp(prefix="caltech-sweep-chaos-")), time.monotonic(), 0
     reference = on_one_machine(folder / "reference", 12, 8)
     with world(folder, 3) as made:
+        if options.outage:
+            place = made.study("outage", 12, 8)
+            without_servers(made, place, options.outage)
+            problems += problems_of(made, place, 12, reference)
         while sum(total.values()) < options.events and not problems:
             rounds += 1
             place = made.study(f"round_{rounds}", 12, 8)

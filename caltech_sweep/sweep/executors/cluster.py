@@ -11,7 +11,7 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,17 @@ def connected(
 
 def head_answers() -> bool:
     """Return whether the head node of the cluster takes a connection."""
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    with suppress(OSError):
-        socket.create_connection((host.strip("[]"), int(port)), _HEAD_ANSWER_SECONDS).close()
-        return True
-    return False
+    try:
+        _knock(ray.get_runtime_context().gcs_address, _HEAD_ANSWER_SECONDS)
+    except OSError:
+        return False
+    return True
+
+
+def _knock(address: str, seconds: float) -> None:
+    """Raise OSError where nothing takes a connection at HOST:PORT within some seconds."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), seconds).close()
 
 
 def _private(stack: ExitStack, cpus: float) -> dict[str, Any]:
@@ -218,7 +224,7 @@ def _check_answers(address: str) -> None:
             "cluster, too: ray start --address=HOST:PORT --num-cpus=0"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+        _knock(address, _ANSWER_SECONDS)
     except OSError as error:
         raise UsageError(
             f"--address: no Ray cluster answers at {address} ({error.strerror or error}); start its head node with "

@@ -42,6 +42,7 @@ from caltech_sweep.tracking.records import CAME_HOME, not_a_number
 
 IDLE_SECONDS = 30.0  # after which a slot without a job is given back to the cluster
 _HEAD_SECONDS = 15.0  # without the head of the cluster, after which a study ends; Ray ends the process after 60
+_OWN_NODE = "this machine's node of it has ended"
 _LOOK_SECONDS = 2.0  # between two looks at which nodes there are
 _SEND_SECONDS = 120.0  # at most, that a node may take to send artifacts by itself, and so may the check of them
 _CHECK_SECONDS = 0.1  # between two looks at checks that go on
@@ -282,7 +283,7 @@ class RayExecutor:
             if ready:
                 ready, _ = ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
         except OSError as error:  # a broken pipe to this machine's own node
-            raise self._gone("this machine's node of it has ended") from error
+            raise self._gone(_OWN_NODE) from error
         return [awaited[each] for each in ready]
 
     def _receive(self, slot: _Slot) -> list[Event]:
@@ -293,6 +294,8 @@ class RayExecutor:
             answer = ray.get(slot.awaited)
         except RayError as error:
             return self._lost(slot, error)
+        except OSError as error:
+            raise self._gone(_OWN_NODE) from error
         slot.last_seen = slot.idle_since = self._clock()
         if isinstance(answer, _Started):
             slot.place, slot.node = answer.place, answer.node
