@@ -137,7 +137,7 @@ class TrialConfig:
     )
     normalize: str = setting("auto", one_of(("auto", "half", "imagenet")), "auto follows the initial weights")
     test_views: str = setting("center", one_of(("center", "tencrop")))
-    test_batch_size: int = setting(256, integer(1, 100_000), "images in a step of the test")
+    test_batch_size: int = setting(256, integer(1, 100_000), "images in a step of the test; 64 at most on a processor")
     seed: int = setting(0, integer(0, LARGEST_SEED))
     precision: str = setting("auto", one_of(("auto", "float32", "bfloat16")), "auto: bfloat16 where it is faster")
     channels_last: bool | None = setting(None, optional(BOOLEAN, "where faster"), "memory layout of images")

@@ -18,11 +18,23 @@
 Each message is a sentence: what is wrong, where, and how to fix it.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class CaltechSweepError(Exception):
     """Base of all errors whose message is written for the user."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error come whole out of another process, whatever its kind is made from."""
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[CaltechSweepError], args: tuple[Any, ...]) -> CaltechSweepError:
+    return kind.__new__(kind, *args)
 
 
 class UsageError(CaltechSweepError):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sqlite3
+import sys
 import tempfile
 from contextlib import closing, suppress
 from functools import cache
@@ -48,6 +49,15 @@ def threads_each(workers: int, on_gpus: bool) -> int:
     GPUs it does not, and they share the processors.
     """
     return max(1, threads() // workers) if on_gpus else threads()
+
+
+# What Linux calls the devices of GPUs that torch can use: NVIDIA's, those of its small boards, WSL's and AMD's.
+_GPUS = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd")
+
+
+def may_have_gpus() -> bool:
+    """Tell whether torch may find a GPU here; where it cannot, it need not be imported, which takes a second."""
+    return not sys.platform.startswith("linux") or any(any(Path("/dev").glob(name)) for name in _GPUS)
 
 
 @cache

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -342,6 +344,13 @@ def tune_sqlite(engine: Engine, patience: int) -> None:
         connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
 
     engine.dispose()  # connections that are open already lack the settings
+    atexit.register(_close, weakref.ref(engine))
+
+
+def _close(engine: weakref.ref[Engine]) -> None:
+    """Close what an engine has open, at the end of a process: the last one of a store takes its log away."""
+    if (kept := engine()) is not None:
+        kept.dispose()
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from caltech_sweep.tracking.records import (
     END_TAGS,
     OUTCOMES,
     UNFINISHED,
+    DatasetInfo,
     EpochLog,
     StudyRecord,
     Tracker,
@@ -287,7 +288,7 @@ def scripted_coordinator(
     from caltech_sweep.sweep.optuna_store import MEMORY, open_study
     from caltech_sweep.sweep.progress import PlainProgress
     from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
-    from caltech_sweep.sweep.recorder import DatasetInfo, Recorder
+    from caltech_sweep.sweep.recorder import Recorder
 
     def make_job(queued: QueuedTrial) -> Job:
         return Job(queued.number, queued.config, scratch / str(queued.number), wait_each_epoch=queued.prunable)

@@ -36,6 +36,22 @@ def test_help_and_version_are_instant_because_nothing_heavy_is_imported() -> Non
     assert done.stdout == f"caltech-sweep, version {__version__}\n"
 
 
+COORDINATOR = """
+import sys
+from caltech_sweep.cli import main
+try:
+    main(["run", "tiny", "--threads", "1", "--device", "cpu"])
+except SystemExit as end:
+    print(end.code, [name for name in ("torch", "torchvision", "timm") if name in sys.modules])
+"""
+
+
+def test_only_the_workers_of_a_study_import_torch_and_its_stores_are_closed_at_its_end(place: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", COORDINATOR], cwd=place, capture_output=True, text=True)
+    assert done.stdout == "0 []\n" and "study tiny: 3 complete" in done.stderr, done.stderr
+    assert {name for name in files(place / "mlruns") if ".db" in name} == {"mlflow.db", "optuna.db"}
+
+
 def test_every_command_has_help_and_an_example(cli) -> None:
     commands = re.findall(r"^  (\w+)", cli("--help").output.split("Commands:")[1], re.M)
     assert {"run", "plan", "studies", "report", "ui", "data"} <= set(commands)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,20 @@ from PIL import Image
 from caltech_sweep import heartbeat
 from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
-from caltech_sweep.errors import DatasetError, DivergedError, OutOfMemoryError
+from caltech_sweep.errors import ArtifactError, CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.files import file_digest, locked
-from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Executor, Failed, Job, Stopped, WorkerDied
+from caltech_sweep.sweep.executors.base import (
+    Done,
+    Epoch,
+    Epochs,
+    Event,
+    Executor,
+    Failed,
+    Job,
+    Stopped,
+    WorkerDied,
+    Write,
+)
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import STOPPING, ProcessExecutor
 from caltech_sweep.testing import Script, ScriptedExecutor, epoch_metrics, scripted_coordinator
@@ -214,6 +226,48 @@ def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:
         time.sleep(0.3)
         executor.submit(job(tmp_path, 2))
         assert isinstance(drain(executor)[-1], Done)
+    finally:
+        executor.close()
+
+
+def looks(what: str, write: Write) -> str:
+    write(f"looking at {what}")
+    if what == "nothing":
+        raise ArtifactError("images.bin", "is missing", "/data")
+    if what == "a bug":
+        raise KeyError(what)
+    if what == "the end":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"{what}, seen"
+
+
+@pytest.mark.parametrize("kind", [InProcessExecutor, ProcessExecutor])
+def test_what_is_no_job_is_done_where_jobs_are_and_told_to_the_user(kind: type, tmp_path: Path) -> None:
+    executor = processes(1) if kind is ProcessExecutor else InProcessExecutor(runner)
+    said: list[str] = []
+    try:
+        assert executor.ask(partial(looks, "images"), said.append)() == "images, seen"
+        with pytest.raises(ArtifactError) as told:
+            executor.ask(partial(looks, "nothing"), said.append)()
+        assert (str(told.value), told.value.problem) == (
+            "the artifact images.bin is missing in /data",
+            "images.bin is missing",
+        )
+        with pytest.raises(KeyError, match="a bug") as bug:
+            executor.ask(partial(looks, "a bug"), said.append)()
+        assert kind is InProcessExecutor or "raise KeyError(what)" in str(bug.value.__cause__)
+        executor.submit(job(tmp_path))
+        assert isinstance(drain(executor)[-1], Done)
+    finally:
+        executor.close()
+    assert said == ["looking at images", "looking at nothing", "looking at a bug"]
+
+
+def test_a_worker_that_dies_before_the_first_job_is_told() -> None:
+    executor = processes(1)
+    try:
+        with pytest.raises(CaltechSweepError, match="images ready ended with signal 9; run the command again"):
+            executor.ask(partial(looks, "the end"), print)()
     finally:
         executor.close()
 

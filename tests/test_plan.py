@@ -196,7 +196,7 @@ def started(study: StudyDefinition) -> MlflowTracker:
     """Return a tracking store in which the study store of the current folder has begun a study."""
     data = inspect_dataset(study.config({}).dataset)
     tracker = MlflowTracker(create=True)
-    own = open_study(study, study_store(None), identity_of(study, data, {}))
+    own = open_study(study, study_store(None), identity_of(study, data.fingerprint, {}, {}))
     tracker.start_study(study.name, study.title, {**study.to_dict(), STORE_TAG: own.user_attrs[STORE_TAG]})
     return tracker
 

@@ -8,6 +8,8 @@ from itertools import combinations
 import pytest
 import torch
 import torchvision
+from hypothesis import example, given
+from hypothesis import strategies as st
 from scipy.stats import kstest
 from torchvision.transforms.v2 import functional as oracle
 
@@ -19,7 +21,7 @@ from caltech_sweep.errors import DatasetError, DivergedError, ModelError
 from caltech_sweep.training import augment
 from caltech_sweep.training.device import has_bfloat16, pick_device, uses_bfloat16, uses_channels_last
 from caltech_sweep.training.fit import Training, fit
-from caltech_sweep.training.models import build_model, train_mode
+from caltech_sweep.training.models import build_model, not_finite, train_mode
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
 
@@ -248,6 +250,30 @@ def test_every_step_of_training_and_evaluation_gives_a_sign_of_life(
     assert len(signs) == sum(steps)
     pulse.beat()  # to nobody
     assert len(signs) == sum(steps)
+
+
+@given(
+    st.lists(st.floats(width=16), max_size=9),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.integers(1, 3),
+)
+@example([], torch.float32, 1)
+def test_what_is_not_finite_is_found_as_torch_finds_it(values: list[float], kind: torch.dtype, step: int) -> None:
+    state = {"whole": torch.ones(3, dtype=torch.int64), "of it": torch.tensor(values, dtype=kind)[::step]}
+    assert not_finite(state) == [name for name, value in state.items() if not value.isfinite().all()]
+
+
+def test_a_test_takes_no_larger_steps_on_a_processor_than_a_validation() -> None:
+    whole = load_dataset(DatasetConfig(name="shapes", resize=32, crop=32))
+    config = replace(CONFIG, dataset=DatasetConfig(name="shapes", resize=32, crop=32), test_batch_size=256)
+    training = Training(config, whole, build_model(config, len(whole.split.classes)), torch.device("cpu"))
+    steps: list[int] = []
+    training.model.register_forward_pre_hook(lambda model, given: steps.append(len(given[0])))
+    assert len(training.evaluate("test").predictions) == 192 and steps == [64, 64, 64]
+    steps.clear()
+    training.config = replace(config, test_batch_size=50)
+    training.evaluate("test")
+    assert steps == [50, 50, 50, 42]
 
 
 @pytest.mark.slow

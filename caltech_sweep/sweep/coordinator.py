@@ -26,6 +26,7 @@ from caltech_sweep.sweep.executors.base import (
     Job,
     Stopped,
     WorkerDied,
+    ending,
 )
 from caltech_sweep.sweep.optuna_store import STORE_ERRORS
 from caltech_sweep.sweep.progress import Progress
@@ -286,8 +287,7 @@ class Coordinator:
             self.progress.note(f"{running.queued.name}: {where}")
 
     def _worker_died(self, running: _Running, event: WorkerDied) -> None:
-        code = event.exit_code or 0
-        message = event.why or f"its worker process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+        message = event.why or f"its worker process {ending(event.exit_code)}"
         if event.hung is not None:
             message = f"its worker was unresponsive for {event.hung:g} s and was killed"
         running.deaths += not event.moved

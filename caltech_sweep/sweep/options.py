@@ -10,7 +10,7 @@ from pathlib import Path
 
 from caltech_sweep import machine
 from caltech_sweep.stores import Address
-from caltech_sweep.sweep.executors.base import HANG_SECONDS, MAX_FAILURES, Executor
+from caltech_sweep.sweep.executors.base import HANG_SECONDS, MAX_FAILURES
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.sweep.executors.worker import prepare, train
@@ -49,12 +49,24 @@ class RunOptions:
     upload_from_workers: bool = False  # nodes send artifacts to the tracking store by themselves
 
 
-def make_executor(options: RunOptions) -> Executor:
-    """Return the executor that the options and the machine ask for."""
+LocalExecutor = ProcessExecutor | InProcessExecutor
+
+
+def _devices() -> list[str]:
+    """Return the devices that trials run on by default; torch, which takes a second, is asked where it may find any."""
+    if not machine.may_have_gpus():
+        return ["cpu"]
     import torch
 
-    devices = [options.device] if options.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def make_executor(options: RunOptions) -> LocalExecutor:
+    """Return the executor that the options and the machine ask for."""
+    devices = [options.device] if options.device else _devices()
     if options.in_process:
+        import torch
+
         threads = options.threads or machine.threads()
         torch.set_num_threads(threads)
         return InProcessExecutor(train, devices[0])
@@ -68,7 +80,7 @@ def make_executor(options: RunOptions) -> Executor:
 
 
 @contextmanager
-def started(options: RunOptions) -> Iterator[Executor | None]:
+def started(options: RunOptions) -> Iterator[LocalExecutor | None]:
     """Start the workers of this machine, which import what they need meanwhile; None for those of a cluster."""
     if options.executor == "ray":
         yield None

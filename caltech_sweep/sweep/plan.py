@@ -28,19 +28,11 @@ from caltech_sweep.sweep.lease import check_free
 from caltech_sweep.sweep.options import RunOptions
 from caltech_sweep.sweep.optuna_store import check_stored
 from caltech_sweep.sweep.ownership import check_record, check_runs
-from caltech_sweep.sweep.preflight import (
-    Weights,
-    check,
-    check_options,
-    find_weights,
-    identity_of,
-    kept_epochs,
-    left_out,
-    published_weights,
-)
+from caltech_sweep.sweep.preflight import check_options, find_weights, identity_of, kept_epochs
 from caltech_sweep.sweep.queue import wanted_rows
 from caltech_sweep.sweep.sharing import new_epochs
 from caltech_sweep.sweep.space import all_branches
+from caltech_sweep.sweep.survey import Weights, check, left_out, own_networks, published_weights
 from caltech_sweep.text import counted, duration
 from caltech_sweep.tracking.reader import StoredStudy, open_reader
 from caltech_sweep.tracking.records import RESULTS, UNFINISHED, InitialWeights, StudyRecord, TrialRecord
@@ -455,7 +447,7 @@ def plan_study(definition: StudyDefinition, options: RunOptions) -> Plan:
     identity = None
     if data is not None and weights is not None:
         _attempt(problems, partial(check, definition, data, weights))
-        identity = identity_of(definition, data, weights)
+        identity = identity_of(definition, data.fingerprint, weights, own_networks(definition))
     _attempt(problems, partial(check_free, storage, definition.name))
     stored = len(problems)
     _attempt(problems, partial(check_stored, definition.name, storage, identity, weights))

@@ -23,6 +23,7 @@ from caltech_sweep.tracking.background import Background
 from caltech_sweep.tracking.records import (
     HOST,
     STORE_TAG,
+    DatasetInfo,
     EpochLog,
     InitialWeights,
     Tracker,
@@ -34,17 +35,6 @@ DESCRIBE_SECONDS = 60.0  # at most so often the table in the tracking store is r
 FLUSH_SECONDS = 5.0  # how long epochs may wait to be logged together
 MOST_FLUSH_SECONDS = 60.0  # the same where many trials run, or the store takes long:
 FLUSH_SHARE = 0.1  # of the time is spent on logging epochs, if that is enough
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What the runs record about the data set: a digest of the images, how many each split has, their source."""
-
-    digest: str
-    splits: Mapping[str, int]
-    source: str
-    classes: int
-    tags: Mapping[str, str] = field(default_factory=dict)  # of every run, about what the images needed
 
 
 @dataclass

@@ -24,26 +24,22 @@ from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
-from caltech_sweep.sweep.executors.base import Executor, Job
+from caltech_sweep.sweep.executors.base import Executor, Job, Work, Write
 from caltech_sweep.sweep.executors.processes import STOPPING
+from caltech_sweep.sweep.executors.worker import images_of
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.local_stores import LocalStores
-from caltech_sweep.sweep.options import RunOptions, make_executor
+from caltech_sweep.sweep.options import LocalExecutor, RunOptions, make_executor
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
-from caltech_sweep.sweep.preflight import (
-    Weights,
-    _Checked,
-    _checked,
-    cache_place,
-    check_options,
-    identity_of,
-    kept_epochs,
-)
+from caltech_sweep.sweep.preflight import cache_place, check_options, find_weights, identity_of, kept_epochs
 from caltech_sweep.sweep.progress import Progress, showing
 from caltech_sweep.sweep.queue import QueuedTrial, TrialQueue
 from caltech_sweep.sweep.recorder import Recorder
 from caltech_sweep.sweep.sharing import branch_epochs
+from caltech_sweep.sweep.survey import Survey, Weights, survey
+from caltech_sweep.tracking.client import draft_of
+from caltech_sweep.tracking.direct import Destination
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals, own_folder
 from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
 from caltech_sweep.tracking.writer import MlflowTracker, Owner, provenance
@@ -65,9 +61,14 @@ def cache_options(options: RunOptions) -> CacheOptions | None:
 
 
 def job_of(
-    definition: StudyDefinition, scratch: Path, weights: Weights, stages: CacheOptions | None, queued: QueuedTrial
+    definition: StudyDefinition,
+    scratch: Path,
+    weights: Weights,
+    stages: CacheOptions | None,
+    queued: QueuedTrial,
+    upload: Destination | None = None,
 ) -> Job:
-    """Return the job of a trial: its folder below ``scratch``, its initial weights, and when it saves."""
+    """Return the job of a trial: its folder below ``scratch``, its initial weights, when it saves, where it uploads."""
     config, source = queued.config, weights.get(weights_key(queued.config))
     # Of a trial that waited, the images may lie elsewhere by now.
     dataset = definition.config({}).dataset
@@ -82,6 +83,7 @@ def job_of(
         weights_digest=source.digest if source else None,
         wait_each_epoch=queued.prunable,
         stages=stages,
+        upload=upload,
     )
 
 
@@ -92,16 +94,20 @@ def table_of(study: str, tracking: Store) -> str:
     return build_report([study], "markdown", 3, tracking)
 
 
-def _executor(
-    stack: ExitStack, options: RunOptions, note: Callable[[str], None], started: Executor | None
-) -> Callable[[StudyDefinition, _Checked], Executor]:
-    """Start the workers unless they are ``started``, or connect to the cluster; return what makes the executor.
+Ask = Callable[[Work[Survey], Write], Callable[[], Survey]]  # begins something; what it returns waits for the end
 
-    The stack ends both. Raises UsageError for a cluster that cannot be used.
+
+def _executor(
+    stack: ExitStack, options: RunOptions, note: Write, started: LocalExecutor | None
+) -> tuple[Ask, Callable[[StudyDefinition, Survey], Executor]]:
+    """Start the workers unless they are ``started``, or connect to the cluster.
+
+    Returns what lets a process that can train do something, and what makes the executor once that is done. The stack
+    ends the workers. Raises UsageError for a cluster that cannot be used.
     """
     if options.executor != "ray":
         executor = started or stack.enter_context(closing(make_executor(options)))
-        return lambda definition, checked: executor
+        return executor.ask, lambda definition, found: executor
     from caltech_sweep.sweep.executors.cluster import connected
     from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
     from caltech_sweep.sweep.executors.ray import RayExecutor, with_supply
@@ -111,24 +117,24 @@ def _executor(
         connected(options.address, slots, options.cpus_per_trial, options.gpus_per_trial, options.threads, note)
     )
 
-    def make(definition: StudyDefinition, checked: _Checked) -> Executor:
+    def make(definition: StudyDefinition, found: Survey) -> Executor:
         dataset, home = definition.config({}).dataset, paths.data_home().absolute()
         home.mkdir(parents=True, exist_ok=True)
         mark = stack.enter_context(locked_directory(home, _MARK))
         luggage = replace(
-            luggage_of(dataset, checked.data, dataset_root(dataset), mark),
+            luggage_of(dataset, images_of(dataset), dataset_root(dataset), mark),
             shared_cache=options.cache is not None and cache_place(options)[1] is None,
             cache_size=None if options.cache_size is None else int(options.cache_size * 10**9),
         )
         if options.address is not None:
-            files = {source.digest: source.path.absolute() for source in checked.weights.values()}
+            files = {source.digest: source.path.absolute() for source in found.weights.values()}
             luggage = with_supply(luggage, files)
         device = options.device or ("cuda" if demand.gpus else "cpu")
         made = RayExecutor(Trainer(luggage), demand, threads, device, options.hang_timeout)
         stack.callback(made.close)
         return made
 
-    return make
+    return partial, make
 
 
 @contextmanager
@@ -192,7 +198,7 @@ class _Opening:
         check_runs(name, runs, tracker.store, self.storage, tracker.studies)
         return record if record is not None and record.store is None else None
 
-    def open(self, write: Callable[[str], None]) -> optuna.Study:
+    def open(self, write: Write) -> optuna.Study:
         """Open the study, which no other process can run now, and say when it changes hands."""
         record, name = self.check_owner(), self.definition.name
         if record is not None and self.adopting:
@@ -224,41 +230,44 @@ class _InUse:
     tracking: Store
     storage: Store
     artifacts: Path | None = None
-    save: Callable[[Callable[[str], None]], None] = lambda note: None
+    save: Callable[[Write], None] = lambda note: None
 
 
 @contextmanager
-def _stores_in_use(
-    checked: _Checked, options: RunOptions, study: str, write: Callable[[str], None]
-) -> Iterator[_InUse]:
+def _stores_in_use(tracking: Store, storage: Store, options: RunOptions, study: str, write: Write) -> Iterator[_InUse]:
     if options.local_stores is None:
-        if notice := without_log(checked.tracking, checked.storage):
+        if notice := without_log(tracking, storage):
             write(notice)
-        yield _InUse(checked.tracking, checked.storage)
+        yield _InUse(tracking, storage)
         return
-    local = LocalStores(checked.tracking, checked.storage, options.local_stores)
+    local = LocalStores(tracking, storage, options.local_stores)
     with ExitStack() as stack:
-        if local.storage != checked.storage:
-            checked.storage.check(create=True)
-            stack.enter_context(holding(checked.storage, study))
+        if local.storage != storage:
+            storage.check(create=True)
+            stack.enter_context(holding(storage, study))
         local.restore(write)
         stack.callback(local.save, write)
         yield _InUse(local.tracking, local.storage, local.artifacts, local.save)
 
 
 def run_study(
-    definition: StudyDefinition, options: RunOptions, write: Callable[[str], None], started: Executor | None = None
+    definition: StudyDefinition, options: RunOptions, write: Write, started: LocalExecutor | None = None
 ) -> Summary:
     """Check a study, then run it to its total; ``write`` prints a line. An executor that is ``started`` is used."""
-    stores = check_options(definition, options)
+    tracking, storage = check_options(definition, options)
     with ExitStack() as stack:
-        make = _executor(stack, options, write, started)  # its workers start while everything else is checked
-        checked = _checked(definition, options, *stores, write)
-        executor = make(definition, checked)
-        identity = identity_of(definition, checked.data, checked.weights)
-        used = stack.enter_context(_stores_in_use(checked, options, definition.name, write))
-        tracker = MlflowTracker(used.tracking, used.artifacts, create=True)
-        opening = _Opening(definition, identity, checked.weights, tracker, used.storage, options.adopt)
+        ask, make = _executor(stack, options, write, started)  # its workers start while everything else is checked
+        for store in (tracking, storage):
+            store.leave_log()
+        surveyed = ask(partial(survey, definition, options.verify, find_weights(definition, tracking)), write)
+        scratch = _scratch(stack)
+        draft = draft_of(tracking, scratch)  # meanwhile, since MLflow's tables take a second
+        found = surveyed()
+        executor = make(definition, found)
+        identity = identity_of(definition, found.images.digest, found.weights, found.networks)
+        used = stack.enter_context(_stores_in_use(tracking, storage, options, definition.name, write))
+        tracker = MlflowTracker(used.tracking, used.artifacts, create=True, draft=draft)
+        opening = _Opening(definition, identity, found.weights, tracker, used.storage, options.adopt)
         opening.check_owner()
         used.storage.check(create=True)
         held = stack.enter_context(holding(used.storage, definition.name))
@@ -267,40 +276,43 @@ def run_study(
         watcher = stack.enter_context(showing(write))
         await_outages(study, watcher.note)
         names = partial(_names, tracker)
-        journal = Journal(own_folder(checked.storage.folder, definition.name, checked.tracking, names))
+        journal = Journal(own_folder(storage.folder, definition.name, tracking, names))
         journaling = JournalingTracker(tracker, journal, watcher.note, held.check)
         stack.callback(journaling.say_what_waits, definition.name, write)
         recorder = Recorder(
             journaling,
             definition,
-            checked.images,
+            found.images,
             watcher.note,
             tags=provenance(),
-            weights=checked.weights,
+            weights=found.weights,
             describe=partial(table_of, definition.name, used.tracking),
         )
-        new_job = partial(job_of, definition, _scratch(stack), checked.weights, cache_options(options))
+        new_job = partial(job_of, definition, scratch, found.weights, cache_options(options))
 
         def make_job(queued: QueuedTrial) -> Job:
-            job = new_job(queued)
-            if options.upload_from_workers:
-                return replace(job, upload=journaling.ask(tracker.destination, recorder.run_of(queued)))
-            return job
+            sends = options.upload_from_workers
+            return new_job(queued, journaling.ask(tracker.destination, recorder.run_of(queued)) if sends else None)
 
         queue = TrialQueue(definition, study, options.rows, options.resume_trials)
         limits = Limits(options.max_failures)
-        kept = kept_epochs(options, checked.data, checked.weights) if definition.budget else (lambda config: 0)
-        ledger, ended = Ledger(definition.budget, kept), partial(used.save, watcher.note)
+        ledger, ended = _ledger(definition, options, found.weights), partial(used.save, watcher.note)
         coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger, ended)
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run(options.confirm)
+
+
+def _ledger(definition: StudyDefinition, options: RunOptions, weights: Weights) -> Ledger:
+    if not definition.budget:
+        return Ledger({})
+    return Ledger(definition.budget, kept_epochs(options, images_of(definition.config({}).dataset), weights))
 
 
 def _names(tracker: MlflowTracker) -> list[str]:
     return [record.name for record in tracker.studies()]
 
 
-def replay(tracking_uri: Address, storage_uri: Address, write: Callable[[str], None]) -> bool:
+def replay(tracking_uri: Address, storage_uri: Address, write: Write) -> bool:
     """Bring to a tracking store what waits for it in journals; return whether all of it is there."""
     tracking, storage = tracking_store(tracking_uri), study_store(storage_uri)
     found = journals(storage.folder, tracking, lambda: _names(MlflowTracker(tracking)))

@@ -74,8 +74,12 @@ def _siblings(definition: StudyDefinition, config: TrialConfig) -> Iterable[Tria
 
 
 def branch_epochs(definition: StudyDefinition, config: TrialConfig) -> frozenset[int]:
-    """Return the epochs after which another trial of the study may part from this one: worth keeping."""
-    epochs = {common_epochs(config, sibling) for sibling in _siblings(definition, config)}
+    """Return the epochs after which another trial of the study may part from this one: worth keeping.
+
+    A trial is no other one than itself: only where two rows have its settings is its end among them for that.
+    """
+    twice = sum(definition.row_config(row) == config for row in definition.rows) > 1
+    epochs = {common_epochs(config, other) for other in _siblings(definition, config) if twice or other != config}
     return frozenset(epoch for epoch in epochs if 0 < epoch <= config.epochs)
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
@@ -44,9 +45,9 @@ from mlflow.utils.validation import (
 from sqlalchemy.dialects.sqlite import insert
 
 from caltech_sweep import paths
-from caltech_sweep.addresses import hide_secrets
+from caltech_sweep.addresses import SQLITE, hide_secrets
 from caltech_sweep.errors import ArtifactError, StoreError
-from caltech_sweep.stores import Store, tune_sqlite
+from caltech_sweep.stores import Store, tracking_store, tune_sqlite
 from caltech_sweep.tracking.answers import Answer, advice, meaning, status_of
 
 # The bare tables: configuring MLflow's hundred mapped classes takes longer than reading a usual store.
@@ -104,6 +105,19 @@ def _make_database(uri: str) -> None:
     engine = sa.create_engine(uri)
     _initialize_tables(engine)
     engine.dispose()
+
+
+def draft_of(store: Store, folder: Path) -> Path | None:
+    """Return an empty database in ``folder`` for a store that is missing, which can be put in its place later.
+
+    None of another store, and where it cannot be made: making the store says why.
+    """
+    draft = folder / "empty.db"
+    with suppress(Exception):  # of SQLAlchemy, Alembic, MLflow or the disk
+        if store.is_missing:
+            tracking_store(f"{SQLITE}{draft}").make_whole(_make_database)
+            return draft
+    return None
 
 
 class LocalClient(MlflowClient):
@@ -177,8 +191,17 @@ class LocalClient(MlflowClient):
             super().set_terminated(run_id, status, end_time)
 
 
-def open_client(store: Store, create: bool) -> MlflowClient:
-    """Return MLflow's client of a store; ``create`` makes a missing local one. Raises StoreError."""
+def open_client(store: Store, create: bool, draft: Path | None = None) -> MlflowClient:
+    """Return MLflow's client of a store; ``create`` makes a missing local one, of a ``draft`` if there is one.
+
+    Raises StoreError.
+    """
+
+    def make(uri: str) -> None:
+        if draft is None:
+            _make_database(uri)
+        else:
+            shutil.copyfile(draft, uri.removeprefix(SQLITE))
 
     def connect() -> MlflowClient:
         client = (LocalClient if store.is_local else MlflowClient)(store.uri, store.uri)
@@ -198,7 +221,7 @@ def open_client(store: Store, create: bool) -> MlflowClient:
         if not (store.is_web or store.is_local):
             store.engine().connect().close()  # MLflow would retry in silence for minutes
         if create:
-            store.make_whole(_make_database)
+            store.make_whole(make)
         client = store.make_tables(connect)
         if store.is_local and create:
             tune_sqlite(client._tracking_client.store.engine, _LOCK_SECONDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +80,17 @@ def missing_artifacts(tags: Mapping[str, str]) -> dict[str, str]:
     except ValueError:
         return {}
     return {str(path): str(why) for path, why in found.items()} if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the runs record about the data set: a digest of the images, how many each split has, their source."""
+
+    digest: str
+    splits: Mapping[str, int]
+    source: str
+    classes: int
+    tags: Mapping[str, str] = field(default_factory=dict)  # of every run, about what the images needed
 
 
 @dataclass(frozen=True)

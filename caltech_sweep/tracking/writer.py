@@ -80,15 +80,24 @@ def provenance() -> dict[str, str]:
 
 
 class MlflowTracker(Tracker):
-    """One tracking store. ``create`` makes a missing local one; raises StoreError when it cannot be used."""
+    """One tracking store; raises StoreError when it cannot be used.
 
-    def __init__(self, tracking: Address = None, artifacts: Path | None = None, create: bool = False) -> None:
+    ``create`` makes a missing local one, of a ``draft`` if there is one (:func:`client.draft_of`).
+    """
+
+    def __init__(
+        self,
+        tracking: Address = None,
+        artifacts: Path | None = None,
+        create: bool = False,
+        draft: Path | None = None,
+    ) -> None:
         self.store = tracking_store(tracking)
         self.uri = self.store.uri
         self._artifacts = artifacts
         if self.store.is_local and artifacts is None:
             self._artifacts = self.store.folder / paths.ARTIFACTS.name
-        self.client = open_client(self.store, create)
+        self.client = open_client(self.store, create, draft)
         self._reader = ClientReader(self.store, client=self.client)
         self.artifacts = self._reader.artifacts
         self._experiment: dict[str, str] = {}

@@ -77,11 +77,11 @@ class Cache:
         self.folder, self.budget = folder, budget
         self._full = self._refused = False
         self._warnings: list[str] = []
-        self._rate: float | None = None  # bytes in a second, the best that this process has seen
+        self._written, self._writing = 0, 0.0  # bytes that this process has written, and the seconds that it took
 
     def seconds_to_write(self, size: int) -> float:
         """Return about how long it takes to write so many bytes, by what this process has written."""
-        return size / (self._rate or _FIRST_RATE)
+        return size * self._writing / self._written if self._written else size / _FIRST_RATE
 
     def take_warnings(self) -> tuple[str, ...]:
         """Return the sentences that have come up since the last call."""
@@ -156,7 +156,8 @@ class Cache:
         except OSError as error:
             return self._stop(error.strerror or str(error))
         if size >= _TELLING:
-            self._rate = max(self._rate or 0.0, size / (time.monotonic() - start))
+            self._written += size
+            self._writing += time.monotonic() - start
         return True
 
     def _stop(self, reason: str) -> bool:

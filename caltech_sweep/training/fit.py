@@ -205,6 +205,8 @@ class Training:
         config, ten = self.config, views == "tencrop"
         network, crop = self.model if ten else self._network, config.dataset.crop
         size = min(_VAL_BATCH, config.batch_size) if part == "val" else config.test_batch_size
+        if self.device.type == "cpu":  # more take no less time, and memory that the training had no need for
+            size = min(_VAL_BATCH, size)
 
         def inputs(index: torch.Tensor) -> torch.Tensor:
             if not ten:

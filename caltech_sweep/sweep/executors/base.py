@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
@@ -95,6 +95,9 @@ class WorkerDied:
     moved: bool = False
 
 
+T = TypeVar("T")
+Write = Callable[[str], None]
+Work = Callable[[Write], T]  # something to do besides jobs; it is given what tells the user a line
 Event = Epoch | Done | Stopped | Failed | WorkerDied
 Epochs = Generator[Epoch, None, Done]
 Runner = Callable[[Job], Epochs]
@@ -117,6 +120,12 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End every job and worker at once."""
+
+
+def ending(exit_code: int | None) -> str:
+    """Return how a process ended, as a part of a sentence."""
+    code = exit_code or 0
+    return f"ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
 
 
 def _storable(text: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-from caltech_sweep.sweep.executors.base import Epoch, Epochs, Event, Job, Runner, Stopped, _advance
+from caltech_sweep.sweep.executors.base import Epoch, Epochs, Event, Job, Runner, Stopped, T, Work, Write, _advance
 
 
 class InProcessExecutor:
@@ -14,6 +16,10 @@ class InProcessExecutor:
         self._runner, self._device = runner, device
         self._running: tuple[int, Epochs] | None = None
         self._stop = False
+
+    def ask(self, work: Work[T], write: Write) -> Callable[[], T]:
+        """Return what does something here, once it is called."""
+        return partial(work, write)
 
     def free(self) -> int:
         """Return 1 while no job runs."""

@@ -8,15 +8,31 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
+from caltech_sweep.errors import CaltechSweepError
 from caltech_sweep.heartbeat import beating
-from caltech_sweep.sweep.executors.base import HANG_SECONDS, Epoch, Event, Job, Runner, Stopped, WorkerDied, _advance
+from caltech_sweep.sweep.executors.base import (
+    HANG_SECONDS,
+    Epoch,
+    Event,
+    Job,
+    Runner,
+    Stopped,
+    T,
+    Work,
+    WorkerDied,
+    Write,
+    _advance,
+    ending,
+)
 
 ROOM = 0.9  # of a GPU's free memory that more workers may take
 
@@ -64,7 +80,11 @@ def _work(connection: Connection, runner: Runner, threads: int | None, prepare: 
         prepare()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            _serve(connection, connection.recv(), runner)
+            asked = connection.recv()
+            if isinstance(asked, Job):
+                _serve(connection, asked, runner)
+            else:
+                _answer(connection, asked)
 
 
 def _serve(connection: Connection, job: Job, runner: Runner) -> None:
@@ -79,6 +99,24 @@ def _serve(connection: Connection, job: Job, runner: Runner) -> None:
             epochs.close()
             connection.send(Stopped(job.number))
             return
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came of something that is no job: what it returned, or the error that it raised and its traceback."""
+
+    value: Any = None
+    error: Exception | None = None
+    trace: str = ""
+
+
+def _answer(connection: Connection, work: Work[Any]) -> None:
+    try:
+        with beating(lambda: connection.send(None)):
+            answer = _Answer(work(connection.send))
+    except Exception as error:
+        answer = _Answer(None, error, traceback.format_exc())
+    connection.send(answer)
 
 
 def _nothing() -> None:
@@ -136,6 +174,35 @@ class ProcessExecutor:
             process.start()
         theirs.close()
         return _Worker(process, ours, device)
+
+    def ask(self, work: Work[T], write: Write) -> Callable[[], T]:
+        """Let the first worker do something before any job; return what waits for it and returns what it returned.
+
+        What it tells the user is written meanwhile. An error that it raises is raised here.
+        """
+        worker = self._workers[0]
+        with suppress(BrokenPipeError):  # it has died: the wait says so
+            worker.connection.send(work)
+
+        def wait_for_it() -> T:
+            said: object = None
+            while not isinstance(said, _Answer):
+                if isinstance(said, str):
+                    write(said)
+                try:
+                    said = worker.connection.recv()
+                except (EOFError, ConnectionResetError) as error:
+                    worker.process.join()
+                    raise CaltechSweepError(
+                        f"the worker process that makes the images ready {ending(worker.process.exitcode)}; run the "
+                        "command again, with fewer workers if memory is short"
+                    ) from error
+            if said.error is not None:
+                raise said.error from RuntimeError(said.trace)
+            value: T = said.value
+            return value
+
+        return wait_for_it
 
     def _idle(self) -> list[int]:
         """Return the workers that may take a job: idle, on a device that no job has or awaits for itself."""

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator
-from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_dataset
-from caltech_sweep.data.images import LoadedData
 from caltech_sweep.machine import keeps_freed_memory
 from caltech_sweep.metrics import objective
 from caltech_sweep.sweep.executors.base import Done, Epoch, Job
 from caltech_sweep.tracking.records import MISSING_TAG, NETWORK_INPUT
 from caltech_sweep.training.stopping import last_epoch
 
+if TYPE_CHECKING:
+    from caltech_sweep.data.cache import Progress
+    from caltech_sweep.data.images import LoadedData
 
-@lru_cache(maxsize=1)
-def _dataset(config: DatasetConfig) -> LoadedData:
-    return load_dataset(config)
+_loaded: list[tuple[DatasetConfig, LoadedData]] = []  # the last data set that this process has loaded
+
+
+def load_images(
+    config: DatasetConfig,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    verify: bool = False,
+) -> LoadedData:
+    """Load a data set for all trials that this process trains from now on."""
+    _loaded[:] = [(config, load_dataset(config, progress, say, verify))]
+    return _loaded[0][1]
+
+
+def images_of(config: DatasetConfig) -> LoadedData:
+    """Return a data set; the last one of this process is loaded already."""
+    return _loaded[0][1] if _loaded and _loaded[0][0] == config else load_images(config)
 
 
 def prepare() -> None:
@@ -26,7 +42,7 @@ def prepare() -> None:
     from caltech_sweep.training import device, networks, results, trial  # noqa: F401
 
 
-def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = _dataset) -> Generator[Epoch, None, Done]:
+def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = images_of) -> Generator[Epoch, None, Done]:
     """Run one job, yielding an event an epoch; ``load`` returns its images."""
     from caltech_sweep.training.device import environment, gpu_memory, pick_device
     from caltech_sweep.training.networks import input_note
