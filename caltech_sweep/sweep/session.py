@@ -261,7 +261,7 @@ def run_study(
             store.leave_log()
         surveyed = ask(partial(survey, definition, options.verify, find_weights(definition, tracking)), write)
         scratch = _scratch(stack)
-        draft = draft_of(tracking, scratch)  # meanwhile, since MLflow's tables take a second
+        draft = _meanwhile(tracking, scratch)
         found = surveyed()
         executor = make(definition, found)
         identity = identity_of(definition, found.images.digest, found.weights, found.networks)
@@ -300,6 +300,15 @@ def run_study(
         coordinator = Coordinator(queue, recorder, executor, watcher, make_job, limits, ledger, ended)
         stack.enter_context(_stoppable(coordinator, watcher))
         return coordinator.run(options.confirm)
+
+
+def _meanwhile(tracking: Store, scratch: Path) -> Path | None:
+    """Do what needs no worker while the first one imports torch and looks at the images: see :func:`draft_of`."""
+    import scipy.stats  # noqa: F401  # for the intervals in the tables
+
+    from caltech_sweep.report import build  # noqa: F401  # which makes them, while trials run and at the end
+
+    return draft_of(tracking, scratch)
 
 
 def _ledger(definition: StudyDefinition, options: RunOptions, weights: Weights) -> Ledger:

@@ -43,6 +43,7 @@ from mlflow.utils.validation import (
     _validate_model_name,
 )
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.orm import configure_mappers
 
 from caltech_sweep import paths
 from caltech_sweep.addresses import SQLITE, hide_secrets
@@ -108,12 +109,14 @@ def _make_database(uri: str) -> None:
 
 
 def draft_of(store: Store, folder: Path) -> Path | None:
-    """Return an empty database in ``folder`` for a store that is missing, which can be put in its place later.
+    """Do what takes long when a local store is opened later; return an empty database in ``folder`` for a missing one.
 
-    None of another store, and where it cannot be made: making the store says why.
+    None of another store, and where it cannot be made: opening the store says why.
     """
     draft = folder / "empty.db"
     with suppress(Exception):  # of SQLAlchemy, Alembic, MLflow or the disk
+        if store.is_local:
+            configure_mappers()  # the first use of the store would
         if store.is_missing:
             tracking_store(f"{SQLITE}{draft}").make_whole(_make_database)
             return draft
