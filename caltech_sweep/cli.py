@@ -404,10 +404,10 @@ def run(study: str, **options: Any) -> None:
         if source(name) is ParameterSource.DEFAULT_MAP:  # the site's are for when its cluster is used
             options[name] = getattr(RunOptions, name)
     chosen = RunOptions(**options)
-    with started(chosen) as executor:  # its workers import what they need while this process does
+    with started(chosen, _say) as begun:  # they import what they need while this process does
         from caltech_sweep.sweep.session import run_study
 
-        summary = run_study(definition, chosen, _say, executor)
+        summary = run_study(definition, chosen, _say, begun)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(summary.outcomes.items())) or "nothing to do"
     _say(f"study {definition.name}: {counts}")
     if summary.stopped:

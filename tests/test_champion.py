@@ -40,7 +40,7 @@ from caltech_sweep.serving.promote import promote
 from caltech_sweep.serving.runs import model_spec
 from caltech_sweep.serving.served_model import Classifier
 from caltech_sweep.study.file import load_study
-from caltech_sweep.sweep.options import RunOptions
+from caltech_sweep.sweep.options import RunOptions, started
 from caltech_sweep.sweep.session import run_study
 from caltech_sweep.tracking.records import TrialRecord
 from caltech_sweep.tracking.writer import MlflowTracker
@@ -112,7 +112,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Store:
     study.write_text(STUDY)
     uri = str(folder / "mlflow.db")
     options = RunOptions(uri, str(folder / "optuna.db"), device="cpu", threads=1, in_process=True)
-    assert run_study(load_study(str(study)), options, lambda line: None).outcomes == {"complete": 2}
+    with started(options, print) as begun:
+        assert run_study(load_study(str(study)), options, print, begun).outcomes == {"complete": 2}
     return Store(folder, uri)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from caltech_sweep import machine
+from caltech_sweep.errors import UsageError
 from caltech_sweep.stores import Address
-from caltech_sweep.sweep.executors.base import HANG_SECONDS, MAX_FAILURES
+from caltech_sweep.sweep.executors.base import HANG_SECONDS, MAX_FAILURES, Write
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.sweep.executors.worker import prepare, train
+
+if TYPE_CHECKING:
+    from caltech_sweep.sweep.executors.ray import RayExecutor
 
 MOST_ON_A_GPU = 4  # workers; how many are worth it was not measured
 OF_RAY = ("address", "cpus_per_trial", "gpus_per_trial", "slots", "upload_from_workers")  # options of that executor
@@ -62,7 +67,9 @@ def _devices() -> list[str]:
 
 
 def make_executor(options: RunOptions) -> LocalExecutor:
-    """Return the executor that the options and the machine ask for."""
+    """Return the executor that the options and the machine ask for; for a cluster, one process that trains nothing."""
+    if options.executor == "ray":
+        return ProcessExecutor(train, 1, ["cpu"], prepare=prepare)
     devices = [options.device] if options.device else _devices()
     if options.in_process:
         import torch
@@ -79,11 +86,50 @@ def make_executor(options: RunOptions) -> LocalExecutor:
     return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare, at_most=at_most)
 
 
+def check_executor(options: RunOptions) -> None:
+    """Raise UsageError for options of one executor that are given to another."""
+    on_ray = options.executor == "ray"
+    if on_ray and options.in_process:
+        raise UsageError("--executor ray: trains in the processes of a cluster; leave --in-process out")
+    if on_ray and (options.workers or options.per_device != RunOptions.per_device):
+        raise UsageError("--executor ray: takes --slots and --gpus-per-trial in place of --workers and --per-device")
+    for name in OF_RAY:
+        if not on_ray and getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')}: is for --executor ray")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What of a run starts first: processes of this machine, one on a cluster, and there what trains in their place."""
+
+    local: LocalExecutor
+    cluster: RayExecutor | None = None
+
+
 @contextmanager
-def started(options: RunOptions) -> Iterator[LocalExecutor | None]:
-    """Start the workers of this machine, which import what they need meanwhile; None for those of a cluster."""
-    if options.executor == "ray":
-        yield None
-        return
-    with closing(make_executor(options)) as executor:
-        yield executor
+def started(options: RunOptions, note: Write) -> Iterator[Begun]:
+    """Start the processes of a run, which import what they need meanwhile; ``note`` is told what a cluster lacks.
+
+    Raises UsageError for options that do not fit, and for a cluster that cannot be used.
+    """
+    check_executor(options)
+    with ExitStack() as stack:
+        local = stack.enter_context(closing(make_executor(options)))
+        yield Begun(local, _on_cluster(stack, options, note) if options.executor == "ray" else None)
+
+
+def _on_cluster(stack: ExitStack, options: RunOptions, note: Write) -> RayExecutor:
+    from caltech_sweep.sweep.executors.cluster import check_packages, connected
+    from caltech_sweep.sweep.executors.ray import RayExecutor
+
+    slots = None if options.slots in (None, "max") else int(options.slots)
+    demand, threads = stack.enter_context(
+        connected(options.address, slots, options.cpus_per_trial, options.gpus_per_trial, options.threads, note)
+    )
+    device = options.device or ("cuda" if demand.gpus else "cpu")
+    executor = RayExecutor(None, demand, threads, device, options.hang_timeout)
+    stack.callback(executor.close)
+    executor.warm()
+    if options.address is not None:
+        check_packages()
+    return executor

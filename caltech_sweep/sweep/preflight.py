@@ -14,7 +14,7 @@ from caltech_sweep.stores import Store, study_store, tracking_store
 from caltech_sweep.study.definition import StudyDefinition, variants
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.study.site import within
-from caltech_sweep.sweep.options import OF_RAY, RunOptions
+from caltech_sweep.sweep.options import RunOptions
 from caltech_sweep.sweep.optuna_store import by_content, check_resumable
 from caltech_sweep.sweep.survey import Weights, digested
 from caltech_sweep.text import suggestion
@@ -60,25 +60,12 @@ def cache_place(options: RunOptions) -> tuple[Path, str | None]:
     return paths.cache_folder().resolve(), given
 
 
-def check_executor(options: RunOptions) -> None:
-    """Raise UsageError for options of one executor that are given to another."""
-    on_ray = options.executor == "ray"
-    if on_ray and options.in_process:
-        raise UsageError("--executor ray: trains in the processes of a cluster; leave --in-process out")
-    if on_ray and (options.workers or options.per_device != RunOptions.per_device):
-        raise UsageError("--executor ray: takes --slots and --gpus-per-trial in place of --workers and --per-device")
-    for name in OF_RAY:
-        if not on_ray and getattr(options, name) not in (None, False):
-            raise UsageError(f"--{name.replace('_', '-')}: is for --executor ray")
-
-
 def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[Store, Store]:
     """Return the tracking and the study store.
 
     Raises UsageError for options that no run takes, StoreError for a store that cannot be written.
     """
     _check_rows(definition, options.rows)
-    check_executor(options)
     if options.executor != "ray" and options.device not in (None, "cpu"):
         from caltech_sweep.training.device import pick_device
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
 from caltech_sweep import paths
-from caltech_sweep.config import PLACE_FIELDS
+from caltech_sweep.config import PLACE_FIELDS, DatasetConfig
 from caltech_sweep.data import dataset_root
 from caltech_sweep.errors import ForeignStudyError, LostStudyError, StoreError
 from caltech_sweep.files import locked_directory, remove_abandoned
@@ -24,12 +24,12 @@ from caltech_sweep.study.definition import StudyDefinition
 from caltech_sweep.study.file import weights_key
 from caltech_sweep.sweep.budget import Ledger
 from caltech_sweep.sweep.coordinator import Coordinator, Limits, Summary
-from caltech_sweep.sweep.executors.base import Executor, Job, Work, Write
+from caltech_sweep.sweep.executors.base import Job, Write
 from caltech_sweep.sweep.executors.processes import STOPPING
 from caltech_sweep.sweep.executors.worker import images_of
 from caltech_sweep.sweep.lease import Held, fencing, holding
 from caltech_sweep.sweep.local_stores import LocalStores
-from caltech_sweep.sweep.options import LocalExecutor, RunOptions, make_executor
+from caltech_sweep.sweep.options import Begun, LocalExecutor, RunOptions
 from caltech_sweep.sweep.optuna_store import await_outages, engine_of, open_study
 from caltech_sweep.sweep.ownership import adopt, check_adoptable, check_own, check_runs
 from caltech_sweep.sweep.preflight import cache_place, check_options, find_weights, identity_of, kept_epochs
@@ -44,6 +44,9 @@ from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals,
 from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
 from caltech_sweep.tracking.writer import MlflowTracker, Owner, provenance
 from caltech_sweep.training.keys import CacheOptions
+
+if TYPE_CHECKING:
+    from caltech_sweep.sweep.executors.ray import RayExecutor
 
 _MARK = ".run-"  # a folder in the data folder, by which the nodes of a cluster see that they share it
 _SCRATCH = "caltech-sweep-run-"  # the folder of what trials leave, until the tracking store has it
@@ -94,47 +97,29 @@ def table_of(study: str, tracking: Store) -> str:
     return build_report([study], "markdown", 3, tracking)
 
 
-Ask = Callable[[Work[Survey], Write], Callable[[], Survey]]  # begins something; what it returns waits for the end
-
-
 def _executor(
-    stack: ExitStack, options: RunOptions, note: Write, started: LocalExecutor | None
-) -> tuple[Ask, Callable[[StudyDefinition, Survey], Executor]]:
-    """Start the workers unless they are ``started``, or connect to the cluster.
-
-    Returns what lets a process that can train do something, and what makes the executor once that is done. The stack
-    ends the workers. Raises UsageError for a cluster that cannot be used.
-    """
-    if options.executor != "ray":
-        executor = started or stack.enter_context(closing(make_executor(options)))
-        return executor.ask, lambda definition, found: executor
-    from caltech_sweep.sweep.executors.cluster import connected
+    stack: ExitStack, begun: Begun, options: RunOptions, dataset: DatasetConfig, found: Survey
+) -> LocalExecutor | RayExecutor:
+    """Return what runs trials, once their images and networks were looked at; the stack ends what it needs."""
+    if begun.cluster is None:
+        return begun.local
     from caltech_sweep.sweep.executors.luggage import Trainer, luggage_of
-    from caltech_sweep.sweep.executors.ray import RayExecutor, with_supply
+    from caltech_sweep.sweep.executors.ray import with_supply
 
-    slots = None if options.slots in (None, "max") else int(options.slots)
-    demand, threads = stack.enter_context(
-        connected(options.address, slots, options.cpus_per_trial, options.gpus_per_trial, options.threads, note)
+    begun.local.close()  # what it had in memory is for others
+    home = paths.data_home().absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    mark = stack.enter_context(locked_directory(home, _MARK))
+    luggage = replace(
+        luggage_of(dataset, found, dataset_root(dataset), mark),
+        shared_cache=options.cache is not None and cache_place(options)[1] is None,
+        cache_size=None if options.cache_size is None else int(options.cache_size * 10**9),
     )
-
-    def make(definition: StudyDefinition, found: Survey) -> Executor:
-        dataset, home = definition.config({}).dataset, paths.data_home().absolute()
-        home.mkdir(parents=True, exist_ok=True)
-        mark = stack.enter_context(locked_directory(home, _MARK))
-        luggage = replace(
-            luggage_of(dataset, images_of(dataset), dataset_root(dataset), mark),
-            shared_cache=options.cache is not None and cache_place(options)[1] is None,
-            cache_size=None if options.cache_size is None else int(options.cache_size * 10**9),
-        )
-        if options.address is not None:
-            files = {source.digest: source.path.absolute() for source in found.weights.values()}
-            luggage = with_supply(luggage, files)
-        device = options.device or ("cuda" if demand.gpus else "cpu")
-        made = RayExecutor(Trainer(luggage), demand, threads, device, options.hang_timeout)
-        stack.callback(made.close)
-        return made
-
-    return partial, make
+    if options.address is not None:
+        files = {source.digest: source.path.absolute() for source in found.weights.values()}
+        luggage = with_supply(luggage, files)
+    begun.cluster.name_runner(Trainer(luggage))
+    return begun.cluster
 
 
 @contextmanager
@@ -250,20 +235,18 @@ def _stores_in_use(tracking: Store, storage: Store, options: RunOptions, study: 
         yield _InUse(local.tracking, local.storage, local.artifacts, local.save)
 
 
-def run_study(
-    definition: StudyDefinition, options: RunOptions, write: Write, started: LocalExecutor | None = None
-) -> Summary:
-    """Check a study, then run it to its total; ``write`` prints a line. An executor that is ``started`` is used."""
+def run_study(definition: StudyDefinition, options: RunOptions, write: Write, begun: Begun) -> Summary:
+    """Check a study, then run it to its total; ``write`` prints a line, ``begun`` are its processes."""
     tracking, storage = check_options(definition, options)
     with ExitStack() as stack:
-        ask, make = _executor(stack, options, write, started)  # its workers start while everything else is checked
         for store in (tracking, storage):
             store.leave_log()
-        surveyed = ask(partial(survey, definition, options.verify, find_weights(definition, tracking)), write)
+        weights, on_ray = find_weights(definition, tracking), begun.cluster is not None
+        surveyed = begun.local.ask(partial(survey, definition, options.verify, weights, on_ray), write)
         scratch = _scratch(stack)
         draft = _meanwhile(tracking, scratch)
         found = surveyed()
-        executor = make(definition, found)
+        executor = _executor(stack, begun, options, definition.config({}).dataset, found)
         identity = identity_of(definition, found.images.digest, found.weights, found.networks)
         used = stack.enter_context(_stores_in_use(tracking, storage, options, definition.name, write))
         tracker = MlflowTracker(used.tracking, used.artifacts, create=True, draft=draft)

@@ -164,9 +164,17 @@ class Survey:
     images: DatasetInfo
     weights: Weights
     networks: Mapping[str, str]
+    split: Split | None = None  # where it is asked for: that of a large data set takes long to send
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the images."""
+        return self.images.digest
 
 
-def survey(definition: StudyDefinition, verify: bool, found: Weights, write: Callable[[str], None]) -> Survey:
+def survey(
+    definition: StudyDefinition, verify: bool, found: Weights, with_split: bool, write: Callable[[str], None]
+) -> Survey:
     """Make a study's images and published weights ready, and try its networks; ``found`` are its other weights.
 
     ``write`` is told what the user should know. Raises the error of whatever is wrong with them; nothing is written but
@@ -187,4 +195,4 @@ def survey(definition: StudyDefinition, verify: bool, found: Weights, write: Cal
     if data.grey_bits < 16:
         tags[GREY_BITS] = str(data.grey_bits)
     images = DatasetInfo(data.fingerprint, parts, dataset.root or dataset.name, len(data.split.classes), tags)
-    return Survey(images, weights, own_networks(definition))
+    return Survey(images, weights, own_networks(definition), data.split if with_split else None)

@@ -93,7 +93,7 @@ def connected(
 
     Yields what each trial asks of it, and torch's thread count there. A trial has a GPU where the cluster has any, and
     otherwise as many CPUs as threads, or a whole node. Raises UsageError where no cluster answers, where it is one of
-    another version, where a node has other packages, or none with room for a trial.
+    another version, or where no node has room for a trial.
     """
     with ExitStack() as stack:
         options: dict[str, Any] = {"address": address}
@@ -123,8 +123,6 @@ def connected(
         if lack and (address is None or slots is None):
             hint = "" if address is None else "; if it grows on demand, name --slots, and trials wait for it"
             raise UsageError(f"--cpus-per-trial, --gpus-per-trial: {lack}{hint}")
-        if address is not None:
-            _check_packages()
         if lack:
             note(f"{lack}; trials wait until it has grown")
         elif slots is not None and room < slots:
@@ -191,7 +189,7 @@ def other_packages(wanted: Mapping[str, str]) -> str:
     return ""
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
     """Raise UsageError for a node with other packages than this machine: its results might be others."""
     hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     asked, ours = {}, packages()

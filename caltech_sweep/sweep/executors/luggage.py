@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from caltech_sweep import paths
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import image_files, load_dataset, load_files, open_dataset
 from caltech_sweep.data.fetch.remote import is_remote
-from caltech_sweep.data.images import LoadedData
 from caltech_sweep.data.registry import dataset_of, fetch_root
 from caltech_sweep.data.splits import Split, moved
 from caltech_sweep.errors import CaltechSweepError, DatasetError, ModelError
@@ -31,6 +30,9 @@ from caltech_sweep.sweep.executors.base import Epochs, Job
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.training.cache import default_budget
 from caltech_sweep.training.mirror import wait_until_sent
+
+if TYPE_CHECKING:
+    from caltech_sweep.data.images import LoadedData
 
 BLOCK = 16 << 20  # bytes that travel at once, or the first image that is larger
 _OWN = "~/.cache/caltech-sweep"  # where a node keeps things that names no other place
@@ -88,9 +90,22 @@ class Luggage:
     cache_size: int | None = None  # bytes of a node's own; None: its default
 
 
-def luggage_of(dataset: DatasetConfig, data: LoadedData, root: Path | None, mark: Path) -> Luggage:
+class Listed(Protocol):
+    """A data set, with its pixels or without them."""
+
+    @property
+    def split(self) -> Split | None:
+        """Which images are in which part; None where nobody needed it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the images."""
+
+
+def luggage_of(dataset: DatasetConfig, data: Listed, root: Path | None, mark: Path) -> Luggage:
     """Return what the slots of a study need to know, for processes that work in other folders."""
     split = data.split
+    assert split is not None
     if root is not None:
         split, root = moved(split, root, root.absolute()), root.absolute()
     if dataset.root and not is_remote(dataset.root):

@@ -117,7 +117,7 @@ class Slot:
     it; meanwhile ``listen`` returns what has happened.
     """
 
-    def __init__(self, runner: Runner, threads: int | None) -> None:
+    def __init__(self, runner: Runner | None, threads: int | None) -> None:
         self._runner, self._threads = runner, threads
         self._happened: queue.SimpleQueue[Event | Left | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -148,6 +148,7 @@ class Slot:
             shutil.rmtree(place)
         folder = self._folder / str(job.number)
         folder.mkdir()
+        assert self._runner is not None
         epochs = self._runner(replace(job, folder=folder))
         going_on, wanted = True, True
         while going_on:

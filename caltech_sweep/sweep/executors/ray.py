@@ -8,6 +8,7 @@ in chunks, the next one asked for when the last one is written, and is checked b
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -56,13 +57,30 @@ class _Started:
 
 
 class _Actor(Slot):
-    """A slot that knows its node."""
+    """A slot that knows its node, and is told what trains its jobs with the first one."""
+
+    def __init__(self, threads: int | None) -> None:
+        super().__init__(None, threads)
 
     def arrive(self, wanted: Mapping[str, str]) -> _Started:
         """Start; raise UsageError where the packages are not those that are wanted: the node may have come later."""
         if problem := other_packages(wanted):
             raise UsageError(problem)
         return _Started(self.start(), ray.get_runtime_context().get_node_id())
+
+    def train(self, job: Job, runner: list[Any]) -> None:
+        """Train a job with what Ray keeps for all slots, which is fetched once."""
+        try:
+            self._runner = self._runner or ray.get(runner[0])
+        except Exception as error:  # of the runner itself, such as a module that this node lacks
+            why = f"its worker on {socket.gethostname()} could not start ({one_line(_last_line(error), 200)})"
+            self._happened.put(WorkerDied(job.number, None, why=why))
+            return
+        self.run(job)
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ class _Slot:
 
 
 class RayExecutor:
-    """Slots on the nodes of the Ray cluster that this process is connected to.
+    """Slots on the nodes of the Ray cluster that this process is connected to; ``runner`` may be named later.
 
     A slot is made when a job needs it, and given back when it was idle for ``IDLE_SECONDS``. Jobs wait here until a
     slot has started: the first one that is ready takes the first job. A slot whose node or process dies is dropped. One
@@ -114,14 +132,15 @@ class RayExecutor:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | None,
         demand: Demand,
         threads: int | None = None,
         device: str | None = None,
         hang_seconds: float = HANG_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._runner, self._demand, self._threads, self._device = ray.put(runner), demand, threads, device
+        self._demand, self._threads, self._device = demand, threads, device
+        self._runner: list[Any] = []  # where Ray keeps it
         self._hang_seconds, self._clock = hang_seconds, clock
         self._polled, self._packages = clock(), packages()
         self._slots: list[_Slot] = []
@@ -130,6 +149,16 @@ class RayExecutor:
         self._checks = Background("artifacts")
         self._nodes: tuple[float, dict[str, dict[str, float]]] = (-math.inf, {})
         self._headless_from: float | None = None  # when the head of the cluster did not answer any more
+        if runner is not None:
+            self.name_runner(runner)
+
+    def name_runner(self, runner: Runner) -> None:
+        """Say what trains jobs, before the first one is submitted."""
+        self._runner = [ray.put(runner)]
+
+    def warm(self) -> None:
+        """Start the first slot, which imports what a training needs, before there is a job for it."""
+        self._slots.append(self._start())
 
     # -- how many, and where -----------------------------------------------------------------------------------------
 
@@ -233,14 +262,14 @@ class RayExecutor:
                 max_concurrency=_THREADS,
                 scheduling_strategy=there,
             )
-            .remote(self._runner, self._threads)
+            .remote(self._threads)
         )
         return _Slot(actor, actor.arrive.remote(self._packages), alone=alone)
 
     def _run(self, slot: _Slot, job: Job) -> None:
         slot.job, slot.last_seen = job, self._clock()
         self._node_of[job.number] = slot.node
-        slot.actor.run.remote(job)
+        slot.actor.train.remote(job, self._runner)
 
     def _drop(self, slot: _Slot) -> None:
         """Give a slot up: nothing that it sends is heard any more."""
@@ -417,7 +446,7 @@ class RayExecutor:
     def _cause(self, slot: _Slot, host: str, error: RayError) -> str:
         node, on = f"its node {host}".strip(), f" on {host}" if host else ""
         if isinstance(error, RayTaskError) or slot.place is None and "creation task" in str(error):
-            return f"its worker{on} could not start ({one_line(str(error).strip().splitlines()[-1], 200)})"
+            return f"its worker{on} could not start ({one_line(_last_line(error), 200)})"
         if isinstance(error, RayActorError) and error.preempted:
             return f"{node} was taken back"
         if isinstance(error, ActorUnavailableError):
