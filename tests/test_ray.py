@@ -516,8 +516,8 @@ def test_no_cluster_is_joined_that_was_not_named_and_the_private_one_ends(
     assert process.returncode == 130 and "interrupted, waits for the next run" in rest, rest
     assert "tried again" not in rest and "Traceback" not in rest
     end = time.monotonic() + 30
-    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
-        assert time.monotonic() < end, "processes of Ray are left"
+    while left := subprocess.run(["pgrep", "-a", "-s", str(process.pid)], capture_output=True, text=True).stdout:
+        assert time.monotonic() < end, f"processes of Ray are left:\n{left}"
         time.sleep(0.2)
     before = raylets()
     result = cli(*run)

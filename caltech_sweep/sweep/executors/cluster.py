@@ -11,7 +11,7 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,7 @@ def connected(
         finally:
             signal.signal(signal.SIGTERM, before)  # Ray has one of its own
         if address is None:
-            node: Any = ray._private.worker._global_node
-            kill = node.kill_all_processes
-            node.kill_all_processes = lambda **_: kill(check_alive=False)  # they wait for no SIGTERM
+            _end_whole(ray._private.worker._global_node)
         demand = _demand(slots, cpus, gpus, threads)
         room, lack = demand.room()
         if lack and (address is None or slots is None):
@@ -128,6 +126,26 @@ def connected(
         elif slots is not None and room < slots:
             note(f"the Ray cluster has room for {room} of {slots} slots now; the others start when it grows")
         yield demand, threads or max(1, int(demand.cpus))
+
+
+def _end_whole(node: Any) -> None:
+    """Let a private node end with all its processes: they wait for no SIGTERM, and two outlive its raylet for minutes.
+
+    These are agents that tell a head which is gone that their raylet is.
+    """
+    import psutil  # Ray's own, which can be imported once Ray is
+
+    kill = node.kill_all_processes
+
+    def end(**_: Any) -> None:
+        own = [started.process.pid for kind in node.all_processes.values() for started in kind]
+        below = [child for pid in own if psutil.pid_exists(pid) for child in psutil.Process(pid).children(True)]
+        kill(check_alive=False)
+        for child in below:
+            with suppress(psutil.Error):
+                child.kill()
+
+    node.kill_all_processes = end
 
 
 def head_answers() -> bool:
