@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import UsageError
 from caltech_sweep.study.definition import Component, Row
-from caltech_sweep.sweep.executors.base import Event, Failed, WorkerDied, failure_of
+from caltech_sweep.sweep.executors.base import Done, Event, Failed, Job, Trained, WorkerDied, failure_of
 from caltech_sweep.sweep.optuna_store import check_identity
 from caltech_sweep.sweep.optuna_trials import start_sampled
 from caltech_sweep.sweep.queue import enqueue_missing_rows, sampler_for
@@ -30,6 +30,46 @@ def test_rows_run_first_then_sampled_trials_up_to_the_total() -> None:
     assert [job.config.lr for job in executor.jobs[:2]] == [0.1, 9.0]  # 9.0 lies outside the space, and is trained
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
     assert all(r.status == "FINISHED" and r.tags["outcome"] == "complete" for r in records(tracker))
+
+
+class Writing(ScriptedExecutor):
+    """A slot that writes what a trial left while some polls go by, and may train the next one meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[Done] = []
+        self.ahead: list[int] = []  # jobs that were handed out meanwhile
+        self._polls = 0
+
+    def free(self) -> int:
+        return int(not self._events and not self.late)
+
+    def free_soon(self) -> int:
+        return int(not self._events and bool(self.late))
+
+    def submit(self, job: Job) -> None:
+        if self.late:
+            self.ahead.append(job.number)
+        super().submit(job)
+
+    def poll(self, timeout: float) -> list[Event]:
+        self._polls += 1
+        written = [self.late.pop()] if self.late and self._polls > 2 else []
+        events = super().poll(timeout)
+        self.late += [event for event in events if isinstance(event, Done)]
+        self._polls = self._polls if self.late and not written else 0
+        return [*written, *(Trained(event.job) if isinstance(event, Done) else event for event in events)]
+
+
+def test_rows_are_trained_while_the_artifacts_of_others_are_written_and_sampled_trials_wait_for_these() -> None:
+    writing, at_once = Writing(), ScriptedExecutor()
+    trackers, studies = (MemoryTracker(), MemoryTracker()), (new_study(), new_study())
+    definition = replace(DEFINITION, rows=(*ROWS, Row("Three", {"lr": 0.2})), trials=7)
+    for executor, tracker, study in zip((writing, at_once), trackers, studies, strict=True):
+        assert run_scripted(definition, executor, tracker, study).outcomes == {"complete": 7}
+    assert writing.ahead == [1, 2] and not writing.late
+    assert [trial.params for trial in studies[0].trials] == [trial.params for trial in studies[1].trials]
+    assert all(r.status == "FINISHED" and r.tags["outcome"] == "complete" for r in records(trackers[0]))
 
 
 def test_a_row_inside_the_space_teaches_the_sampler() -> None:

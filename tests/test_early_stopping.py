@@ -19,7 +19,7 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import StudyFileError, UsageError
 from caltech_sweep.study.definition import Component, Range, Row, StudyDefinition
 from caltech_sweep.study.file import load_study
-from caltech_sweep.sweep.executors.base import Job
+from caltech_sweep.sweep.executors.base import Job, Trained
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.sweep.optuna_store import MEMORY, open_study
 from caltech_sweep.testing import MemoryTracker, Script, ScriptedExecutor, run_scripted
@@ -147,6 +147,7 @@ def test_the_runner_says_that_a_trial_stopped_early(data: LoadedData, whole: Res
     patience, end = stopping(whole)
     epochs = train(Job(7, replace(CONFIG, patience=patience), tmp_path, device="cpu"))
     assert [next(epochs).last for _ in range(end)] == [False] * (end - 1) + [True]
+    assert next(epochs) == Trained(7)
     with pytest.raises(StopIteration) as stop:
         next(epochs)
     assert stop.value.value.tags["stopped_early"] == f"epoch {end} of {EPOCHS}"

@@ -27,6 +27,7 @@ from caltech_sweep.sweep.executors.base import (
     Failed,
     Job,
     Stopped,
+    Trained,
     WorkerDied,
     Write,
 )
@@ -226,6 +227,81 @@ def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:
         time.sleep(0.3)
         executor.submit(job(tmp_path, 2))
         assert isinstance(drain(executor)[-1], Done)
+    finally:
+        executor.close()
+
+
+def writing(job: Job) -> Epochs:
+    """Train an epoch, then write until a file says so; the first job's process dies with seed 1 of the second."""
+    yield Epoch(job.number, 1, {"val/accuracy": 0.5})
+    if job.config.seed == 1 and not (job.folder / "died").exists():
+        (job.folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield Trained(job.number)
+    while not (job.folder / f"written {job.number}").exists():
+        heartbeat.EVERY = 0.0
+        heartbeat.beat()
+        time.sleep(0.01)
+    return Done(job.number, {"best/val_accuracy": 0.5}, {"pid": str(os.getpid())})
+
+
+def seen(executor: Executor, wanted: list[tuple[str, int]]) -> None:
+    """Poll until these events have come, in whatever order."""
+    found: list[tuple[str, int]] = []
+    end = time.monotonic() + 60
+    while len(found) < len(wanted):
+        assert time.monotonic() < end, found
+        found += [(type(event).__name__, event.job) for event in executor.poll(0.2)]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_a_worker_trains_the_next_job_while_it_writes_what_the_last_one_left(tmp_path: Path) -> None:
+    executor = ProcessExecutor(writing, 1, ["cpu"], hang_seconds=60)
+    try:
+        executor.submit(job(tmp_path))
+        assert (executor.free(), executor.free_soon()) == (0, 0)
+        seen(executor, [("Epoch", 0), ("Trained", 0)])
+        assert (executor.free(), executor.free_soon()) == (0, 1)
+        executor.submit(job(tmp_path, 1))
+        assert (executor.free(), executor.free_soon()) == (0, 0)
+        seen(executor, [("Epoch", 1)])
+        time.sleep(0.3)
+        assert executor.poll(0.2) == []  # it waits, since the artifacts of one job are written at a time
+        (tmp_path / "written 0").touch()
+        seen(executor, [("Done", 0), ("Trained", 1)])
+        (tmp_path / "written 1").touch()
+        seen(executor, [("Done", 1)])
+        assert (executor.free(), executor.free_soon()) == (1, 0)
+    finally:
+        executor.close()
+
+
+def test_both_jobs_of_a_worker_that_dies_are_told_and_tried_again_one_after_the_other(tmp_path: Path) -> None:
+    executor = ProcessExecutor(writing, 1, ["cpu"])
+    try:
+        executor.submit(job(tmp_path))
+        seen(executor, [("Epoch", 0), ("Trained", 0)])
+        executor.submit(job(tmp_path, 1, seed=1))
+        seen(executor, [("Epoch", 1), ("WorkerDied", 0), ("WorkerDied", 1)])
+        (tmp_path / "written 0").touch()
+        (tmp_path / "written 1").touch()
+        for number in (0, 1):
+            executor.submit(job(tmp_path, number, seed=number))
+        assert (executor.free(), executor.free_soon()) == (0, 0)
+        seen(executor, [(kind, number) for kind in ("Epoch", "Trained", "Done") for number in (0, 1)])
+    finally:
+        executor.close()
+
+
+def test_a_job_to_run_alone_waits_until_all_is_written(tmp_path: Path) -> None:
+    executor = ProcessExecutor(writing, 1, ["cpu"])
+    try:
+        executor.submit(job(tmp_path))
+        seen(executor, [("Epoch", 0), ("Trained", 0)])
+        executor.submit(replace(job(tmp_path), alone=True))
+        assert executor.poll(0.3) == [] and executor.free_soon() == 0
+        (tmp_path / "written 0").touch()
+        seen(executor, [("Done", 0), ("Epoch", 0), ("Trained", 0), ("Done", 0)])
     finally:
         executor.close()
 

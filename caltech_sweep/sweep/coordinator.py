@@ -25,6 +25,7 @@ from caltech_sweep.sweep.executors.base import (
     Failed,
     Job,
     Stopped,
+    Trained,
     WorkerDied,
     ending,
 )
@@ -53,6 +54,7 @@ class _Running:
     deaths: int = 0  # of its workers
     stops: str | None = None  # "pruned" or "paused": it was told to stop
     retrains: bool = False  # it was paused, and its state is no longer kept
+    writes: bool = False  # it is trained, and its artifacts are being written
     broken: str = ""  # which of its numbers is none; nothing after it is recorded
 
 
@@ -163,7 +165,7 @@ class Coordinator:
     def _run_all(self) -> None:
         while not self._stop and not self.ledger.over and (self._fill() or self._running):
             events = self.executor.poll(0.5)
-            self.ledger.pass_time(self._running.keys())
+            self.ledger.pass_time([number for number, each in self._running.items() if not each.writes])
             for event in events:
                 self._handle(event)
             self.recorder.keep_up()
@@ -183,11 +185,15 @@ class Coordinator:
             self.progress.note(self.ledger.sentence(waiting, sampled, max(self.queue.definition.sampled_epochs)))
 
     def _fill(self) -> bool:
-        """Hand a trial to every free slot; return whether any was handed out."""
+        """Hand a trial to every free slot; return whether any was handed out.
+
+        A slot that still writes the artifacts of a trial is given rows only: what a sampler or a pruner decides about
+        others may hang on that one.
+        """
         before = len(self._running)
-        while self.executor.free() > 0:
+        while (free := self.executor.free()) > 0 or self.executor.free_soon() > 0:
             running = {other.queued.config: other.kept for other in self._running.values()}
-            queued, self._held = self._held or self.queue.next(running), None
+            queued, self._held = self._held or self.queue.next(running, rows_only=not free), None
             if queued is None:
                 break
             if not self.ledger.admit(queued.number, queued.config, queued.until):
@@ -203,7 +209,7 @@ class Coordinator:
     def _submit(self, running: _Running) -> None:
         queued, folder = running.queued, running.job.folder
         self._running[queued.number] = running
-        running.epoch, running.kept, running.broken, running.stops = 0, 0, "", None
+        running.epoch, running.kept, running.broken, running.stops, running.writes = 0, 0, "", None, False
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.executor.submit(running.job)
@@ -215,6 +221,8 @@ class Coordinator:
         running = self._running[event.job]
         if isinstance(event, Epoch):
             self._epoch(running, event)
+        elif isinstance(event, Trained):
+            running.writes, running.kept = True, running.epoch
         elif isinstance(event, Done):
             self._done(running, event)
         elif isinstance(event, Stopped):

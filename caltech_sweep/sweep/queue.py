@@ -164,29 +164,33 @@ class TrialQueue:
             return [trial for trial in waiting if trial.number in self.resumed]
         return [trial for trial in waiting if not self.only or trial.user_attrs.get("row") in self.only]
 
-    def next(self, running: Mapping[TrialConfig, int]) -> QueuedTrial | None:
+    def next(self, running: Mapping[TrialConfig, int], rows_only: bool = False) -> QueuedTrial | None:
         """Start the next trial: one that waits (an interrupted one, a row), a promoted one, a variant, a sampled one.
 
         ``running`` holds the epochs that running trials have finished: a trial that shares epochs with one of them
-        waits for these, as long as there is something else to do. None: there is nothing to start now.
+        waits for these, as long as there is something else to do. ``rows_only`` asks for a row, on which no trial
+        that still runs has an influence. None: there is nothing to start now.
         """
         self._report()
         trials = self.study.get_trials(deepcopy=False)
         waiting = self._waiting(trials)
         unsampled = next((trial for trial in waiting if is_unsampled(trial)), None)
+        if rows_only:
+            waiting, unsampled = [trial for trial in waiting if "row" in trial.user_attrs], None
         if unsampled is not None:  # its coordinator died while it was sampled: it gets what it would have got
             sampler = self._sampler(unsampled.number)
             return self._suggest(lambda: optuna_trials.start_unsampled(self.study, unsampled, sampler))
-        promoted = self._promoted(trials)
+        promoted = None if rows_only else self._promoted(trials)
         if promoted is not None:
             waiting = [trial for trial in waiting if not is_new_variant(trial)]
         configs = [TrialConfig.from_dict(trial.user_attrs["config"]) for trial in waiting]
-        chosen = next_index(configs, running, other_work=promoted is not None or self._sampled_left > 0)
+        other_work = rows_only or promoted is not None or self._sampled_left > 0
+        chosen = next_index(configs, running, other_work)
         if chosen is not None:
             return self._start(waiting[chosen])
         if promoted is not None:
             return self._promote(trials[promoted])
-        if self._sampled_left <= 0:
+        if rows_only or self._sampled_left <= 0:
             return None
         self._sampled_left -= self.definition.family_size
         others = any(trial.state == TrialState.WAITING for trial in trials)

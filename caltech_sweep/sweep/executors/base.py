@@ -63,6 +63,13 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A job whose training and test are done; its artifacts are yet to be written, which the next need not wait for."""
+
+    job: int
+
+
+@dataclass(frozen=True)
 class Stopped:
     """A job that stopped because it was asked to."""
 
@@ -98,8 +105,8 @@ class WorkerDied:
 T = TypeVar("T")
 Write = Callable[[str], None]
 Work = Callable[[Write], T]  # something to do besides jobs; it is given what tells the user a line
-Event = Epoch | Done | Stopped | Failed | WorkerDied
-Epochs = Generator[Epoch, None, Done]
+Event = Epoch | Trained | Done | Stopped | Failed | WorkerDied
+Epochs = Generator[Epoch | Trained, None, Done]
 Runner = Callable[[Job], Epochs]
 
 
@@ -108,6 +115,9 @@ class Executor(Protocol):
 
     def free(self) -> int:
         """Return how many jobs may be submitted now."""
+
+    def free_soon(self) -> int:
+        """Return how many more may be, to train while the artifacts of others are written."""
 
     def submit(self, job: Job) -> None:
         """Start a job in a free slot."""

@@ -6,7 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from caltech_sweep.sweep.executors.base import Epoch, Epochs, Event, Job, Runner, Stopped, T, Work, Write, _advance
+from caltech_sweep.sweep.executors.base import (
+    Epoch,
+    Epochs,
+    Event,
+    Job,
+    Runner,
+    Stopped,
+    T,
+    Trained,
+    Work,
+    Write,
+    _advance,
+)
 
 
 class InProcessExecutor:
@@ -25,6 +37,10 @@ class InProcessExecutor:
         """Return 1 while no job runs."""
         return int(self._running is None)
 
+    def free_soon(self) -> int:
+        """Return 0: a job is done before the next one begins."""
+        return 0
+
     def submit(self, job: Job) -> None:
         """Start a job; it advances at each poll."""
         self._running = (job.number, self._runner(replace(job, device=job.device or self._device)))
@@ -40,7 +56,7 @@ class InProcessExecutor:
             event: Event = Stopped(number)
         else:
             event = _advance(number, epochs)
-        if not isinstance(event, Epoch):
+        if not isinstance(event, (Epoch, Trained)):
             self._running = None
         return [event]
 

@@ -28,6 +28,7 @@ from caltech_sweep.sweep.executors.base import (
     Job,
     Runner,
     Stopped,
+    Trained,
     WorkerDied,
     _advance,
     failure_of,
@@ -155,6 +156,8 @@ class Slot:
             moving = leaving.is_set()  # before the epoch whose state is then saved
             with beating(lambda: self._happened.put(None)):
                 event = _advance(job.number, epochs)
+                if isinstance(event, Trained):
+                    event = _advance(job.number, epochs)
                 told = Left(event, tuple(_files(folder))) if isinstance(event, Done) else event
             self._happened.put(told)
             if going_on := isinstance(event, Epoch):

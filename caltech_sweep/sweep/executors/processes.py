@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
@@ -22,11 +23,13 @@ from caltech_sweep.heartbeat import beating
 from caltech_sweep.sweep.executors.base import (
     HANG_SECONDS,
     Epoch,
+    Epochs,
     Event,
     Job,
     Runner,
     Stopped,
     T,
+    Trained,
     Work,
     WorkerDied,
     Write,
@@ -66,6 +69,19 @@ def unstopped() -> Iterator[None]:
         change_mask("SIG_SETMASK", before)
 
 
+class _Line:
+    """The connection to the coordinator, on which two threads may speak."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+        self.hear = connection.recv
+
+    def say(self, what: object) -> None:
+        """Send an event, or None as a sign of life."""
+        with self._lock:
+            self._connection.send(what)
+
+
 def _work(connection: Connection, runner: Runner, threads: int | None, prepare: Callable[[], None]) -> None:
     """Serve jobs until the coordinator closes the connection or dies."""
     for number in STOPPING:
@@ -78,27 +94,39 @@ def _work(connection: Connection, runner: Runner, threads: int | None, prepare: 
         torch.set_num_threads(threads)
     with suppress(Exception):  # the first job says so again
         prepare()
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    line, writer = _Line(connection), ThreadPoolExecutor(1, "artifacts")
+    written: Future[None] | None = None
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError), beating(lambda: line.say(None)):
         while True:
-            asked = connection.recv()
-            if isinstance(asked, Job):
-                _serve(connection, asked, runner)
-            else:
-                _answer(connection, asked)
+            asked = line.hear()
+            if not isinstance(asked, Job):
+                _answer(line, asked)
+            elif (rest := _serve(line, asked, runner)) is not None:
+                if written is not None:
+                    written.result()  # the artifacts of one job are written at a time
+                line.say(Trained(asked.number))
+                written = writer.submit(_finish, line, asked.number, rest)
 
 
-def _serve(connection: Connection, job: Job, runner: Runner) -> None:
+def _serve(line: _Line, job: Job, runner: Runner) -> Epochs | None:
+    """Train a job; return what is left to do where the next one need not wait for that."""
     epochs = runner(job)
     while True:
-        with beating(lambda: connection.send(None)):
-            event = _advance(job.number, epochs)
-        connection.send(event)
+        event = _advance(job.number, epochs)
+        if isinstance(event, Trained):
+            return epochs
+        line.say(event)
         if not isinstance(event, Epoch):
-            return
-        if job.wait_each_epoch and not connection.recv():
+            return None
+        if job.wait_each_epoch and not line.hear():
             epochs.close()
-            connection.send(Stopped(job.number))
-            return
+            line.say(Stopped(job.number))
+            return None
+
+
+def _finish(line: _Line, job: int, rest: Epochs) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):
+        line.say(_advance(job, rest))
 
 
 @dataclass(frozen=True)
@@ -110,13 +138,12 @@ class _Answer:
     trace: str = ""
 
 
-def _answer(connection: Connection, work: Work[Any]) -> None:
+def _answer(line: _Line, work: Work[Any]) -> None:
     try:
-        with beating(lambda: connection.send(None)):
-            answer = _Answer(work(connection.send))
+        answer = _Answer(work(line.say))
     except Exception as error:
         answer = _Answer(None, error, traceback.format_exc())
-    connection.send(answer)
+    line.say(answer)
 
 
 def _nothing() -> None:
@@ -128,10 +155,16 @@ class _Worker:
     process: BaseProcess
     connection: Connection
     device: str | None
-    job: int | None = None
+    job: int | None = None  # that it trains
+    writes: int | None = None  # the job before that, whose artifacts it still writes
     alone: bool = False  # its job shares the device with no other
     last_seen: float = 0.0  # when it last sent something, by the executor's clock
     hung: bool = False  # it was killed because it sent nothing
+
+    @property
+    def jobs(self) -> list[int]:
+        """The jobs that would end with it."""
+        return [job for job in (self.writes, self.job) if job is not None]
 
 
 class ProcessExecutor:
@@ -165,6 +198,7 @@ class ProcessExecutor:
         self._measured: set[str | None] = set()  # devices whose memory is divided
         self._device_of: dict[int, str | None] = {}  # of every job, where it ran last
         self._held: list[Job] = []  # jobs to run alone, until the others on their device have ended
+        self._waiting: list[Job] = []  # for a worker: two that died with one do
 
     def _start(self, device: str | None) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -205,35 +239,42 @@ class ProcessExecutor:
         return wait_for_it
 
     def _idle(self) -> list[int]:
-        """Return the workers that may take a job: idle, on a device that no job has or awaits for itself."""
+        """Return the workers that may take a job, on a device that no job has or awaits for itself: idle ones first."""
         reserved = {worker.device for worker in self._workers if worker.job is not None and worker.alone}
         reserved.update(self._device_of[job.number] for job in self._held)
-        return [i for i, w in enumerate(self._workers) if w.job is None and w.device not in reserved]
+        free = [i for i, w in enumerate(self._workers) if w.job is None and w.device not in reserved]
+        return sorted(free, key=lambda i: self._workers[i].writes is not None)
 
     def free(self) -> int:
         """Return how many workers are idle whose device is not reserved for one job."""
-        return len(self._idle())
+        return max(0, sum(self._workers[i].writes is None for i in self._idle()) - len(self._waiting))
+
+    def free_soon(self) -> int:
+        """Return how many workers still write the artifacts of a job, and may train the next one meanwhile."""
+        return max(0, len(self._idle()) - len(self._waiting)) - self.free()
 
     def submit(self, job: Job) -> None:
         """Send a job to a free worker; one to run alone waits until the others on its device have ended."""
         if job.alone and job.number in self._device_of:
             self._held.append(job)
-            self._release()
         else:
-            self._send(job, self._idle()[0])
+            self._waiting.append(job)
+        self._release()
 
     def _release(self) -> None:
-        """Start the jobs whose device they now have for themselves."""
+        """Start the jobs that wait and have a worker now, or their device for themselves."""
         for job in list(self._held):
             device = self._device_of[job.number]
             there = [i for i, worker in enumerate(self._workers) if worker.device == device]
-            if all(self._workers[i].job is None for i in there):
+            if not any(self._workers[i].jobs for i in there):
                 self._held.remove(job)
                 # A new process: what the old ones keep on the device for themselves is given back.
                 for i in there:
                     self._workers[i].process.kill()
                     self._workers[i].process.join()
                 self._send(job, there[0])
+        while self._waiting and (idle := self._idle()):
+            self._send(self._waiting.pop(0), idle[0])
 
     def _send(self, job: Job, index: int) -> None:
         worker = self._workers[index]
@@ -250,33 +291,38 @@ class ProcessExecutor:
         now = self._clock()
         for worker in self._workers:  # no poll listened since the last one
             worker.last_seen = min(now, worker.last_seen + (now - self._polled))
-        by_connection = {w.connection: i for i, w in enumerate(self._workers) if w.job is not None}
-        received = [self._receive(by_connection[ready]) for ready in wait(list(by_connection), timeout)]  # type: ignore[index]
+        by_connection = {w.connection: i for i, w in enumerate(self._workers) if w.jobs}
+        ready = wait(list(by_connection), timeout)
+        events = [event for each in ready for event in self._receive(by_connection[each])]  # type: ignore[index]
         self._polled = self._clock()
         for worker in self._workers:
-            if worker.job is not None and self._polled - worker.last_seen > self._hang_seconds:
+            if worker.jobs and self._polled - worker.last_seen > self._hang_seconds:
                 worker.hung = True
                 worker.process.kill()
-        return [event for event in received if event is not None]
+        return events
 
-    def _receive(self, index: int) -> Event | None:
-        """Return what a worker sent; None for a heartbeat."""
+    def _receive(self, index: int) -> list[Event]:
+        """Return what a worker sent, or the deaths of its jobs; nothing for a heartbeat."""
         worker = self._workers[index]
-        assert worker.job is not None
         worker.last_seen = self._clock()
         try:
             event: Event | None = worker.connection.recv()
         except (EOFError, ConnectionResetError):
             worker.process.join()
             hung = self._hang_seconds if worker.hung else None
-            event = WorkerDied(worker.job, worker.process.exitcode, hung)
             self._workers[index] = self._replace(worker)
-            return event
+            return [WorkerDied(job, worker.process.exitcode, hung) for job in worker.jobs]
+        if event is None:
+            return []
         if isinstance(event, Epoch):
             self._divide(worker.device, event.memory)
-        elif event is not None:
+        elif isinstance(event, Trained):
+            worker.job, worker.writes = None, event.job
+        elif event.job == worker.writes:
+            worker.writes = None
+        else:
             worker.job = None
-        return event
+        return [event]
 
     def _divide(self, device: str | None, memory: tuple[int, int] | None) -> None:
         """Start as many more workers on a device as its free memory has room for."""

@@ -215,6 +215,10 @@ class RayExecutor:
             return max(0, elsewhere - sum(not job.alone for job in self._waiting))
         return max(0, self._most() - len(self._waiting) - sum(slot.job is not None for slot in self._slots))
 
+    def free_soon(self) -> int:
+        """Return 0: what a job leaves comes home before its slot takes another one."""
+        return 0
+
     def submit(self, job: Job) -> None:
         """Run a job in the first slot that is ready; one to run alone waits until the others on its node have ended."""
         self._waiting.append(replace(job, device=job.device or self._device))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_dataset
-from caltech_sweep.machine import keeps_freed_memory
+from caltech_sweep.machine import free_memory, keeps_freed_memory
 from caltech_sweep.metrics import objective
-from caltech_sweep.sweep.executors.base import Done, Epoch, Job
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Job, Trained
 from caltech_sweep.tracking.records import MISSING_TAG, NETWORK_INPUT
 from caltech_sweep.training.stopping import last_epoch
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from caltech_sweep.data.cache import Progress
     from caltech_sweep.data.images import LoadedData
 
+_ROOM = 8  # times the weights of a network is what another one takes in training, besides its images
 _loaded: list[tuple[DatasetConfig, LoadedData]] = []  # the last data set that this process has loaded
 
 
@@ -42,8 +44,9 @@ def prepare() -> None:
     from caltech_sweep.training import device, networks, results, trial  # noqa: F401
 
 
-def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = images_of) -> Generator[Epoch, None, Done]:
-    """Run one job, yielding an event an epoch; ``load`` returns its images."""
+def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = images_of) -> Epochs:
+    """Run one job, yielding an event an epoch, and one before its artifacts are written where the next job need not
+    wait for that; ``load`` returns its images."""
     from caltech_sweep.training.device import environment, gpu_memory, pick_device
     from caltech_sweep.training.networks import input_note
     from caltech_sweep.training.results import write_artifacts
@@ -64,6 +67,10 @@ def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = images_of) -> 
         last = last_epoch(job.config, scores) is not None
         memory = None if result.reused else gpu_memory(device)
         yield Epoch(job.number, result.epoch, result.metrics(), result.reused, last, result.saving, memory)
+    outcome = replace(outcome, weights={name: value.cpu() for name, value in outcome.weights.items()})
+    free = free_memory()
+    if free is None or free > _ROOM * sum(value.nbytes for value in outcome.weights.values()):
+        yield Trained(job.number)
     missing = write_artifacts(job.folder, job.config, data, outcome, device)
     known = environment(device, job.config)
     tags = {f"environment.{key}": str(value) for key, value in known.items() if value is not None}
