@@ -43,7 +43,8 @@ def run_here(place: chaos.Place, arguments: list[str]) -> None:
 def start() -> Start:
     """Start processes that have imported everything already: kills then meet work, not imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["caltech_sweep.sweep.session", "caltech_sweep.report.build", "matplotlib.figure"])
+    modules = ("sweep.session", "report.build", "training.results")  # all that a run in one process imports
+    context.set_forkserver_preload([*(f"caltech_sweep.{name}" for name in modules), "matplotlib.figure"])
     context.Process(target=os.getpid).start()
 
     def run(place: chaos.Place, *options: str) -> BaseProcess:

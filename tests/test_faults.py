@@ -117,7 +117,8 @@ Command = Callable[..., tuple[int, str]]
 @pytest.fixture
 def run_limited() -> Command:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["caltech_sweep.sweep.session", "caltech_sweep.report.build", "matplotlib.figure"])
+    modules = ("sweep.session", "report.build", "training.results")  # all that a run in one process imports
+    context.set_forkserver_preload([*(f"caltech_sweep.{name}" for name in modules), "matplotlib.figure"])
 
     def run(place: Path, file_size: int | None, memory: int | None = None, *more: str) -> tuple[int, str]:
         arguments = ("run", "tiny", "--in-process", "--threads", "1", *more)
