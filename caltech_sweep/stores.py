@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from caltech_sweep import addresses, paths
@@ -142,12 +142,8 @@ class Store:
     @property
     def _stuck_log(self) -> str:
         """The reason of :func:`machine.log_problem` where an SQLite store has a write-ahead log all the same, or ""."""
-        if self.file is None:
-            return ""
-        with contextlib.suppress(OSError), self.file.open("rb") as opened:
-            if opened.read(20)[18:] == b"\2\2":
-                return log_problem(self.file.parent)
-        return ""
+        problem = log_problem(self.file.parent) if self.file is not None and self.file.exists() else ""
+        return problem if problem and self.file is not None and _head(self.file)[18:] == b"\2\2" else ""
 
     def _without_its_log(self) -> StoreError:
         return StoreError(
@@ -281,6 +277,25 @@ class Store:
                     raise
                 time.sleep(_RETRY_SECONDS)
         raise AssertionError
+
+
+_HEADS: dict[tuple[int, int], IO[bytes]] = {}  # files by device and number
+
+
+def _head(file: Path) -> bytes:
+    """Return the first 20 bytes of an SQLite store, or what is there of them.
+
+    The file stays open: to close it would drop the locks that SQLite has on it in this process (SQLite, "How To Corrupt
+    An SQLite Database File"), and the next process to close the store would take its log away.
+    """
+    with contextlib.suppress(OSError):
+        found = file.stat()
+        opened = _HEADS.get((found.st_dev, found.st_ino))
+        if opened is None:
+            opened = _HEADS[found.st_dev, found.st_ino] = file.open("rb", buffering=0)
+        opened.seek(0)
+        return opened.read(20)
+    return b""
 
 
 Address = str | Store | None  # of a store, as a public function takes it: as text, parsed already, or the usual one

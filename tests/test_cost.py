@@ -109,7 +109,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from caltech_sweep.config import DatasetConfig, TrialConfig
-from caltech_sweep.sweep.executors.base import Job
+from caltech_sweep.sweep.executors.base import Epoch, Job
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.testing import resident_bytes
 from caltech_sweep.training.keys import CacheOptions
@@ -122,7 +122,7 @@ for number in range({trials}):
     folder = Path("trial")
     folder.mkdir()
     job = Job(number, replace(config, seed=number), folder, stages=CacheOptions(Path("cache").resolve(), 10**8))
-    assert sum(1 for _ in train(job)) == 1 and any(folder.iterdir())
+    assert sum(isinstance(event, Epoch) for event in train(job)) == 1 and any(folder.iterdir())
     shutil.rmtree(folder)
 print(resident_bytes() / 1e6)
 """

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import subprocess
 import sys
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,13 @@ from hypothesis import strategies as st
 
 from caltech_sweep import paths, stores
 from caltech_sweep.errors import StoreError, UsageError
+from caltech_sweep.report.build import build_report
+from caltech_sweep.testing import ScriptedExecutor, run_scripted
 from caltech_sweep.tracking.journal import Journal, journal_folder
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers.commands import COMMANDS, calls, options
 from helpers.places import RUN, invoke
+from helpers.studies import DEFINITION
 
 OPTIONS = {"--tracking-uri": stores.tracking_store, "--storage": stores.study_store}
 BOTH = tuple(OPTIONS)
@@ -365,3 +370,25 @@ def test_only_a_store_that_is_being_made_does_not_wait_for_the_disk(tmp_path: Pa
     store, seen = stores.study_store(str(tmp_path / "odd #place & more.db")), []
     store.make_whole(lambda address: seen.append((waits(address), waits(f"sqlite:///{tmp_path}/other.db"))))
     assert seen == [(0, 2)] and waits(store.uri) == 2
+
+
+CLOSES = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+print(*database.execute("SELECT count(*) FROM runs").fetchone())
+database.close()
+"""
+
+
+def test_a_look_at_a_store_that_this_process_writes_keeps_its_locks(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    tracker = MlflowTracker(str(file), create=True)
+    run_scripted(replace(DEFINITION, trials=2), ScriptedExecutor(), tracker)
+    log = Path(f"{file}-wal")  # which the last process that closes the store takes away
+    before = log.stat().st_ino
+    assert "One" in build_report([DEFINITION.name], "markdown", 3, tracker.store)  # as a run's description is made
+    look = [sys.executable, "-c", CLOSES, str(file)]
+    for runs in (3, 4):
+        assert subprocess.run(look, capture_output=True, text=True, check=True).stdout == f"{runs}\n"
+        assert log.exists() and log.stat().st_ino == before
+        tracker.client.create_run("0")
