@@ -90,7 +90,8 @@ def test_a_trial_goes_on_from_the_states_of_another_machine(tmp_path: Path, url:
         epochs, events = train(job, lambda config: data), []
         while True:
             try:
-                events.append(next(epochs))
+                event = next(epochs)
+                events += [event] if isinstance(event, Epoch) else []
             except StopIteration as end:
                 ended.append((events, end.value))
                 break
@@ -99,7 +100,7 @@ def test_a_trial_goes_on_from_the_states_of_another_machine(tmp_path: Path, url:
         store.flush()
     (first, one), (second, other) = ended
     assert [event.reused for event in first] == [False, False] and [event.reused for event in second] == [True, True]
-    assert isinstance(one, Done) and all(isinstance(event, Epoch) for event in second)
+    assert isinstance(one, Done)
     assert one.metrics == other.metrics
 
 

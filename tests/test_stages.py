@@ -19,7 +19,7 @@ from caltech_sweep.config import TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import ModelError
-from caltech_sweep.sweep.executors.base import Job
+from caltech_sweep.sweep.executors.base import Job, Trained
 from caltech_sweep.sweep.executors.worker import train
 from caltech_sweep.training import cache, device
 from caltech_sweep.training import checkpoints as stages
@@ -321,7 +321,7 @@ def test_the_runner_says_what_was_reused(tmp_path: Path) -> None:
     job = Job(7, CONFIG, tmp_path / "one", device="cpu", stages=use_of(tmp_path / "stages", frozenset()))
     for reused in (False, True):
         epochs = train(job)
-        assert [next(epochs).reused for _ in range(4)] == [reused] * 4
+        assert [next(epochs).reused for _ in range(4)] == [reused] * 4 and next(epochs) == Trained(7)
         with pytest.raises(StopIteration) as end:
             next(epochs)
         tags = end.value.value.tags

@@ -328,7 +328,7 @@ def test_a_trial_that_was_stopped_ends_as_if_it_had_not_been(
 ) -> None:
     config, data = with_data(changes, data, brought)
     epochs, want = run(config, data)
-    stages = CacheOptions(tmp_path, 10**9, frozenset({2}))
+    stages = CacheOptions(tmp_path, 10**9, hold_at=frozenset({2}))  # kept whatever that takes
     run(config, data, stages, stop=2)
     again, got = run(config, data, stages)
     assert_same(got, want)

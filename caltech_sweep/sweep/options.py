@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from caltech_sweep import machine
 from caltech_sweep.errors import UsageError
-from caltech_sweep.stores import Address
+from caltech_sweep.stores import Address, tracking_store
 from caltech_sweep.sweep.executors.base import HANG_SECONDS, MAX_FAILURES, Write
 from caltech_sweep.sweep.executors.in_process import InProcessExecutor
 from caltech_sweep.sweep.executors.processes import ProcessExecutor
@@ -96,6 +96,12 @@ def check_executor(options: RunOptions) -> None:
     for name in OF_RAY:
         if not on_ray and getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')}: is for --executor ray")
+    tracking = tracking_store(options.tracking_uri)
+    if options.upload_from_workers and tracking.is_local:
+        raise UsageError(
+            f"--upload-from-workers: the artifacts of {tracking.shown} are kept on this machine; name a tracking "
+            "server with --tracking-uri, or leave it out"
+        )
 
 
 @dataclass(frozen=True)

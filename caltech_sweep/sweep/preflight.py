@@ -77,11 +77,6 @@ def check_options(definition: StudyDefinition, options: RunOptions) -> tuple[Sto
     tracking, storage = tracking_store(options.tracking_uri), study_store(options.storage)
     if tracking.is_same(storage):
         raise UsageError("--storage: MLflow and Optuna cannot share one database; name another file")
-    if options.upload_from_workers and tracking.is_local:
-        raise UsageError(
-            f"--upload-from-workers: the artifacts of {tracking.shown} are kept on this machine; name a tracking "
-            "server with --tracking-uri, or leave it out"
-        )
     tracking.check_writable()
     storage.check_writable()
     if options.resume_trials and (options.rows or options.confirm):
