@@ -38,8 +38,8 @@ class Column:
 # A training has one thing to share: of frozen layers their outputs, else its epochs; --no-reuse leaves out either.
 COLUMNS = {
     OURS: Column(),
-    "float32": Column(("--set", "precision=float32", "--set", "channels_last=false"), tables=("transfer", "freeze")),
-    "bfloat16": Column(("--set", "precision=bfloat16", "--set", "channels_last=true"), tables=("transfer", "freeze")),
+    "float32": Column(("--set", "precision=float32"), tables=("transfer", "freeze")),
+    "bfloat16": Column(("--set", "precision=bfloat16"), tables=("transfer", "freeze")),
     "without sharing": Column(("--no-reuse",), tables=("transfer", "scratch")),
     "without features": Column(("--no-reuse",), tables=("freeze",)),
     "freed memory given back": Column(variables={"GLIBC_TUNABLES": ""}, tables=("transfer",)),

@@ -73,14 +73,14 @@ def uses_bfloat16(
 def uses_channels_last(config: TrialConfig, device: torch.device) -> bool:
     """Return whether images lie with their channels last in memory.
 
-    None means on a GPU, and on a processor with bfloat16 units unless images are small or float32 is asked for: there
-    it is faster in both.
+    None means on a GPU, and on a processor unless images are small: most networks train faster so there, in float32,
+    too, and with AVX2 only (docs/LOG.md).
     """
     if config.channels_last is not None:
         return config.channels_last
     if device.type != "cpu":
         return device.type == "cuda"
-    return config.dataset.crop >= SMALLEST_CROP and config.precision != "float32" and has_bfloat16(device)
+    return config.dataset.crop >= SMALLEST_CROP and torch.backends.mkldnn.is_available()
 
 
 def gpu_memory(device: torch.device) -> tuple[int, int] | None:

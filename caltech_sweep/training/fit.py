@@ -219,7 +219,12 @@ class Training:
                 return network(batch)
 
         try:
-            return evaluate(self.model, self.data.labels(part), max(1, size // 10) if ten else size, inputs, forward)
+            with torch.autocast(
+                self.device.type, enabled=False
+            ):  # around all batches: weights are cast once, not in each
+                return evaluate(
+                    self.model, self.data.labels(part), max(1, size // 10) if ten else size, inputs, forward
+                )
         except NotFiniteError as error:
             raise NotFiniteError(f"{part} images: {error}") from error
 
