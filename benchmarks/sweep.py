@@ -33,6 +33,7 @@ class Column:
     arguments: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ("transfer", "scratch", "freeze")
+    program: tuple[str, ...] = ("-m", "caltech_sweep")
 
 
 # A training has one thing to share: of frozen layers their outputs, else its epochs; --no-reuse leaves out either.
@@ -42,6 +43,9 @@ COLUMNS = {
     "bfloat16": Column(("--set", "precision=bfloat16"), tables=("transfer", "freeze")),
     "without sharing": Column(("--no-reuse",), tables=("transfer", "scratch")),
     "without features": Column(("--no-reuse",), tables=("freeze",)),
+    "writing in the foreground": Column(
+        tables=("transfer", "scratch"), program=(str(Path(__file__).with_name("foreground.py")),)
+    ),
     "freed memory given back": Column(variables={"GLIBC_TUNABLES": ""}, tables=("transfer",)),
 }
 
@@ -209,7 +213,7 @@ def run_ours(spec: dict[str, Any], column: Column, folder: Path) -> tuple[float,
     }
     (folder / "rows.yaml").write_text(json.dumps(study))
     began = time.time()
-    command = [sys.executable, "-m", "caltech_sweep", "run", "rows.yaml", *column.arguments]
+    command = [sys.executable, *column.program, "run", "rows.yaml", *column.arguments]
     seconds, said = timed(command, folder, column.variables)
     if f"{len(spec['rows'])} complete" not in said:
         raise SystemExit(f"not every row is complete:\n{said}")
