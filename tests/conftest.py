@@ -7,7 +7,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -56,26 +55,6 @@ def same_signals() -> Iterator[None]:
     before = signals()
     yield
     assert signals() == before
-
-
-@pytest.fixture(autouse=True)
-def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Matplotlib save PNGs without drawing them, which is 40% of a short run; tests of pictures are marked."""
-    if request.node.get_closest_marker("pictures"):
-        return
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    draw = Figure.savefig
-
-    def save(self: Figure, target: Any, *arguments: Any, **named: Any) -> None:
-        if named.get("format") != "png":
-            draw(self, target, *arguments, **named)
-            return
-        width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
-        Image.new("RGB", (width, height), "white").save(target, "PNG")
-
-    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture

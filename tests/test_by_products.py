@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -27,8 +29,6 @@ from caltech_sweep.training.results import CHECKPOINT, MOST_CLASSES, write_artif
 from caltech_sweep.training.trial import TrialOutcome
 from helpers.places import Cli
 
-pytestmark = pytest.mark.pictures
-
 NAMES = [
     "price_$5_to_$10",
     r"$\frac{1}{0",
@@ -48,6 +48,28 @@ def test_names_are_drawn_as_text_whatever_they_look_like(tmp_path: Path) -> None
         draw_confusion_matrix(np.eye(len(NAMES), dtype=np.int64), NAMES, "test $x$", tmp_path / "matrix.png")
     with Image.open(tmp_path / "matrix.png") as picture:
         assert max(picture.size) < 1500
+
+
+DRAW = """
+import sys
+from pathlib import Path
+import numpy as np
+from caltech_sweep.training.figure import draw_confusion_matrix
+for number in map(int, sys.argv[2:]):
+    for classes in (5, 40):
+        counts = np.random.default_rng(number).integers(0, 9, (classes, classes))
+        path = Path(sys.argv[1], str(number), f"{classes}.png")
+        draw_confusion_matrix(counts, [f"class {i}" for i in range(classes)], f"trial {number}", path)
+"""
+
+
+def test_a_drawing_is_the_same_whatever_was_drawn_before(tmp_path: Path) -> None:
+    for folder, numbers in {"one by one": "12", "second alone": "2"}.items():
+        subprocess.run([sys.executable, "-c", DRAW, str(tmp_path / folder), *numbers], check=True)
+    drawn = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.png")}
+    for name in ("5.png", "40.png"):
+        first, second = (drawn[Path("one by one", number, name)] for number in "12")
+        assert second == drawn[Path("second alone", "2", name)] != first
 
 
 def test_fonts_are_found_for_letters_that_a_font_has_and_the_others_are_told() -> None:

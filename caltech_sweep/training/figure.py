@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.text import Text
 
 _MOST_LABELS = 120  # classes that are named; of more, every second or third
 _MOST_CELLS = 1000  # in a row of the drawing; of more classes, several share a cell
@@ -78,8 +83,8 @@ def draw_confusion_matrix(matrix: np.ndarray, classes: Sequence[str], title: str
     named, families = _labels(classes[::step])
     title += f"\nOne class in {step} is named." if step > 1 else ""
     settings: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "font.family": families}
-    with mpl.rc_context(settings):
-        _draw(_merged(matrix), len(classes), named, title, path)
+    with _drawing, mpl.rc_context(settings):
+        _frame(len(classes), tuple(named)).draw(_merged(matrix), title, path)
 
 
 def _longest(names: Sequence[str], size: float) -> float:
@@ -91,33 +96,67 @@ def _longest(names: Sequence[str], size: float) -> float:
     return max(renderer.get_text_width_height_descent(name, font, False)[0] for name in names) / 100
 
 
-def _draw(matrix: np.ndarray, classes: int, named: Sequence[str], title: str, path: Path) -> None:
-    """Draw in places that are computed here: matplotlib's own layouts draw everything twice, most of the time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+class _Frame:
+    """What all drawings of the same classes share, which takes most of the time: the names, the axes and the scale.
 
-    size = 9 if classes <= 20 else 6
-    side, margin = max(3.2, 0.16 * min(classes, _MOST_LABELS)), _longest(named, size) + 0.5  # inches
-    width, height = margin + side + 1.1, margin + side + 0.6
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    edges = (-0.5, classes - 0.5, classes - 0.5, -0.5)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=edges)
-    places = np.arange(len(named)) * math.ceil(classes / _MOST_LABELS)
-    axes.set_xticks(places, named, rotation=90, fontsize=size)
-    axes.set_yticks(places, named, fontsize=size)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(title)
-    if classes <= 20:
-        for row, column in np.argwhere(matrix > 0):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=size)
-    scale = figure.add_axes(
-        ((margin + side + 0.2) / width, (margin + 0.2 * side) / height, 0.15 / width, 0.6 * side / height)
-    )
-    figure.colorbar(image, cax=scale, label="share of the true class")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    The cells and the title are drawn over it, as matplotlib's animations do. Places are computed here: matplotlib's own
+    layouts draw everything twice.
+    """
+
+    def __init__(self, classes: int, named: Sequence[str]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self._classes, self._size = classes, 9 if classes <= 20 else 6
+        # In inches:
+        side, margin = max(3.2, 0.16 * min(classes, _MOST_LABELS)), _longest(named, self._size) + 0.5
+        width, height = margin + side + 1.1, margin + side + 0.6
+        figure = Figure(figsize=(width, height), dpi=_DPI)
+        self._canvas = FigureCanvasAgg(figure)
+        self._axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
+        edges = (-0.5, classes - 0.5, classes - 0.5, -0.5)
+        self._image = self._axes.imshow(
+            np.zeros((1, 1)), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=edges
+        )
+        places = np.arange(len(named)) * math.ceil(classes / _MOST_LABELS)
+        self._axes.set_xticks(places, named, rotation=90, fontsize=self._size)
+        self._axes.set_yticks(places, named, fontsize=self._size)
+        self._axes.set_xlabel("predicted class")
+        self._axes.set_ylabel("true class")
+        self._title = self._axes.set_title("")
+        scale = figure.add_axes(
+            ((margin + side + 0.2) / width, (margin + 0.2 * side) / height, 0.15 / width, 0.6 * side / height)
+        )
+        figure.colorbar(self._image, cax=scale, label="share of the true class")
+        self._over = [self._image, *self._axes.spines.values(), self._title]
+        for artist in self._over:
+            artist.set_animated(True)
+        self._canvas.draw()
+        self._background = self._canvas.copy_from_bbox(figure.bbox)
+
+    def draw(self, matrix: np.ndarray, title: str, path: Path) -> None:
+        shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        self._canvas.restore_region(self._background)
+        self._image.set_data(shares)
+        self._title.set_text(title)
+        numbers = self._numbers(matrix, shares) if self._classes <= 20 else []
+        for artist in (*self._over, *numbers):
+            self._axes.draw_artist(artist)
+        for number in numbers:
+            number.remove()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB").save(path, dpi=(_DPI, _DPI))
+
+    def _numbers(self, matrix: np.ndarray, shares: np.ndarray) -> list[Text]:
+        """Return the count of each cell that has one."""
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": self._size}
+        return [
+            self._axes.text(
+                column, row, str(matrix[row, column]), color="white" if shares[row, column] > 0.5 else "black", **look
+            )
+            for row, column in np.argwhere(matrix > 0)
+        ]
+
+
+_frame = lru_cache(maxsize=2)(_Frame)
+_drawing = threading.Lock()  # of what a frame draws on, and of matplotlib's settings
