@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from caltech_sweep.seeds import derive_seed
@@ -46,7 +46,7 @@ class Augmentation:
     cuts: Callable[[Sequence[float], int, int], Box] | None = None
     version: int = 0
 
-    @property
+    @cached_property
     def settings(self) -> tuple[str, ...]:
         """The settings that it reads."""
         return tuple(inspect.signature(self.draw).parameters)[2:]
