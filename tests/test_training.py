@@ -11,6 +11,7 @@ import torchvision
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import kstest
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as oracle
 
 from caltech_sweep import heartbeat as pulse
@@ -157,6 +158,34 @@ def test_the_units_are_those_that_torch_finds() -> None:
     if torch.cuda.is_available():
         own = torch.cuda.get_device_capability(0) >= (8, 0)  # the first with such units, by NVIDIA's tables
         assert uses_bfloat16(config, torch.device("cuda:0")) is own
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often tensors of a shape become bfloat16."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.bfloat16:
+            self.count += args[0].shape == self.shape
+        return func(*args, **kwargs)
+
+
+def test_an_evaluation_in_bfloat16_casts_the_weights_once_and_finds_what_a_plain_loop_finds(data: LoadedData) -> None:
+    config = replace(CONFIG, precision="bfloat16", batch_size=4)
+    training = Training(config, data, build_model(config, 4), pick_device("cpu"))
+    with Casts(training.model.layer4[0].conv1.weight.shape) as casts:
+        for number in (1, 2):  # what is kept is kept for one evaluation: the next one sees other weights
+            training.model.layer4[0].conv1.weight.data.mul_(number)
+            found = training.evaluate("val")
+            assert casts.count == number
+    images = (data.center_crops("val", 32, range(len(data.labels("val")))).float() / 255 - 0.5) / 0.5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        batches = [training.model(batch).float() for batch in images.split(4)]
+    assert len(batches) > 1 and torch.equal(found.predictions, torch.cat(batches).argmax(1))
 
 
 def test_the_schedule_is_torch_step_lr() -> None:

@@ -18,9 +18,7 @@ def wilson_interval(accuracy: float, images: int) -> tuple[float, float]:
     from scipy.stats import binomtest
 
     right = round(accuracy * images)
-    test = binomtest(
-        right, images, right / images
-    )  # of a share that needs no search for its p-value, which is not used
+    test = binomtest(right, images, right / images)  # for whose p-value, which is not used, scipy need not search
     low, high = test.proportion_ci(1 - ALPHA, method="wilson")
     return float(low), float(high)
 

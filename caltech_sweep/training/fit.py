@@ -219,12 +219,10 @@ class Training:
                 return network(batch)
 
         try:
-            with torch.autocast(
-                self.device.type, enabled=False
-            ):  # around all batches: weights are cast once, not in each
-                return evaluate(
-                    self.model, self.data.labels(part), max(1, size // 10) if ten else size, inputs, forward
-                )
+            # Around all batches, so that the weights are cast once and not in each: what is cast is kept to the end.
+            with torch.autocast(self.device.type, enabled=False):
+                batch_size = max(1, size // 10) if ten else size
+                return evaluate(self.model, self.data.labels(part), batch_size, inputs, forward)
         except NotFiniteError as error:
             raise NotFiniteError(f"{part} images: {error}") from error
 
