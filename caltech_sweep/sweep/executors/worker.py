@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from caltech_sweep.data.cache import Progress
     from caltech_sweep.data.images import LoadedData
 
-_ROOM = 8  # times the weights of a network is what another one takes in training, besides its images
+_ROOM = 8  # times the weights of a network: what a training of AlexNet with a batch of 64 takes in all
 _loaded: list[tuple[DatasetConfig, LoadedData]] = []  # the last data set that this process has loaded
 
 
