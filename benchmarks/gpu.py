@@ -64,7 +64,7 @@ def command(arguments: Sequence[str], folder: Path) -> tuple[float, str]:
 
 def loops(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     """Yield the table of the training loop."""
-    yield "| network | batch | side | images/s | of the bare loop's time |\n| --- | --- | --- | --- | --- |"
+    yield "| network | batch | side | images/s | of the bare loop's time | of the best bare one's |\n|" + " --- |" * 6
     for arch, batch in (("alexnet", 4), ("alexnet", 8)) if options.small else LOOPS:
         few = ["--images-per-class", "1", "--rounds", "2"]
         sizes = ["--arch", arch, "--batch-size", str(batch)]
@@ -74,7 +74,8 @@ def loops(options: argparse.Namespace, folder: Path) -> Iterator[str]:
             side, found, rest = line.rpartition(" images/s, ")
             if found:
                 name, speed = side.rsplit(maxsplit=1)
-                yield f"| {arch} | {batch} | {name.strip()} | {speed} | {rest.split()[0]} |"
+                shares = [share.split()[0] for share in rest.split(", ")[:2]]
+                yield f"| {' | '.join((arch, str(batch), name.strip(), speed, *shares))} |"
 
 
 def studies(options: argparse.Namespace, folder: Path) -> Iterator[str]:

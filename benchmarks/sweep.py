@@ -28,7 +28,7 @@ PLAIN, OURS = "plain script", "caltech-sweep"
 
 @dataclass(frozen=True)
 class Column:
-    """A way to run ours: more arguments and variables, and the tables for which it matters."""
+    """A way to run ours: more arguments and variables, the program, and the tables for which it matters."""
 
     arguments: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)

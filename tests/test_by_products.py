@@ -9,10 +9,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from caltech_sweep.artifacts import artifact_problems
@@ -70,6 +72,26 @@ def test_a_drawing_is_the_same_whatever_was_drawn_before(tmp_path: Path) -> None
     for name in ("5.png", "40.png"):
         first, second = (drawn[Path("one by one", number, name)] for number in "12")
         assert second == drawn[Path("second alone", "2", name)] != first
+
+
+def test_a_drawing_has_the_pixels_of_one_that_matplotlib_draws_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, begin = list[Figure](), Figure.__init__
+
+    def noted(self: Figure, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "__init__", noted)
+    counts, names = np.random.default_rng(0).integers(0, 9, (40, 40)), [f"only here {i}" for i in range(40)]
+    draw_confusion_matrix(counts, names, "test", tmp_path / "ours.png")
+    [figure] = figures
+    for artist in figure.findobj():
+        artist.set_animated(False)
+    figure.savefig(tmp_path / "whole.png", dpi=figure.dpi)
+    ours, whole = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("ours", "whole"))
+    assert np.array_equal(ours, whole) and len(np.unique(ours)) > 9
 
 
 def test_fonts_are_found_for_letters_that_a_font_has_and_the_others_are_told() -> None:

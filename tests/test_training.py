@@ -155,6 +155,7 @@ def test_the_units_are_those_that_torch_finds() -> None:
     for changes in ({}, {"arch": "mobilenet_v3_small"}, {"precision": "float32"}):
         assert uses_channels_last(replace(config, **changes), cpu) is torch.backends.mkldnn.is_available()
         assert not uses_channels_last(replace(config, **changes, channels_last=False), cpu)
+        assert uses_channels_last(replace(config, **changes, channels_last=True), cpu)
     if torch.cuda.is_available():
         own = torch.cuda.get_device_capability(0) >= (8, 0)  # the first with such units, by NVIDIA's tables
         assert uses_bfloat16(config, torch.device("cuda:0")) is own

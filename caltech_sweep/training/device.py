@@ -73,8 +73,8 @@ def uses_bfloat16(
 def uses_channels_last(config: TrialConfig, device: torch.device) -> bool:
     """Return whether images lie with their channels last in memory.
 
-    None means on a GPU, and on a processor unless images are small: most networks train faster so there, in float32,
-    too, and with AVX2 only (docs/LOG.md).
+    None means on a GPU, and where torch has oneDNN on a processor, too, unless images are small: most networks train
+    faster so there, in float32, too, and with AVX2 only (docs/LOG.md).
     """
     if config.channels_last is not None:
         return config.channels_last
