@@ -78,7 +78,7 @@ def serve(side: str, options: argparse.Namespace, connection: Connection) -> Non
     data = load_dataset(dataset)
     training = Training(config, data, build_model(config, len(data.split.classes)), device)
     batches = len(data.split.train) // options.batch_size
-    work = bare(config, training, batches, side) if side in BARES else lambda: training.train_epoch(1)
+    work = bare(config, training, batches, side) if side in BARES else lambda: training.train_epoch()
     connection.send(batches * options.batch_size)
     while connection.recv():
         connection.send(timed(work, device, time.process_time if options.cpu_time else time.perf_counter))

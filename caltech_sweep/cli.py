@@ -232,6 +232,14 @@ device_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 10_000), help="Torch threads of each worker; default all cores, on GPUs shared."
 )
+together_option = click.option(
+    "--together",
+    type=click.IntRange(1, 1000),
+    default=1,
+    metavar="N",
+    help="Trials that a worker trains at once where they only train a linear classifier on frozen layers: as one "
+    "matrix product, with the result of each by itself but for rounding (default: 1).",
+)
 row_option = click.option("--row", "rows", multiple=True, metavar="NAME", help="Run only this row; may be repeated.")
 resume_option = click.option(
     "--resume-trial",
@@ -307,6 +315,7 @@ def main() -> None:
     default=1,
     help="Workers that share a GPU; auto: as many as its memory has room for after the first epoch, up to four.",
 )
+@together_option
 @device_option
 @threads_option
 @row_option
@@ -425,6 +434,7 @@ def run(study: str, **options: Any) -> None:
 @click.argument("study")
 @study_options
 @storage_option
+@together_option
 @device_option
 @threads_option
 @row_option

@@ -267,7 +267,7 @@ def test_no_step_pays_for_a_traceback(data: LoadedData, monkeypatch: pytest.Monk
 
     training = Training(CONFIG, data, build_model(CONFIG, 3), CPU)
     monkeypatch.setattr(traceback, "format_stack", formatted)
-    training.train_epoch(1)
+    training.train_epoch()
 
 
 def test_trials_share_features_and_damage_is_computed_again(data: LoadedData, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from caltech_sweep.training import resident
 from caltech_sweep.training.device import gpu_memory
 from caltech_sweep.training.fit import Training
 from caltech_sweep.training.models import build_model
+from caltech_sweep.training.together import train_together
 from caltech_sweep.training.trial import run_trial
 from helpers.cases import QUICK, RARE, named
 from helpers.trials import CONFIG, SHAPES
@@ -133,7 +134,7 @@ def test_no_step_waits_for_the_gpu(changes: dict[str, Any]) -> None:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            training.train_epoch(2)
+            training.train_epoch()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in said if "called a synchron" in str(w.message))
@@ -177,3 +178,18 @@ def test_what_a_worker_takes_of_a_gpu_is_known(data: LoadedData) -> None:
     trained(CONFIG, data)
     held, free = gpu_memory(GPU)
     assert held > torch.cuda.max_memory_reserved(GPU) and 0 < free < torch.cuda.mem_get_info(GPU)[1]
+
+
+def test_classifiers_that_train_together_end_as_each_does_by_itself() -> None:
+    config = replace(CONFIG, freeze="conv", arch="resnet18", augment=(), epochs=2, precision="float32")
+    data = load_dataset(config.dataset)
+    classes = len(data.split.classes)
+    alone, joined = (
+        [Training(each, data, build_model(each, classes), GPU) for each in (config, replace(config, seed=1, lr=0.001))]
+        for _ in range(2)
+    )
+    for _ in range(2):
+        train_together(joined)
+        assert all(training.ahead is not None for training in joined)
+        for one, other in zip(alone, joined, strict=True):
+            assert other.run_epoch().train_loss == pytest.approx(one.run_epoch().train_loss, rel=1e-3)

@@ -111,6 +111,12 @@ def per_device(place: Path) -> None:
     _two_at_a_time("--per-device", "2", "--device", "cpu")
 
 
+def together(place: Path) -> None:
+    heads = ("--set", "freeze=conv", "--set", "augment=[]", "--set", "arch=resnet18", "--set", "epochs=2")
+    _two_at_a_time("--together", "2", *heads)
+    assert [t.tags["trained_together"] for t in trials()] == ["2", "2"]
+
+
 def device(place: Path) -> None:
     refused = invoke(*FIRST, "--device", "cuda:99")
     assert refused.exit_code == 2 and "'cuda:99' cannot be used" in refused.output
@@ -266,7 +272,7 @@ TESTS: dict[str, Callable[[Path], None]] = {
     **{"trials": trials_in_total},
     **{
         f.__name__: f
-        for f in (overrides, data, name, namespace, tracking_uri, storage, adopt, workers, per_device, device)
+        for f in (overrides, data, name, namespace, tracking_uri, storage, adopt, workers, per_device, together, device)
     },
     **{f.__name__: f for f in (threads, rows, replicates, confirm, reuse, cache_size, hang_timeout, max_failures)},
     **{
@@ -279,7 +285,18 @@ TESTS: dict[str, Callable[[Path], None]] = {
     **{f.__name__: f for f in (cache, executor, address, slots, cpus_per_trial, gpus_per_trial, upload_from_workers)},
 }
 # These start workers, or train much.
-SLOW = {"workers", "per_device", "hang_timeout", "resume_trials", "threads", "confirm", "reuse", "rows", "cache_size"}
+SLOW = {
+    "workers",
+    "per_device",
+    "together",
+    "hang_timeout",
+    "resume_trials",
+    "threads",
+    "confirm",
+    "reuse",
+    "rows",
+    "cache_size",
+}
 
 
 def test_every_option_of_run_has_a_test_here() -> None:

@@ -35,6 +35,7 @@ from helpers.marks import slow_but
 from helpers.trials import CONFIG, CPU, SHAPES, run, use_of
 
 EVERY_EPOCH = frozenset(range(1, 5))
+USE = CacheOptions(Path(), 0)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +336,7 @@ def test_the_runner_says_what_was_reused(tmp_path: Path) -> None:
 
 def test_only_what_decides_the_weights_is_in_the_key(data: LoadedData) -> None:
     def key(**changes: object) -> str:
-        return reuse.digest(identity(replace(CONFIG, **{"precision": "float32", **changes}), data, CPU, None, True))
+        return reuse.digest(identity(replace(CONFIG, **{"precision": "float32", **changes}), data, CPU, None, USE))
 
     base = key()
     same: list[dict] = [
@@ -376,9 +377,9 @@ def test_only_what_decides_the_weights_is_in_the_key(data: LoadedData) -> None:
 
 
 def test_the_version_of_the_augmentations_counts_for_those_who_have_any(data: LoadedData) -> None:
-    plain = identity(replace(CONFIG, augment=()), data, CPU, None, True)
+    plain = identity(replace(CONFIG, augment=()), data, CPU, None, USE)
     for augment in (("hflip",), ("color_jitter", "rotation")):
-        augmented = identity(replace(CONFIG, augment=augment), data, CPU, None, True)
+        augmented = identity(replace(CONFIG, augment=augment), data, CPU, None, USE)
         assert augmented["augmentation"] == reuse.AUGMENTATION_VERSION
     assert "augmentation" not in plain
 
@@ -406,8 +407,8 @@ def test_other_images_devices_versions_and_code_never_share(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert stored() == 0, name
-    meta = identity(CONFIG, data, torch.device("meta"), None, True)
-    assert reuse.digest(meta) != reuse.digest(identity(CONFIG, data, CPU, None, True))
+    meta = identity(CONFIG, data, torch.device("meta"), None, USE)
+    assert reuse.digest(meta) != reuse.digest(identity(CONFIG, data, CPU, None, USE))
     assert stored() == 4
 
 
@@ -417,7 +418,7 @@ def test_initial_weights_count_by_their_contents(data: LoadedData, tmp_path: Pat
 
     def key(weights: str, file: str | None = None) -> str:
         place = tmp_path / file if file else None
-        return reuse.digest(identity(replace(CONFIG, weights=weights), data, CPU, place, True))
+        return reuse.digest(identity(replace(CONFIG, weights=weights), data, CPU, place, USE))
 
     first = key(f"file:{tmp_path / 'a.pt'}")
     assert key(f"file:{tmp_path / 'b.pt'}") == key("run:abc", "a.pt") == key("study:source", "b.pt") == first

@@ -21,7 +21,7 @@ from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DatasetError, DivergedError, ModelError
 from caltech_sweep.training import augment
 from caltech_sweep.training.device import has_bfloat16, pick_device, uses_bfloat16, uses_channels_last
-from caltech_sweep.training.fit import Training, fit
+from caltech_sweep.training.fit import Training
 from caltech_sweep.training.models import build_model, not_finite, train_mode
 from caltech_sweep.training.schedule import epoch_rates
 from caltech_sweep.training.trial import TrialOutcome, run_trial
@@ -323,7 +323,8 @@ def test_a_training_is_gone_when_nobody_has_it(changes: dict, data: LoadedData) 
     gc.disable()
     try:
         training = Training(config, data, build_model(config, 4), torch.device("cpu"))
-        list(fit(training))
+        while not training.ended:
+            training.run_epoch()
         gone = weakref.ref(training)
         del training
         assert gone() is None

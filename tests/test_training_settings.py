@@ -63,7 +63,7 @@ def trained(config: TrialConfig, data: LoadedData) -> tuple[Training, dict[str, 
             module.p = 0.0
     before = {name: value.clone() for name, value in model.state_dict().items()}
     training = Training(config, data, model, CPU)
-    training.train_epoch(1)
+    training.train_epoch()
     return training, before
 
 
@@ -118,7 +118,7 @@ def test_what_is_evaluated_is_torch_s_average_of_the_weights(data: LoadedData) -
     averaged, plain = (Training(c, data, build_model(c, 3), CPU) for c in (config, replace(config, ema_decay=None)))
     oracle = AveragedModel(plain.model, multi_avg_fn=get_ema_multi_avg_fn(0.6), use_buffers=True)
     plain.optimizer.register_step_post_hook(lambda *_: oracle.update_parameters(plain.model))
-    plain.train_epoch(1)
+    plain.train_epoch()
     result = averaged.run_epoch()
     for name, value in plain.model.state_dict().items():
         assert torch.equal(averaged.model.state_dict()[name], value), name  # training goes on from its own weights
@@ -156,7 +156,7 @@ def test_an_image_that_is_drawn_twice_is_augmented_in_two_ways(data: LoadedData)
     training = Training(config, data, build_model(config, 3), CPU)
     seen: list[torch.Tensor] = []
     training.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
-    training.train_epoch(1)
+    training.train_epoch()
     order, images = epoch_order(config, data.labels("train"), 1), torch.cat(seen)
     assert len(images) == len(order) > len(set(order.tolist()))
     assert len({image.numpy().tobytes() for image in images}) == len(images)

@@ -299,6 +299,7 @@ class Coordinator:
         if event.hung is not None:
             message = f"its worker was unresponsive for {event.hung:g} s and was killed"
         running.deaths += not event.moved
+        running.job = replace(running.job, together=False)  # which of them it was is not known
         if running.deaths > MAX_RETRIES:
             self._end(running, "crashed", f"{message} {running.deaths} times")
         else:

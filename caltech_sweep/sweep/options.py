@@ -32,6 +32,7 @@ class RunOptions:
     storage: Address = None
     workers: int | None = None  # processes; one a GPU, one on the CPU
     per_device: int | None = 1  # workers sharing a GPU; None: as many as its memory has room for
+    together: int = 1  # trials in a worker that train as one where they train a classifier on kept outputs only
     device: str | None = None
     threads: int | None = None  # of torch in each worker; all cores
     in_process: bool = False
@@ -83,7 +84,16 @@ def make_executor(options: RunOptions) -> LocalExecutor:
     threads = options.threads or machine.threads_each(most, devices[0].startswith("cuda"))
     if workers * threads > machine.cores():  # threads that spin while they wait would hold the others up
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return ProcessExecutor(train, workers, devices, threads, options.hang_timeout, prepare=prepare, at_most=at_most)
+    return ProcessExecutor(
+        train,
+        workers,
+        devices,
+        threads,
+        options.hang_timeout,
+        prepare=prepare,
+        at_most=at_most,
+        together=options.together,
+    )
 
 
 def check_executor(options: RunOptions) -> None:
@@ -93,6 +103,8 @@ def check_executor(options: RunOptions) -> None:
         raise UsageError("--executor ray: trains in the processes of a cluster; leave --in-process out")
     if on_ray and (options.workers or options.per_device != RunOptions.per_device):
         raise UsageError("--executor ray: takes --slots and --gpus-per-trial in place of --workers and --per-device")
+    if options.together > 1 and (on_ray or options.in_process):
+        raise UsageError("--together: is for worker processes of this machine; leave it out")
     for name in OF_RAY:
         if not on_ray and getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')}: is for --executor ray")

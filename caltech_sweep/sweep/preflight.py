@@ -106,7 +106,7 @@ def kept_epochs(options: RunOptions, data: LoadedData | None, weights: Weights |
     from caltech_sweep.training.keys import CacheOptions
 
     torch.set_num_threads(options.threads or machine.threads())
-    device, use = pick_device(options.device), CacheOptions(cache_place(options)[0], 0)
+    device, use = pick_device(options.device), CacheOptions(cache_place(options)[0], 0, together=options.together > 1)
 
     def kept(config: TrialConfig) -> int:
         try:

@@ -43,7 +43,7 @@ from caltech_sweep.tracking.direct import Destination
 from caltech_sweep.tracking.journal import Journal, JournalingTracker, journals, own_folder
 from caltech_sweep.tracking.records import STORE_TAG, StudyRecord
 from caltech_sweep.tracking.writer import MlflowTracker, Owner, provenance
-from caltech_sweep.training.keys import CacheOptions
+from caltech_sweep.training.keys import CacheOptions, may_train_together
 
 if TYPE_CHECKING:
     from caltech_sweep.sweep.executors.ray import RayExecutor
@@ -60,7 +60,7 @@ def cache_options(options: RunOptions) -> CacheOptions | None:
 
     folder, url = cache_place(options)
     budget = default_budget(folder) if options.cache_size is None else int(options.cache_size * 10**9)
-    return CacheOptions(folder, budget, url=url)
+    return CacheOptions(folder, budget, url=url, together=options.together > 1)
 
 
 def job_of(
@@ -70,6 +70,7 @@ def job_of(
     stages: CacheOptions | None,
     queued: QueuedTrial,
     upload: Destination | None = None,
+    together: bool = False,
 ) -> Job:
     """Return the job of a trial: its folder below ``scratch``, its initial weights, when it saves, where it uploads."""
     config, source = queued.config, weights.get(weights_key(queued.config))
@@ -86,6 +87,7 @@ def job_of(
         weights_digest=source.digest if source else None,
         wait_each_epoch=queued.prunable,
         stages=stages,
+        together=together and may_train_together(config),
         upload=upload,
     )
 
@@ -275,7 +277,8 @@ def run_study(definition: StudyDefinition, options: RunOptions, write: Write, be
 
         def make_job(queued: QueuedTrial) -> Job:
             sends = options.upload_from_workers
-            return new_job(queued, journaling.ask(tracker.destination, recorder.run_of(queued)) if sends else None)
+            upload = journaling.ask(tracker.destination, recorder.run_of(queued)) if sends else None
+            return new_job(queued, upload, options.together > 1)
 
         queue = TrialQueue(definition, study, options.rows, options.resume_trials)
         limits = Limits(options.max_failures)

@@ -17,6 +17,7 @@ STRIKES = 3  # failures at one write, of a store that takes others, after which 
 STORE_TAG = "study_store"  # of a study and its trials: the id of the study store that runs them
 REPEAT_TAGS = ("replicate", "confirms", "fold_of")  # of a trial that has another one's settings, on a seed or fold
 CAME_HOME = "artifacts.came_home"  # why what a node was to send by itself came home
+TOGETHER = "trained_together"  # of a trial: with how many, at most, the steps of its classifier were one product
 MISSING_TAG = "artifacts.missing"  # of a trial: as JSON, each artifact that was not made or taken, with the reason
 FORMER_TAG = "study_store.former"  # of a study that was adopted: the ids before, joined by commas
 

@@ -57,6 +57,10 @@ class Augmented(Protocol):
 
     @property
     def seed(self) -> int: ...
+    @property
+    def mixup(self) -> float: ...
+    @property
+    def cutmix(self) -> float: ...
 
     @property
     def augment(self) -> tuple[str, ...]: ...
@@ -70,6 +74,16 @@ class Draws:
 
     def __getitem__(self, index: torch.Tensor) -> Draws:
         return Draws({op: (chosen[index], params[index]) for op, (chosen, params) in self.by_op.items()})
+
+
+def mixes(config: Augmented) -> bool:
+    """Tell whether the images of a batch are mixed, so that what a network sees depends on its neighbours."""
+    return config.mixup > 0 or config.cutmix > 0
+
+
+def all_fixed(config: Augmented) -> bool:
+    """Tell whether a network sees no image that could not be kept: none is mixed, or changed by what is drawn."""
+    return not mixes(config) and all(AUGMENTATIONS[op].fixed for op in config.augment)
 
 
 def draw(config: Augmented, epoch: int, count: int) -> Draws:

@@ -40,6 +40,7 @@ from caltech_sweep.training.keys import (
     checkpoint_keys,
     digest,
     epoch_marks,
+    may_train_together,
     recipe,
 )
 from caltech_sweep.training.mirror import store_of
@@ -102,27 +103,29 @@ def identity(
     data: LoadedData,
     device: torch.device,
     weights_file: Path | None,
-    features: bool,
+    use: CacheOptions,
     known: str | None = None,
 ) -> dict[str, Any]:
     """Return all that decides a training's weights but its learning rates, as one dict that JSON can hold.
 
-    ``features`` says whether the outputs of frozen layers are kept. On the CPU that changes no bit; elsewhere this is
-    not certain, so there it counts.
+    Whether the outputs of frozen layers are kept changes no bit on the CPU; elsewhere this is not certain, so there it
+    counts. One that trains with others counts as such, whoever they are.
     """
+    together = {"together": True} if use.together and may_train_together(config) else {}
     augmentation = {"augmentation": AUGMENTATION_VERSION, **versions(config.augment)} if config.augment else {}
     frozen = {"frozen": FROZEN_VERSION} if config.freeze == "conv" and not config.arch.startswith(SPLIT_BEFORE) else {}
     return {
         **recipe(config),
         **augmentation,
         **frozen,
+        **together,
         **source_of(config.arch).version(config.arch),
         "initial": initial_weights(config, weights_file, known),
         "outputs": config.outputs or len(data.split.classes),
         "data": data.fingerprint,
         "crop": config.dataset.crop,
         "surroundings": numerics(config, device),
-        "features": features and device.type != "cpu",
+        "features": use.features and device.type != "cpu",
     }
 
 
@@ -138,7 +141,7 @@ def stored_epochs(
 
     torch's number of threads must be the one of the training. Whether the stage is sound shows when it is used.
     """
-    known = identity(config, data, device, weights_file, use.features)
+    known = identity(config, data, device, weights_file, use)
     names = _names(config, known, steps_of(config, len(data.split.part("train"))))
     store = store_of(use)
     return next((epoch for epoch in range(len(names), 0, -1) if store.has(names[epoch - 1])), 0)
@@ -223,7 +226,7 @@ class TrialCheckpoints:
         config = training.config
         self._use, self._training = use, training
         self._store: Cache = store_of(use)
-        self._identity = identity(config, training.data, training.device, weights_file, use.features, known)
+        self._identity = identity(config, training.data, training.device, weights_file, use, known)
         self._trial = config.fingerprint()
         self._names = _names(config, self._identity, training.steps)
         self._saved = time.monotonic()

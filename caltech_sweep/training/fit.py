@@ -1,4 +1,4 @@
-"""The training loop: a generator of epoch results; its consumer reports, prunes and logs."""
+"""The training loop, an epoch at a time; who runs it reports, prunes and logs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,8 @@ from caltech_sweep.training.device import numerics, uses_bfloat16, uses_channels
 from caltech_sweep.training.evaluate import Evaluation, evaluate
 from caltech_sweep.training.features import FrozenFeatures, agrees, split_model
 from caltech_sweep.training.graph import ReplayedPasses
-from caltech_sweep.training.loss import class_weights, epoch_order, loss_share, mixed, mixes
+from caltech_sweep.training.keys import may_train_together
+from caltech_sweep.training.loss import class_weights, epoch_order, loss_share, mixed
 from caltech_sweep.training.models import frozen_parameters, thaw, train_mode
 from caltech_sweep.training.networks import mean_and_std, normalization, source_of
 from caltech_sweep.training.optimizer import make_optimizer, parameter_groups, set_rate
@@ -65,9 +66,66 @@ class EpochResult:
         }
 
 
+@dataclass(frozen=True)
+class EpochTrained:
+    """What the steps of an epoch came to: the mean loss and the accuracy over the images that were trained."""
+
+    loss: float
+    accuracy: float
+    images: int
+    seconds: float
+
+
+class EpochSteps:
+    """The steps of one epoch: which images each trains at which rate, and what has come of them.
+
+    Losses stay on the device and are looked at every few steps, since reading one waits for the GPU.
+    """
+
+    def __init__(
+        self, epoch: int, batches: tuple[torch.Tensor, ...], rates: Sequence[float], draws: augment.Draws | None
+    ) -> None:
+        self.epoch, self.batches, self.rates, self.draws = epoch, batches, rates, draws
+        self._start = time.perf_counter()
+        self._sums: list[list[float]] = []
+        self._fresh: list[torch.Tensor] = []
+
+    def add(self, found: torch.Tensor) -> None:
+        """Take (mean loss, correct predictions) of the next step; raise DivergedError for the first infinite loss."""
+        self._fresh.append(found)
+        number = len(self._sums) + len(self._fresh)
+        if number % _CHECK_EVERY and number < len(self.batches):
+            return
+        for loss, correct in torch.stack(self._fresh).tolist():
+            self._sums.append([loss * len(self.batches[len(self._sums)]), correct])
+            if not math.isfinite(loss):
+                raise DivergedError(self.epoch, len(self._sums), loss)
+        self._fresh.clear()
+
+    def result(self) -> EpochTrained:
+        """Return what all of the steps came to."""
+        images = sum(map(len, self.batches))
+        loss, correct = (math.fsum(column) / images for column in zip(*self._sums, strict=True))
+        return EpochTrained(loss, correct, images, time.perf_counter() - self._start)
+
+
 def steps_of(config: TrialConfig, images: int) -> int:
     """Return how many batches an epoch over so many images trains."""
     return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier whose inputs are kept or drawn, and what its loss is made with.
+
+    Two of the same ``kind``, of trainings with the same images, train the same number of images in each step.
+    """
+
+    before: nn.Sequential  # what its inputs pass through, which is not trained
+    linear: nn.Linear
+    class_weights: torch.Tensor | None
+    label_smoothing: float
+    kind: Hashable
 
 
 @dataclass
@@ -89,6 +147,8 @@ class Training:
     warnings: tuple[str, ...] = ()  # sentences for the user
     average: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights over the steps, where it is kept
     thawed: bool = False  # whether layers that were frozen at first are trained by now
+    ahead: EpochTrained | Exception | None = None  # what the next epoch came to, which was trained with those of others
+    together: int = 1  # of how many trainings, at most, the steps were one product
 
     def __post_init__(self) -> None:
         config = self.config
@@ -138,9 +198,7 @@ class Training:
     def _frozen_features(self) -> FrozenFeatures | None:
         """Return the frozen layers apart, where the images that they see are the same in every epoch."""
         config = self.config
-        if mixes(config) or not all(augment.AUGMENTATIONS[op].fixed for op in config.augment):
-            return None
-        if config.freeze == "none":
+        if config.freeze == "none" or not augment.all_fixed(config):
             return None
         train_mode(self.model, config)
         split = split_model(self.model, source_of(config.arch).tail(self.model))
@@ -161,7 +219,7 @@ class Training:
         }
         counts = {part: len(self.data.split.part(part)) for part in SPLITS}
         me = weakref.proxy(self)  # what keeps a training in a circle keeps its memory after its end
-        images, autocast = (lambda *asked: me._images(*asked)), (lambda: me._autocast())
+        images, autocast = (lambda *asked: me._images(*asked)), (lambda: me.autocast())
         return FrozenFeatures(split, images, counts, autocast, self.store, known)
 
     def _images(self, part: str, index: torch.Tensor, draws: augment.Draws | None = None) -> torch.Tensor:
@@ -170,9 +228,6 @@ class Training:
         if cuts is None:
             return self._floats(self._crops(part, index), draws)
         return self._floats(self.data.resized_crops(part, self.config.dataset.crop, index.tolist(), cuts), draws)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def _crops(self, part: str, index: torch.Tensor) -> torch.Tensor:
         """Return (n, 3, H, W) uint8 crops, out of the shared cache or, where they fit, of the GPU's memory."""
@@ -215,7 +270,7 @@ class Training:
             return self._floats(crops).unflatten(0, (len(index), -1))
 
         def forward(batch: torch.Tensor) -> torch.Tensor:
-            with self._autocast():
+            with self.autocast():
                 return network(batch)
 
         try:
@@ -241,23 +296,64 @@ class Training:
         else:
             torch.manual_seed(seed)
 
-    def _step(self, epoch: int, number: int, index: torch.Tensor, draws: augment.Draws | None) -> torch.Tensor:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the precision that the network runs in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    def head(self) -> Head | None:
+        """Return all that the next epoch trains, where that is one linear layer at the end of the network."""
+        if self._features is None or not may_train_together(self.config) or not len(self._features.tail):
+            return None
+        *before, last = self._features.tail
+        trains = [p for layer in before for p in layer.parameters() if p.requires_grad]
+        if type(last) is not nn.Linear or trains or not all(p.requires_grad for p in last.parameters()):
+            return None
+        kind = (
+            *(self.device, self._bfloat16, last.weight.shape, last.bias is None),
+            *(self.config.batch_size, self.steps, len(self._labels)),
+            *(self.config.class_weights, self.config.label_smoothing),
+        )
+        return Head(nn.Sequential(*before), last, self._weights, self.config.label_smoothing, kind)
+
+    def begin_epoch(self) -> EpochSteps:
+        """Return the steps of the next epoch, with the model ready to train them."""
+        epoch = self.epoch + 1
+        draws = augment.draw(self.config, epoch, len(self._labels)) if self.config.augment else None
+        train_mode(self.model, self.config)
+        batches = self._batches(epoch)
+        return EpochSteps(epoch, batches, epoch_rates(self.config, epoch, len(batches)), draws)
+
+    def step_inputs(self, steps: EpochSteps, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what step ``number``, from 1 on, trains and its labels (n,), with what a network draws from seeded."""
+        beat()
+        self._seed(derive_seed(self.config.seed, "dropout", steps.epoch, number))
+        index = steps.batches[number - 1]
+        # An image that is drawn twice is augmented in two ways: its place in the epoch counts, not its number.
+        start = (number - 1) * self.config.batch_size
+        places = index if self.config.sample_weights == "none" else torch.arange(start, start + len(index))
+        inputs = self._inputs("train", index, steps.draws[places] if steps.draws else None)
+        return inputs, self._labels[index].to(self.device, non_blocking=True)
+
+    def end_step(self, steps: EpochSteps, number: int) -> None:
+        """Change the weights by their gradients, at the rate of step ``number``."""
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+        set_rate(self.optimizer, steps.rates[min(number, len(steps.rates)) - 1])
+        self.optimizer.step()
+        self._update_average()
+
+    def _step(self, steps: EpochSteps, number: int) -> torch.Tensor:
         """Train one batch; return (mean loss, correct predictions) as a tensor of two on the device."""
-        self._seed(derive_seed(self.config.seed, "dropout", epoch, number))
-        inputs = self._inputs("train", index, draws)
-        labels = self._labels[index].to(self.device, non_blocking=True)
+        inputs, labels = self.step_inputs(steps, number)
         targets = labels
-        if mixes(self.config):
-            inputs, targets = mixed(self.config, epoch, number, inputs, labels, self._outputs)
+        if augment.mixes(self.config):
+            inputs, targets = mixed(self.config, steps.epoch, number, inputs, labels, self._outputs)
         self.optimizer.zero_grad(set_to_none=True)
         if self._replayed is None:
             found = self._all_parts(inputs, labels, targets)
         else:
             found = self._replayed(self._all_parts, inputs, labels, targets)
-        if self.config.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
-        self.optimizer.step()
-        self._update_average()
+        self.end_step(steps, number)
         return found
 
     @torch.no_grad()
@@ -299,7 +395,7 @@ class Training:
         self, inputs: torch.Tensor, labels: torch.Tensor, chosen: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         """Add the gradient of a part of a batch whose ``targets`` are these; return its share of both."""
-        with self._autocast():
+        with self.autocast():
             logits = self._network(inputs)
         smoothing = self.config.label_smoothing
         loss = F.cross_entropy(logits.float(), chosen, self._weights, label_smoothing=smoothing)
@@ -309,35 +405,12 @@ class Training:
         correct = (logits.detach().argmax(1) == labels).sum()
         return torch.stack([loss.detach().double(), correct.double()])
 
-    def train_epoch(self, epoch: int) -> tuple[float, float, int]:
-        """Train one epoch; return its mean loss, accuracy and number of images.
-
-        The losses stay on the device and are looked at every few steps, since reading one waits for the GPU.
-        Raises DivergedError naming the first step whose loss is not finite.
-        """
-        draws = augment.draw(self.config, epoch, len(self._labels)) if self.config.augment else None
-        train_mode(self.model, self.config)
-        batches = self._batches(epoch)
-        rates = epoch_rates(self.config, epoch, len(batches))
-        sums: list[list[float]] = []
-        fresh: list[torch.Tensor] = []
-        for number, index in enumerate(batches, start=1):
-            beat()
-            # An image that is drawn twice is augmented in two ways: its place in the epoch counts, not its number.
-            start = (number - 1) * self.config.batch_size
-            places = index if self.config.sample_weights == "none" else torch.arange(start, start + len(index))
-            set_rate(self.optimizer, rates[min(number, len(rates)) - 1])
-            fresh.append(self._step(epoch, number, index, draws[places] if draws else None))
-            if number % _CHECK_EVERY and number < len(batches):
-                continue
-            for loss, correct in torch.stack(fresh).tolist():
-                sums.append([loss * len(batches[len(sums)]), correct])
-                if not math.isfinite(loss):
-                    raise DivergedError(epoch, len(sums), loss)
-            fresh.clear()
-        seen = sum(map(len, batches))
-        loss, correct = (math.fsum(column) / seen for column in zip(*sums, strict=True))
-        return loss, correct, seen
+    def train_epoch(self) -> EpochTrained:
+        """Train the steps of the next epoch. Raises DivergedError naming the first one whose loss is not finite."""
+        steps = self.begin_epoch()
+        for number in range(1, len(steps.batches) + 1):
+            steps.add(self._step(steps, number))
+        return steps.result()
 
     @property
     def ended(self) -> bool:
@@ -347,18 +420,21 @@ class Training:
 
     def run_epoch(self) -> EpochResult:
         """Train and validate the next epoch; keep its weights, by value, when they are the best so far."""
-        epoch, start = self.epoch + 1, time.perf_counter()
+        epoch = self.epoch + 1
         if self.config.thaws(epoch):
             self.thaw()
-        loss, accuracy, seen = self.train_epoch(epoch)
+        trained, self.ahead = self.ahead or self.train_epoch(), None
+        if isinstance(trained, Exception):
+            raise trained
+        start = time.perf_counter()
         with self._averaged():
             try:
                 val = self.evaluate("val")
             except NotFiniteError as error:
                 raise NotFiniteError(f"epoch {epoch}, {error}") from error
-            seconds = time.perf_counter() - start
+            seconds = trained.seconds + time.perf_counter() - start
             lr = epoch_rates(self.config, epoch, self.steps)[0]
-            result = EpochResult(epoch, lr, loss, accuracy, val, seconds, seen)
+            result = EpochResult(epoch, lr, trained.loss, trained.accuracy, val, seconds, trained.images)
             goal = metrics.objective(self.config.objective)
             if self.best is None or goal.better(val.scores[goal.name], self.best.val.scores[goal.name]):
                 self.best = result
@@ -366,9 +442,3 @@ class Training:
         self.epoch = epoch
         self.history.append(result)
         return result
-
-
-def fit(training: Training) -> Iterator[EpochResult]:
-    """Train the epochs that are left, yielding each."""
-    while not training.ended:
-        yield training.run_epoch()

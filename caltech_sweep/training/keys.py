@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from caltech_sweep.config import FIRST_DATASET_FIELDS, TrialConfig, as_stored, unread_settings
+from caltech_sweep.training.augment import all_fixed
 from caltech_sweep.training.networks import normalization
 from caltech_sweep.training.schedule import NOMINAL_STEPS, EpochRates, learning_rates, schedule_settings
 
@@ -38,6 +39,7 @@ class CacheOptions:
     every_seconds: float = 60.0  # at most so often for resuming, and never above 2% of the training time
     hold_at: frozenset[int] = frozenset()  # epochs after which the trial may pause: saved, and dropped last
     features: bool = True  # keep the outputs of frozen layers
+    together: bool = False  # train with others, so that a result is within rounding of what it is without them
     url: str | None = None  # where the folder's entries are sent to, and fetched from, by other machines too
 
 
@@ -59,6 +61,12 @@ def recipe(config: TrialConfig) -> dict[str, Any]:
     values.update({f"dataset.{k}": v for k, v in counted["dataset"].items() if k not in FIRST_DATASET_FIELDS})
     values["normalize"] = normalization(config)
     return values
+
+
+def may_train_together(config: TrialConfig) -> bool:
+    """Tell whether a trial may train only a classifier on outputs that are kept: then others train theirs with it."""
+    fixed = config.freeze != "none" and config.unfreeze_epoch is None and all_fixed(config)
+    return fixed and config.accumulate == 1
 
 
 def epoch_settings() -> frozenset[str]:

@@ -37,11 +37,6 @@ def epoch_order(config: TrialConfig, labels: torch.Tensor, epoch: int) -> torch.
     return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
 
 
-def mixes(config: TrialConfig) -> bool:
-    """Tell whether the images of a batch are mixed, so that what a network sees depends on its neighbours."""
-    return config.mixup > 0 or config.cutmix > 0
-
-
 def mixed(
     config: TrialConfig, epoch: int, step: int, images: torch.Tensor, labels: torch.Tensor, outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

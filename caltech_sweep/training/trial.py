@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from caltech_sweep.metrics import BEST_EPOCH, all_logged, logged_at_best
 from caltech_sweep.training.checkpoints import TrialCheckpoints
 from caltech_sweep.training.device import is_out_of_memory
 from caltech_sweep.training.evaluate import Evaluation
-from caltech_sweep.training.fit import EpochResult, Training, fit
+from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.keys import CacheOptions
 from caltech_sweep.training.mirror import store_of
 from caltech_sweep.training.models import build_model, load_state, not_finite
@@ -26,7 +27,8 @@ class TrialOutcome:
     """What a completed trial leaves: its best epoch, its test evaluations and the best-on-val weights.
 
     ``warnings`` are sentences for the user about what could not be reused or kept; ``cache_seconds`` is how long
-    loading and saving stages took; ``transform_input`` is a property of GoogLeNet and Inception.
+    loading and saving stages took; ``transform_input`` is a property of GoogLeNet and Inception. With so many
+    trials, at most, it trained ``together``.
     """
 
     best: EpochResult
@@ -38,6 +40,7 @@ class TrialOutcome:
     cache_seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     transform_input: bool = False
+    together: int = 1
 
     def metrics(self) -> dict[str, float]:
         """Return the once-a-trial metrics by their names in MLflow."""
@@ -51,15 +54,17 @@ class TrialOutcome:
         }
 
 
-def _train(training: Training, stages: TrialCheckpoints | None) -> Iterator[EpochResult]:
+def _train(training: Training, stages: TrialCheckpoints | None) -> Iterator[EpochResult | Training]:
     """Yield every epoch of a trial: those that are stored first, then the others as they are trained and kept.
 
-    The model has the weights of the best epoch at the end.
+    The training itself is yielded before each that it trains. The model has the weights of the best epoch at the end.
     """
     if stages is not None:
         stages.resume()
     yield from tuple(training.history)
-    for result in fit(training):
+    while not training.ended:
+        yield training
+        result = training.run_epoch()
         yield result if stages is None else replace(result, saving=stages.after(result))
     if broken := not_finite(training.best_weights):
         raise NotFiniteError(f"the weights {broken[0]} became NaN or infinite; try a lower learning rate")
@@ -82,6 +87,29 @@ def run_trial(
 
     Raises DivergedError for a number that is NaN or infinite, OutOfMemoryError naming the batch size, or ModelError
     before the first epoch.
+    """
+    with closing(open_trial(config, data, device, weights_file, stages, digest)) as trial:
+        while True:
+            try:
+                happened = next(trial)
+            except StopIteration as end:
+                outcome: TrialOutcome = end.value
+                return outcome
+            if isinstance(happened, EpochResult):
+                yield happened
+
+
+def open_trial(
+    config: TrialConfig,
+    data: LoadedData,
+    device: torch.device,
+    weights_file: Path | None = None,
+    stages: CacheOptions | None = None,
+    digest: str | None = None,
+) -> Generator[EpochResult | Training, None, TrialOutcome]:
+    """Train one trial as :func:`run_trial` does, and yield its training before each epoch that it trains.
+
+    Who has several may train that epoch of them together, by :func:`~.together.train_together`.
     """
     store = store_of(stages) if stages else None
     kept = None
@@ -115,4 +143,5 @@ def run_trial(
         kept.seconds if kept else 0.0,
         warnings,
         bool(getattr(training.model, "transform_input", False)),
+        training.together,
     )

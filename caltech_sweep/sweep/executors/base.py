@@ -11,13 +11,16 @@ import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from caltech_sweep.config import TrialConfig
 from caltech_sweep.errors import CaltechSweepError, DatasetError, DivergedError, OutOfMemoryError
 from caltech_sweep.files import is_disk_full
 from caltech_sweep.tracking.direct import Destination
 from caltech_sweep.training.keys import CacheOptions
+
+if TYPE_CHECKING:
+    from caltech_sweep.training.fit import Training
 
 HANG_SECONDS = 600.0  # of silence after which a worker is killed; every step of a training gives a sign
 MAX_FAILURES = 5  # failed trials in a row that stop a study, unless it is told otherwise
@@ -36,6 +39,7 @@ class Job:
     stages: CacheOptions | None = None  # what may be reused and where the trial's own stages go
     alone: bool = False  # no other job shares its device, which is the one it had before
     weights_digest: str | None = None  # the SHA-256 that the file of the initial weights must have
+    together: bool = False  # other jobs of its process may train their epochs with its own
     upload: Destination | None = None  # where the machine that has trained it may send its artifacts by itself
 
 
@@ -67,6 +71,14 @@ class Trained:
     """A job whose training and test are done; its artifacts are yet to be written, which the next need not wait for."""
 
     job: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job that may train ``together`` with others, and is about to train an epoch; never leaves its process."""
+
+    job: int
+    training: Training
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ T = TypeVar("T")
 Write = Callable[[str], None]
 Work = Callable[[Write], T]  # something to do besides jobs; it is given what tells the user a line
 Event = Epoch | Trained | Done | Stopped | Failed | WorkerDied
-Epochs = Generator[Epoch | Trained, None, Done]
+Epochs = Generator[Epoch | Trained | Ready, None, Done]
 Runner = Callable[[Job], Epochs]
 
 
@@ -160,6 +172,13 @@ def failure_of(job: int, error: Exception) -> Failed:
 
 
 def _advance(job: int, epochs: Epochs) -> Event:
+    """Return what happens next to a job; one that might train with others goes on by itself."""
+    while isinstance(event := _advance_or_wait(job, epochs), Ready):
+        pass
+    return event
+
+
+def _advance_or_wait(job: int, epochs: Epochs) -> Event | Ready:
     try:
         return next(epochs)
     except StopIteration as end:

@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -26,6 +27,7 @@ from caltech_sweep.sweep.executors.base import (
     Epochs,
     Event,
     Job,
+    Ready,
     Runner,
     Stopped,
     T,
@@ -34,6 +36,7 @@ from caltech_sweep.sweep.executors.base import (
     WorkerDied,
     Write,
     _advance,
+    _advance_or_wait,
     ending,
 )
 
@@ -70,11 +73,31 @@ def unstopped() -> Iterator[None]:
 
 
 class _Line:
-    """The connection to the coordinator, on which two threads may speak."""
+    """The connection to the coordinator, on which two threads may speak; one listens."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._lock = connection, threading.Lock()
-        self.hear = connection.recv
+        self._arrived: deque[Any] = deque()  # jobs, until they are asked for
+
+    def hear(self) -> Any:
+        """Wait for a job, or other work."""
+        return self._arrived.popleft() if self._arrived else self._connection.recv()
+
+    def answer(self) -> bool:
+        """Wait for whether a job goes on; jobs that arrive before are kept."""
+        while True:
+            said = self._connection.recv()
+            if isinstance(said, bool):
+                return said
+            self._arrived.append(said)
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs that have arrived."""
+        while self._connection.poll():
+            self._arrived.append(self._connection.recv())
+        arrived = list(self._arrived)
+        self._arrived.clear()
+        return arrived
 
     def say(self, what: object) -> None:
         """Send an event, or None as a sign of life."""
@@ -82,7 +105,28 @@ class _Line:
             self._connection.send(what)
 
 
-def _work(connection: Connection, runner: Runner, threads: int | None, prepare: Callable[[], None]) -> None:
+class _Artifacts:
+    """Writes what trained jobs leave, one after the other, while others are trained; at most so many wait."""
+
+    def __init__(self, line: _Line, most: int) -> None:
+        self._line, self._most = line, most
+        self._writer, self._written = ThreadPoolExecutor(1, "artifacts"), deque[Future[None]]()
+
+    def write(self, job: int, rest: Epochs) -> None:
+        """Let a job be finished, once there is room for it."""
+        while len(self._written) >= self._most:
+            self._written.popleft().result()
+        self._line.say(Trained(job))
+        self._written.append(self._writer.submit(self._finish, job, rest))
+
+    def _finish(self, job: int, rest: Epochs) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._line.say(_advance(job, rest))
+
+
+def _work(
+    connection: Connection, runner: Runner, threads: int | None, prepare: Callable[[], None], together: int
+) -> None:
     """Serve jobs until the coordinator closes the connection or dies."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -94,39 +138,50 @@ def _work(connection: Connection, runner: Runner, threads: int | None, prepare: 
         torch.set_num_threads(threads)
     with suppress(Exception):  # the first job says so again
         prepare()
-    line, writer = _Line(connection), ThreadPoolExecutor(1, "artifacts")
-    written: Future[None] | None = None
+    line = _Line(connection)
+    artifacts = _Artifacts(line, together)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError), beating(lambda: line.say(None)):
         while True:
             asked = line.hear()
-            if not isinstance(asked, Job):
+            if isinstance(asked, Job):
+                _serve(line, asked, runner, artifacts)
+            else:
                 _answer(line, asked)
-            elif (rest := _serve(line, asked, runner)) is not None:
-                if written is not None:
-                    written.result()  # the artifacts of one job are written at a time
-                line.say(Trained(asked.number))
-                written = writer.submit(_finish, line, asked.number, rest)
 
 
-def _serve(line: _Line, job: Job, runner: Runner) -> Epochs | None:
-    """Train a job; return what is left to do where the next one need not wait for that."""
-    epochs = runner(job)
+def _serve(line: _Line, job: Job, runner: Runner, artifacts: _Artifacts) -> None:
+    """Train a job, and those that arrive meanwhile, until none is left."""
+    running = {job.number: (job, runner(job))}
+    while running:
+        ready = []
+        for job, epochs in list(running.values()):
+            event = _advance_far(line, job, epochs)
+            if isinstance(event, Ready):
+                ready.append(event.training)
+                continue
+            del running[job.number]
+            if isinstance(event, Trained):
+                artifacts.write(job.number, epochs)
+        if len(ready) > 1:
+            from caltech_sweep.training.together import train_together
+
+            train_together(ready)
+        running.update({job.number: (job, runner(job)) for job in line.jobs()})
+
+
+def _advance_far(line: _Line, job: Job, epochs: Epochs) -> Event | Ready:
+    """Let a job go on until it is ready for an epoch that it may train with others, or ends; its epochs are told."""
     while True:
-        event = _advance(job.number, epochs)
-        if isinstance(event, Trained):
-            return epochs
+        event = _advance_or_wait(job.number, epochs)
+        if isinstance(event, (Ready, Trained)):
+            return event
         line.say(event)
         if not isinstance(event, Epoch):
-            return None
-        if job.wait_each_epoch and not line.hear():
+            return event
+        if job.wait_each_epoch and not line.answer():
             epochs.close()
             line.say(Stopped(job.number))
-            return None
-
-
-def _finish(line: _Line, job: int, rest: Epochs) -> None:
-    with suppress(BrokenPipeError, ConnectionResetError):
-        line.say(_advance(job, rest))
+            return Stopped(job.number)
 
 
 @dataclass(frozen=True)
@@ -150,13 +205,13 @@ def _nothing() -> None:
     pass
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     process: BaseProcess
     connection: Connection
     device: str | None
-    job: int | None = None  # that it trains
-    writes: int | None = None  # the job before that, whose artifacts it still writes
+    trains: dict[int, Job] = field(default_factory=dict)  # by number
+    writes: dict[int, Job] = field(default_factory=dict)  # those before, whose artifacts it still writes
     alone: bool = False  # its job shares the device with no other
     last_seen: float = 0.0  # when it last sent something, by the executor's clock
     hung: bool = False  # it was killed because it sent nothing
@@ -164,7 +219,13 @@ class _Worker:
     @property
     def jobs(self) -> list[int]:
         """The jobs that would end with it."""
-        return [job for job in (self.writes, self.job) if job is not None]
+        return [*self.writes, *self.trains]
+
+    def room(self, at_once: int) -> int:
+        """Return how many more jobs it may train, of those that train together ``at_once``."""
+        if self.trains and not all(job.together for job in self.trains.values()):
+            return 0
+        return at_once - len(self.trains)
 
 
 class ProcessExecutor:
@@ -175,7 +236,8 @@ class ProcessExecutor:
     last bit of a weight on the CPU, so it must not depend on how many workers there are. A worker that sends nothing
     for ``hang_seconds`` is killed; only time in which this executor is polled counts. ``prepare`` is what each does
     before its first job. After the first epoch on a GPU its workers become as many as its memory has room for, by
-    what that epoch took, but no more than ``at_most``.
+    what that epoch took, but no more than ``at_most``. A worker is one slot, or so many for jobs that may train
+    ``together``.
     """
 
     def __init__(
@@ -188,7 +250,9 @@ class ProcessExecutor:
         clock: Callable[[], float] = time.monotonic,
         prepare: Callable[[], None] = _nothing,
         at_most: int = 1,
+        together: int = 1,
     ) -> None:
+        self._together = together
         self._runner, self._threads, self._prepare = runner, threads, prepare
         self._hang_seconds, self._clock = hang_seconds, clock
         self._polled, self._at_most = clock(), at_most
@@ -202,7 +266,7 @@ class ProcessExecutor:
 
     def _start(self, device: str | None) -> _Worker:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, self._runner, self._threads, self._prepare)
+        arguments = (theirs, self._runner, self._threads, self._prepare, self._together)
         process = self._context.Process(target=_work, args=arguments, daemon=True)
         with unstopped():
             process.start()
@@ -238,20 +302,19 @@ class ProcessExecutor:
 
         return wait_for_it
 
-    def _idle(self) -> list[int]:
-        """Return the workers that may take a job, on a device that no job has or awaits for itself: idle ones first."""
-        reserved = {worker.device for worker in self._workers if worker.job is not None and worker.alone}
+    def _open(self) -> list[_Worker]:
+        """Return the workers whose device no job has or awaits for itself: those with the fewest jobs first."""
+        reserved = {worker.device for worker in self._workers if worker.trains and worker.alone}
         reserved.update(self._device_of[job.number] for job in self._held)
-        free = [i for i, w in enumerate(self._workers) if w.job is None and w.device not in reserved]
-        return sorted(free, key=lambda i: self._workers[i].writes is not None)
+        return sorted((w for w in self._workers if w.device not in reserved), key=lambda w: len(w.jobs))
 
     def free(self) -> int:
-        """Return how many workers are idle whose device is not reserved for one job."""
-        return max(0, sum(self._workers[i].writes is None for i in self._idle()) - len(self._waiting))
+        """Return how many more jobs workers may train that are not yet to end those before; none while one waits."""
+        return 0 if self._waiting else sum(max(0, w.room(self._together) - len(w.writes)) for w in self._open())
 
     def free_soon(self) -> int:
-        """Return how many workers still write the artifacts of a job, and may train the next one meanwhile."""
-        return max(0, len(self._idle()) - len(self._waiting)) - self.free()
+        """Return how many more may be trained while the artifacts of others are written."""
+        return 0 if self._waiting else sum(w.room(self._together) for w in self._open()) - self.free()
 
     def submit(self, job: Job) -> None:
         """Send a job to a free worker; one to run alone waits until the others on its device have ended."""
@@ -273,14 +336,19 @@ class ProcessExecutor:
                     self._workers[i].process.kill()
                     self._workers[i].process.join()
                 self._send(job, there[0])
-        while self._waiting and (idle := self._idle()):
-            self._send(self._waiting.pop(0), idle[0])
+        while self._waiting:
+            job = self._waiting[0]
+            places = [w for w in self._open() if w.room(self._together) > 0 and (job.together or not w.trains)]
+            if not places:
+                break
+            self._send(self._waiting.pop(0), self._workers.index(places[0]))
 
     def _send(self, job: Job, index: int) -> None:
         worker = self._workers[index]
-        if not worker.process.is_alive():  # it died while idle
+        if not worker.jobs and not worker.process.is_alive():  # it died while idle
             self._workers[index] = worker = self._replace(worker)
-        worker.job, worker.alone, worker.last_seen = job.number, job.alone, self._clock()
+        worker.trains[job.number] = job
+        worker.alone, worker.last_seen = job.alone, self._clock()
         self._device_of[job.number] = worker.device
         with suppress(BrokenPipeError):  # it dies at this moment: the next poll says so
             worker.connection.send(replace(job, device=job.device or worker.device))
@@ -317,11 +385,9 @@ class ProcessExecutor:
         if isinstance(event, Epoch):
             self._divide(worker.device, event.memory)
         elif isinstance(event, Trained):
-            worker.job, worker.writes = None, event.job
-        elif event.job == worker.writes:
-            worker.writes = None
+            worker.writes[event.job] = worker.trains.pop(event.job)
         else:
-            worker.job = None
+            (worker.trains if event.job in worker.trains else worker.writes).pop(event.job)
         return [event]
 
     def _divide(self, device: str | None, memory: tuple[int, int] | None) -> None:
@@ -341,7 +407,7 @@ class ProcessExecutor:
     def answer(self, job: int, go_on: bool) -> None:
         """Let the worker that waits go on or stop."""
         for worker in self._workers:
-            if worker.job == job:
+            if job in worker.trains:
                 with suppress(BrokenPipeError):
                     worker.connection.send(go_on)
 

@@ -11,8 +11,8 @@ from caltech_sweep.config import DatasetConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.machine import free_memory, keeps_freed_memory
 from caltech_sweep.metrics import objective
-from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Job, Trained
-from caltech_sweep.tracking.records import MISSING_TAG, NETWORK_INPUT
+from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Job, Ready, Trained
+from caltech_sweep.tracking.records import MISSING_TAG, NETWORK_INPUT, TOGETHER
 from caltech_sweep.training.stopping import last_epoch
 
 if TYPE_CHECKING:
@@ -46,16 +46,18 @@ def prepare() -> None:
 
 def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = images_of) -> Epochs:
     """Run one job, yielding an event an epoch, and one before its artifacts are written where the next job need not
-    wait for that; ``load`` returns its images."""
+    wait for that; ``load`` returns its images. One that trains ``together`` with others says before each epoch that it
+    is ready."""
     from caltech_sweep.training.device import environment, gpu_memory, pick_device
+    from caltech_sweep.training.fit import Training
     from caltech_sweep.training.networks import input_note
     from caltech_sweep.training.results import write_artifacts
-    from caltech_sweep.training.trial import run_trial
+    from caltech_sweep.training.trial import open_trial
 
     keeps_freed_memory()
     device = pick_device(job.device)
     data = load(job.config.dataset)
-    epochs = run_trial(job.config, data, device, job.weights_file, job.stages, job.weights_digest)
+    epochs = open_trial(job.config, data, device, job.weights_file, job.stages, job.weights_digest)
     scores: list[float] = []
     while True:
         try:
@@ -63,6 +65,10 @@ def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = images_of) -> 
         except StopIteration as end:
             outcome = end.value
             break
+        if isinstance(result, Training):
+            if job.together:
+                yield Ready(job.number, result)
+            continue
         scores.append(result.val.scores[objective(job.config.objective).name])
         last = last_epoch(job.config, scores) is not None
         memory = None if result.reused else gpu_memory(device)
@@ -80,6 +86,8 @@ def train(job: Job, load: Callable[[DatasetConfig], LoadedData] = images_of) -> 
     tags["reuse.epochs_trained"] = str(outcome.epochs_trained)
     if len(scores) < job.config.epochs:
         tags["stopped_early"] = f"epoch {len(scores)} of {job.config.epochs}"
+    if outcome.together > 1:
+        tags[TOGETHER] = str(outcome.together)
     if outcome.warnings:
         tags["reuse.warnings"] = " ".join(f"{sentence}." for sentence in outcome.warnings)
     if missing:
