@@ -134,7 +134,7 @@ SHARED = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(SHARED, st.lists(TRIALS, min_size=2, max_size=3))
 def test_each_has_the_result_that_it_has_by_itself(
     data: LoadedData, kept: CacheOptions, shared: dict[str, Any], trials: list[dict[str, Any]]
@@ -288,6 +288,7 @@ def test_a_worker_has_room_for_several(executor: ProcessExecutor, tmp_path: Path
     assert executor.free() == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_takes_all_its_jobs_and_takes_them_again(executor: ProcessExecutor, tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     executor.submit(job(tmp_path, 0, seed=1))
