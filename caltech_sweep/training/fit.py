@@ -116,7 +116,7 @@ def steps_of(config: TrialConfig, images: int) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier whose inputs are kept or drawn, and what its loss is made with.
+    """All that a training changes, where that is one linear layer, and what its loss is made with.
 
     Two of the same ``kind``, of trainings with the same images, train the same number of images in each step.
     """

@@ -156,6 +156,8 @@ def _serve(line: _Line, job: Job, runner: Runner, artifacts: _Artifacts) -> None
         ready = []
         for job, epochs in list(running.values()):
             event = _advance_far(line, job, epochs)
+            while isinstance(event, Ready) and event.training.head() is None:  # to its end, before there is another
+                event = _advance_far(line, job, epochs)
             if isinstance(event, Ready):
                 ready.append(event.training)
                 continue
@@ -252,10 +254,9 @@ class ProcessExecutor:
         at_most: int = 1,
         together: int = 1,
     ) -> None:
-        self._together = together
         self._runner, self._threads, self._prepare = runner, threads, prepare
         self._hang_seconds, self._clock = hang_seconds, clock
-        self._polled, self._at_most = clock(), at_most
+        self._polled, self._at_most, self._together = clock(), at_most, together
         self._context = multiprocessing.get_context("spawn")
         chosen: list[str | None] = list(devices) if devices else [None]
         self._workers = [self._start(chosen[i % len(chosen)]) for i in range(workers)]
@@ -309,7 +310,7 @@ class ProcessExecutor:
         return sorted((w for w in self._workers if w.device not in reserved), key=lambda w: len(w.jobs))
 
     def free(self) -> int:
-        """Return how many more jobs workers may train that are not yet to end those before; none while one waits."""
+        """Return how many more jobs may be trained, counting those whose artifacts are written; none while one waits."""
         return 0 if self._waiting else sum(max(0, w.room(self._together) - len(w.writes)) for w in self._open())
 
     def free_soon(self) -> int:
