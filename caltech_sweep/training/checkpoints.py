@@ -49,7 +49,7 @@ from caltech_sweep.training.networks import source_of
 from caltech_sweep.training.stopping import last_epoch
 
 SAVING_SHARE = 0.02  # of the training time, for saves that only serve resuming
-REPEAT_SHARE = 0.1  # of what it saves, for the save of a last state that no known trial goes on from
+REPEAT_SHARE = 0.05  # of what it saves, for the save of a last state that no known trial goes on from
 CHEAP = 0.3  # seconds of a save that are not worth asking for
 _HEADER_ROOM = 100_000  # bytes
 

@@ -310,7 +310,7 @@ class ProcessExecutor:
         return sorted((w for w in self._workers if w.device not in reserved), key=lambda w: len(w.jobs))
 
     def free(self) -> int:
-        """Return how many more jobs may be trained, counting those whose artifacts are written; none while one waits."""
+        """Return how many more jobs may run, those included whose artifacts are written; none while one waits."""
         return 0 if self._waiting else sum(max(0, w.room(self._together) - len(w.writes)) for w in self._open())
 
     def free_soon(self) -> int:
