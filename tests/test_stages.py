@@ -26,6 +26,7 @@ from caltech_sweep.training import checkpoints as stages
 from caltech_sweep.training import keys as reuse
 from caltech_sweep.training.cache import Cache, default_budget
 from caltech_sweep.training.checkpoints import identity, stored_epochs
+from caltech_sweep.training.evaluate import Evaluation
 from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.keys import CacheOptions, checkpoint_keys, epoch_marks, prefix_key
 from caltech_sweep.training.models import build_model
@@ -231,6 +232,31 @@ def test_training_goes_on_while_a_state_is_written_and_ends_after_it(
         next(trial)
     assert epochs_in(tmp_path) == [1, 4]
     assert_same(run(CONFIG, data, use_of(tmp_path)), run(CONFIG, data))
+
+
+def test_a_last_state_is_what_was_trained_though_the_best_weights_are_tested_while_it_is_written(
+    data: LoadedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested, written, evaluate = threading.Event(), stages.save_file, Training.evaluate
+
+    def after_the_test(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        assert tested.wait(60)
+        written(tensors, path)
+
+    def test(training: Training, part: str, views: str = "center") -> Evaluation:
+        found = evaluate(training, part, views)
+        if part == "test":
+            tested.set()
+        return found
+
+    monkeypatch.setattr(stages, "save_file", after_the_test)
+    monkeypatch.setattr(Training, "evaluate", test)
+    short, long = replace(CONFIG, epochs=2, step_size=9), replace(CONFIG, epochs=4, step_size=9)
+    first = run(short, data, use_of(tmp_path, frozenset({2})))
+    assert first[1].best.epoch == 1 and epochs_in(tmp_path) == [2]
+    went_on = run(long, data, use_of(tmp_path, frozenset()))
+    assert went_on[1].epochs_reused == 2
+    assert_same(went_on, run(long, data))
 
 
 def test_a_trial_that_is_stopped_waits_for_its_state_and_one_that_may_pause_has_it_at_once(

@@ -276,9 +276,9 @@ class TrialCheckpoints:
     def after(self, result: EpochResult) -> int:
         """Save the state after an epoch that has just been trained, if another may need it or it is time to.
 
-        It is written while the training goes on, but where the trial may pause, which needs it at once, and where a
-        copy would take much of the memory that is left. Returns of how many epochs, this one included, the states are
-        not kept yet.
+        It is written while the training goes on, from a copy where that changes it. It is written at once where the
+        trial may pause, and where a copy would take much of the memory that is left. Returns of how many epochs, this
+        one included, the states are not kept yet.
         """
         self._trained += result.seconds
         self._unsaved += result.seconds
@@ -295,8 +295,10 @@ class TrialCheckpoints:
         self.settle()  # one state is written at a time
         start = time.monotonic()
         free = free_memory()
-        at_once = epoch in self._use.hold_at or (free is not None and 2 * _guess(self._training) > free)
-        stage = capture(self._training, copy=not at_once)
+        changes = not self._training.ended
+        short = changes and free is not None and 2 * _guess(self._training) > free
+        at_once = short or epoch in self._use.hold_at
+        stage = capture(self._training, copy=changes and not at_once)
         name = self._names[epoch - 1]
         header = {**stage.header, "identity": self._identity, "trial": self._trial}
         self._writing, self._write = epoch, self._writer.submit(self._write_stage, name, header, stage.tensors, start)

@@ -78,8 +78,12 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, value in floats if not all(end.isfinite() for end in value.aminmax())]  # with no copy
 
 
-def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], strict: bool = True) -> tuple[list[str], list[str]]:
+def load_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+) -> tuple[list[str], list[str]]:
     """Load a state dict, as torchvision does, and return its missing and its unexpected keys.
+
+    To ``assign`` lets the model have these very tensors, and leaves those that it had as they are.
 
     Networks read older names and shapes by the versions that a pickled state dict carries. One without versions, such
     as a safetensors file, gets that of the network as a whole, which MNASNet asks for.
@@ -87,7 +91,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], strict: bool
     versioned = OrderedDict(state)
     own = {"": {"version": model._version}}
     versioned._metadata = getattr(state, "_metadata", own)  # type: ignore[attr-defined]
-    result = model.load_state_dict(versioned, strict=strict)
+    result = model.load_state_dict(versioned, strict=strict, assign=assign)
     return result.missing_keys, result.unexpected_keys
 
 

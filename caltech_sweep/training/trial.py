@@ -68,7 +68,7 @@ def _train(training: Training, stages: TrialCheckpoints | None) -> Iterator[Epoc
         yield result if stages is None else replace(result, saving=stages.after(result))
     if broken := not_finite(training.best_weights):
         raise NotFiniteError(f"the weights {broken[0]} became NaN or infinite; try a lower learning rate")
-    load_state(training.model, training.best_weights)
+    load_state(training.model, training.best_weights, assign=True)  # its own may still be being saved
 
 
 def run_trial(
