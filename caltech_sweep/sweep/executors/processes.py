@@ -77,26 +77,22 @@ class _Line:
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._lock = connection, threading.Lock()
-        self._arrived: deque[Any] = deque()  # jobs, until they are asked for
-
-    def hear(self) -> Any:
-        """Wait for a job, or other work."""
-        return self._arrived.popleft() if self._arrived else self._connection.recv()
+        self._arrived: list[Job] = []  # while an answer was awaited
+        self.hear = connection.recv
 
     def answer(self) -> bool:
         """Wait for whether a job goes on; jobs that arrive before are kept."""
         while True:
-            said = self._connection.recv()
+            said = self.hear()
             if isinstance(said, bool):
                 return said
             self._arrived.append(said)
 
     def jobs(self) -> list[Job]:
         """Return the jobs that have arrived."""
+        arrived, self._arrived = self._arrived, []
         while self._connection.poll():
-            self._arrived.append(self._connection.recv())
-        arrived = list(self._arrived)
-        self._arrived.clear()
+            arrived.append(self.hear())
         return arrived
 
     def say(self, what: object) -> None:
