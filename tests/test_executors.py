@@ -293,6 +293,19 @@ def test_both_jobs_of_a_worker_that_dies_are_told_and_tried_again_one_after_the_
         executor.close()
 
 
+def test_a_job_that_is_sent_to_a_worker_which_has_died_hides_no_death(tmp_path: Path) -> None:
+    executor = ProcessExecutor(writing, 1, ["cpu"])
+    try:
+        executor.submit(job(tmp_path))
+        seen(executor, [("Epoch", 0), ("Trained", 0)])
+        os.kill(executor.pids[0], signal.SIGKILL)
+        time.sleep(0.3)
+        executor.submit(job(tmp_path, 1))
+        seen(executor, [("WorkerDied", 0), ("WorkerDied", 1)])
+    finally:
+        executor.close()
+
+
 def test_a_job_to_run_alone_waits_until_all_is_written(tmp_path: Path) -> None:
     executor = ProcessExecutor(writing, 1, ["cpu"])
     try:
