@@ -7,15 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy as sa
+from optuna.distributions import FloatDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState, create_trial
 
 from caltech_sweep.errors import StoreError
-from caltech_sweep.sweep.lease import Lease
+from caltech_sweep.stores import study_store
+from caltech_sweep.sweep.lease import Lease, fencing, holding
+from caltech_sweep.sweep.optuna_store import engine_of, open_storage
+from caltech_sweep.sweep.owned_storage import OwnedStorage
 from caltech_sweep.tracking.writer import MlflowTracker
 from helpers import chaos
 from helpers.places import furnish, invoke
@@ -195,3 +202,78 @@ def test_a_server_that_is_not_there_is_a_sentence_at_once(place: Path) -> None:
         assert result.exit_code == 2 and "cannot be opened" in result.output and "refused" in result.output
         assert "hunter2" not in result.output
     assert time.monotonic() - begun < 60
+
+
+class Cut:
+    """Ends an engine's connection once, at a moment of a transaction, as a server does that is stopped."""
+
+    def __init__(self, engine: sa.Engine, server: Postgres, when: str) -> None:
+        self._other = study_store(server.address("optuna")).engine()
+        self.due, self.cuts, self._commit = False, 0, engine.dialect.do_commit
+        engine.dialect.do_commit = self._commits
+        self._when = when
+        sa.event.listen(engine, "before_cursor_execute", self._before)
+
+    def _before(self, connection: sa.Connection, cursor: object, statement: str, *_: object) -> None:
+        if self._when == "statement" and statement.lstrip().startswith(("INSERT", "UPDATE")):
+            self._cut(connection.connection)
+
+    def _commits(self, pooled: Any) -> None:
+        if self._when == "commit":
+            self._cut(pooled)
+        self._commit(pooled)
+        if self._when == "answer" and self.due:
+            self._cut(pooled)
+            pooled.driver_connection.execute("SELECT 1")  # the answer to the commit is what is lost
+
+    def _cut(self, pooled: Any) -> None:
+        if self.due:
+            self.due, pid = False, pooled.driver_connection.info.backend_pid
+            self.cuts += 1
+            with self._other.connect() as connection:
+                connection.execute(sa.text(f"SELECT pg_terminate_backend({pid})"))
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("when", ["statement", "commit", "answer"])
+def test_a_server_that_ends_connections_in_a_transaction_loses_and_doubles_nothing(
+    server: Postgres, stores: tuple[str, ...], when: str
+) -> None:
+    """Each thing that a study writes; Optuna's own storage reads what is there."""
+    name, store = f"cut {when}", study_store(stores[3])
+    study = optuna.create_study(storage=OwnedStorage(open_storage(stores[3], create=True)), study_name=name)
+    storage, number = study._storage, study._study_id
+    trials, wanted = list[int](), 0
+    writes: list[Callable[[], Any]] = [
+        lambda: trials.append(storage.create_new_trial(number)),
+        lambda: trials.append(storage.create_new_trial(number, create_trial(state=TrialState.WAITING))),
+        lambda: storage.set_trial_state_values(trials[1], TrialState.RUNNING),
+        lambda: storage.set_trial_param(trials[0], "lr", 0.5, FloatDistribution(0, 1)),
+        lambda: storage.set_trial_intermediate_value(trials[0], 1, 0.25),
+        lambda: storage.add_intermediate_values([(trials[0], 2, 0.5), (trials[1], 1, 0.75)]),
+        lambda: storage.set_trial_user_attr(trials[0], "a", [1]),
+        lambda: storage.set_trial_system_attr(trials[0], "b", 2),
+        lambda: storage.set_study_user_attr(number, "c", 3),
+        lambda: storage.set_trial_state_values(trials[0], TrialState.COMPLETE, [0.5]),
+    ]
+    engine = engine_of(study)
+    assert engine is not None
+    with holding(store, name) as held, fencing(engine, held):
+        cut = Cut(engine, server, when)
+        for place, write in enumerate(writes):
+            # Optuna makes a trial again by itself, and then there are two, where only the answer to the first was lost.
+            cut.due = place > 1 or when != "answer"
+            wanted += cut.due
+            write()
+            assert not cut.due
+        known = storage.get_all_trials(number)
+    assert cut.cuts == wanted
+    first, second = optuna.load_study(study_name=name, storage=RDBStorage(store.uri)).trials
+    assert (first.state, first.values, first.params) == (TrialState.COMPLETE, [0.5], {"lr": 0.5})
+    assert first.intermediate_values == {1: 0.25, 2: 0.5} and (first.user_attrs, first.system_attrs) == (
+        {"a": [1]},
+        {"b": 2},
+    )
+    assert second.state == TrialState.RUNNING and second.intermediate_values == {1: 0.75}
+    assert [trial.intermediate_values for trial in known] == [{1: 0.25, 2: 0.5}, {1: 0.75}]
+    assert study.user_attrs == {"c": 3}

@@ -251,7 +251,8 @@ def fencing(engine: Engine, held: Held) -> Iterator[None]:
             held.confirm(connection)
 
     def forget(connection: Connection) -> None:
-        connection.info.pop("writes", None)
+        if not connection.invalidated:  # what is known of one that its server has ended is gone with it
+            connection.info.pop("writes", None)
 
     hooks = (("before_cursor_execute", note), ("commit", confirm), ("rollback", forget))
     for name, hook in hooks:
