@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STUDY = """\
@@ -96,13 +97,27 @@ def cluster() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    asked = ["--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"]
-    subprocess.run([*ray, "start", *asked], check=True, stdout=subprocess.DEVNULL)
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        subprocess.run([*ray, "stop", "--force"], check=True, stdout=subprocess.DEVNULL)
+    start = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=1",
+    ]
+    quiet = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # of all that take part, whether this machine has a token or not
+    with subprocess.Popen([*start, *quiet], stdout=subprocess.PIPE, text=True, start_new_session=True) as head:
+        assert head.stdout is not None
+        try:
+            if not any("Ray runtime started" in line for line in head.stdout):
+                raise SystemExit(f"{' '.join(start)} ended with exit code {head.wait()}")
+            yield f"127.0.0.1:{port}"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)
 
 
 def measure(ways: dict[str, tuple[list[str], list[str]]], rounds: int) -> None:
