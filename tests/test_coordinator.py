@@ -158,6 +158,17 @@ def test_a_worker_that_dies_is_tried_again_twice_in_the_same_run() -> None:
         assert run.tags["attempt"] == "3"
 
 
+def test_a_trial_whose_worker_died_trains_by_itself_from_then_on(tmp_path: Path) -> None:
+    executor = ScriptedExecutor(Script([0.1], deaths=1))
+    coordinator = scripted_coordinator(
+        replace(DEFINITION, trials=1, rows=ROWS[:1]), executor, MemoryTracker(), tmp_path
+    )
+    alone = coordinator.make_job
+    coordinator.make_job = lambda queued: replace(alone(queued), together=True)
+    assert coordinator.run().outcomes == {"complete": 1}
+    assert [job.together for job in executor.jobs] == [True, False]
+
+
 def test_a_trial_whose_machines_are_taken_away_goes_on_as_often_as_it_must() -> None:
     class Moving(ScriptedExecutor):
         def poll(self, timeout: float) -> list[Event]:

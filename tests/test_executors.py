@@ -319,6 +319,37 @@ def test_a_job_to_run_alone_waits_until_all_is_written(tmp_path: Path) -> None:
         executor.close()
 
 
+def test_a_worker_has_room_for_several_that_may_train_together(tmp_path: Path) -> None:
+    executor, waits = ProcessExecutor(runner, 1, ["cpu"], together=3), job(tmp_path, seed=8, epochs=1)
+    try:
+        assert executor.free() == 3
+        executor.submit(replace(waits, together=True))
+        assert (executor.free(), executor.free_soon()) == (2, 0)
+        executor.submit(replace(waits, number=1))  # it waits until the worker has ended the others
+        assert executor.free() == 0
+        (tmp_path / "end").touch()
+        assert [event.job for event in drain(executor, 2) if isinstance(event, Done)] == [0, 1]
+        assert executor.free() == 3
+        executor.submit(replace(waits, number=2))
+        assert executor.free() == 0
+    finally:
+        executor.close()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_takes_all_that_train_together_and_takes_them_again(tmp_path: Path) -> None:
+    executor = ProcessExecutor(runner, 1, ["cpu"], together=3)
+    try:
+        executor.submit(replace(job(tmp_path, 0, seed=3), together=True))
+        executor.submit(replace(job(tmp_path, 1, seed=7, epochs=1000), together=True))
+        died = [event for event in drain(executor, 2) if isinstance(event, WorkerDied)]
+        assert {event.job for event in died} == {0, 1}
+        executor.submit(replace(job(tmp_path, 1), together=True))
+        assert [event.job for event in drain(executor) if isinstance(event, Done)] == [1]
+    finally:
+        executor.close()
+
+
 def looks(what: str, write: Write) -> str:
     write(f"looking at {what}")
     if what == "nothing":

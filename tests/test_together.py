@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,6 @@ from caltech_sweep.config import DatasetConfig, TrialConfig
 from caltech_sweep.data import load_dataset
 from caltech_sweep.data.images import LoadedData
 from caltech_sweep.errors import DivergedError, OutOfMemoryError
-from caltech_sweep.sweep.executors.base import Done, Epoch, Epochs, Event, Job, WorkerDied
-from caltech_sweep.sweep.executors.processes import ProcessExecutor
 from caltech_sweep.training.checkpoints import stored_epochs
 from caltech_sweep.training.fit import EpochResult, Training
 from caltech_sweep.training.keys import CacheOptions, may_train_together
@@ -238,66 +233,6 @@ def test_states_are_kept_under_other_keys(data: LoadedData, tmp_path: Path) -> N
     assert [e.val.loss for e in again] == [e.val.loss for e in first]
     run(other, data, replace(use, together=False))
     assert stored_epochs(other, data, CPU, None, use) == 3  # it never trains with others
-
-
-# -- in worker processes -------------------------------------------------------------------------------------------
-
-
-def runner(job: Job) -> Epochs:
-    """Wait for a file after each epoch; ends its process where the seed says so."""
-    for epoch in range(1, job.config.epochs + 1):
-        yield Epoch(job.number, epoch, {"val/accuracy": 0.5})
-        if job.config.seed == 1:
-            os._exit(3)
-        while not (job.folder / "go").exists():
-            time.sleep(0.01)
-    return Done(job.number, {}, {"pid": str(os.getpid())})
-
-
-def job(folder: Path, number: int, seed: int = 0, together: bool = True, epochs: int = 1) -> Job:
-    return Job(number, replace(HEAD, seed=seed, epochs=epochs), folder, together=together)
-
-
-@pytest.fixture
-def executor() -> Iterator[ProcessExecutor]:
-    made = ProcessExecutor(runner, 1, ["cpu"], together=3)
-    yield made
-    made.close()
-
-
-def until(executor: ProcessExecutor, count: int, kind: type) -> list[Event]:
-    events: list[Event] = []
-    end = time.monotonic() + 60
-    while sum(isinstance(event, kind) for event in events) < count:
-        assert time.monotonic() < end
-        events += executor.poll(0.5)
-    return [event for event in events if isinstance(event, kind)]
-
-
-def test_a_worker_has_room_for_several(executor: ProcessExecutor, tmp_path: Path) -> None:
-    assert executor.free() == 3
-    executor.submit(job(tmp_path, 0))
-    assert (executor.free(), executor.free_soon()) == (2, 0)
-    executor.submit(job(tmp_path, 1, together=False))  # it waits until the worker has ended the others
-    assert executor.free() == 0
-    (tmp_path / "go").touch()
-    done = until(executor, 2, Done)
-    assert [event.job for event in done] == [0, 1]
-    assert executor.free() == 3
-    executor.submit(job(tmp_path, 2, together=False))
-    assert executor.free() == 0
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_takes_all_its_jobs_and_takes_them_again(executor: ProcessExecutor, tmp_path: Path) -> None:
-    (tmp_path / "go").touch()
-    executor.submit(job(tmp_path, 0, seed=1))
-    executor.submit(job(tmp_path, 1, epochs=1000))
-    died = until(executor, 1, WorkerDied)
-    died += [event for event in executor.poll(0.5) if isinstance(event, WorkerDied)]
-    assert {event.job for event in died} == {0, 1}
-    executor.submit(job(tmp_path, 1))
-    assert [event.job for event in until(executor, 1, Done)] == [1]
 
 
 STUDY = """\

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -300,8 +301,9 @@ class Training:
         """Return the precision that the network runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
+    @cached_property
     def head(self) -> Head | None:
-        """Return all that the next epoch trains, where that is one linear layer at the end of the network."""
+        """All that is trained, where that is one linear layer at the end of the network."""
         if self._features is None or not may_train_together(self.config) or not len(self._features.tail):
             return None
         *before, last = self._features.tail

@@ -25,7 +25,7 @@ def train_together(trainings: Sequence[Training]) -> None:
     """
     groups: dict[Hashable, list[tuple[Training, Head]]] = {}
     for training in trainings:
-        if (head := training.head()) is not None:
+        if (head := training.head) is not None:
             groups.setdefault((training.data.fingerprint, head.kind), []).append((training, head))
     for group in groups.values():
         if len(group) > 1:

@@ -145,14 +145,14 @@ def _work(
                 _answer(line, asked)
 
 
-def _serve(line: _Line, job: Job, runner: Runner, artifacts: _Artifacts) -> None:
+def _serve(line: _Line, first: Job, runner: Runner, artifacts: _Artifacts) -> None:
     """Train a job, and those that arrive meanwhile, until none is left."""
-    running = {job.number: (job, runner(job))}
+    running = {first.number: (first, runner(first))}
     while running:
         ready = []
         for job, epochs in list(running.values()):
             event = _advance_far(line, job, epochs)
-            while isinstance(event, Ready) and event.training.head() is None:  # to its end, before there is another
+            while isinstance(event, Ready) and event.training.head is None:  # to its end, before there is another
                 event = _advance_far(line, job, epochs)
             if isinstance(event, Ready):
                 ready.append(event.training)
@@ -325,25 +325,24 @@ class ProcessExecutor:
         """Start the jobs that wait and have a worker now, or their device for themselves."""
         for job in list(self._held):
             device = self._device_of[job.number]
-            there = [i for i, worker in enumerate(self._workers) if worker.device == device]
-            if not any(self._workers[i].jobs for i in there):
+            there = [worker for worker in self._workers if worker.device == device]
+            if not any(worker.jobs for worker in there):
                 self._held.remove(job)
                 # A new process: what the old ones keep on the device for themselves is given back.
-                for i in there:
-                    self._workers[i].process.kill()
-                    self._workers[i].process.join()
+                for worker in there:
+                    worker.process.kill()
+                    worker.process.join()
                 self._send(job, there[0])
         while self._waiting:
             job = self._waiting[0]
             places = [w for w in self._open() if w.room(self._together) > 0 and (job.together or not w.trains)]
             if not places:
                 break
-            self._send(self._waiting.pop(0), self._workers.index(places[0]))
+            self._send(self._waiting.pop(0), places[0])
 
-    def _send(self, job: Job, index: int) -> None:
-        worker = self._workers[index]
+    def _send(self, job: Job, worker: _Worker) -> None:
         if not worker.jobs and not worker.process.is_alive():  # it died while idle
-            self._workers[index] = worker = self._replace(worker)
+            worker = self._replace(worker)
         worker.trains[job.number] = job
         worker.alone, worker.last_seen = job.alone, self._clock()
         self._device_of[job.number] = worker.device
@@ -356,7 +355,7 @@ class ProcessExecutor:
         now = self._clock()
         for worker in self._workers:  # no poll listened since the last one
             worker.last_seen = min(now, worker.last_seen + (now - self._polled))
-        by_connection = {w.connection: i for i, w in enumerate(self._workers) if w.jobs}
+        by_connection = {worker.connection: worker for worker in self._workers if worker.jobs}
         ready = wait(list(by_connection), timeout)
         events = [event for each in ready for event in self._receive(by_connection[each])]  # type: ignore[index]
         self._polled = self._clock()
@@ -366,16 +365,15 @@ class ProcessExecutor:
                 worker.process.kill()
         return events
 
-    def _receive(self, index: int) -> list[Event]:
+    def _receive(self, worker: _Worker) -> list[Event]:
         """Return what a worker sent, or the deaths of its jobs; nothing for a heartbeat."""
-        worker = self._workers[index]
         worker.last_seen = self._clock()
         try:
             event: Event | None = worker.connection.recv()
         except (EOFError, ConnectionResetError):
             worker.process.join()
             hung = self._hang_seconds if worker.hung else None
-            self._workers[index] = self._replace(worker)
+            self._replace(worker)
             return [WorkerDied(job, worker.process.exitcode, hung) for job in worker.jobs]
         if event is None:
             return []
@@ -399,7 +397,9 @@ class ProcessExecutor:
 
     def _replace(self, worker: _Worker) -> _Worker:
         worker.connection.close()
-        return self._start(worker.device)
+        place = self._workers.index(worker)
+        self._workers[place] = self._start(worker.device)
+        return self._workers[place]
 
     def answer(self, job: int, go_on: bool) -> None:
         """Let the worker that waits go on or stop."""
