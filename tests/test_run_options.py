@@ -115,6 +115,9 @@ def together(place: Path) -> None:
     heads = ("--set", "freeze=conv", "--set", "augment=[]", "--set", "arch=resnet18", "--set", "epochs=2")
     _two_at_a_time("--together", "2", *heads)
     assert [t.tags["trained_together"] for t in trials()] == ["2", "2"]
+    plan = ("plan", "tiny", "--threads", "1", "--trials", "2", *heads, "--name", "other")
+    assert "epochs requested, 0 to train" in invoke(*plan, "--together", "2").output
+    assert "epochs requested, 0 to train" not in invoke(*plan).output  # the states of one are not the other's
     for executor in (("--in-process",), ("--executor", "ray")):
         refused = invoke(*FIRST[:2], *executor, "--together", "2")
         assert refused.exit_code == 2 and "--together: is for worker processes of this machine" in refused.output
